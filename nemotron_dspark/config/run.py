@@ -1,0 +1,210 @@
+"""The run's configuration and how it is put together: defaults, then a preset, then a file, then `--set key=value`.
+
+Every key that nobody set keeps the published DeepSpec value where there is one. An unknown key is an error that names
+the nearest known key; it is never ignored.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nemotron_dspark.errors import InputError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class TargetConfig(_Section):
+    """The frozen model that is to be made faster."""
+
+    name: str | None = Field(None, description="hub id, local folder or alias of the target")
+    revision: str | None = Field(None, description="hub revision; the default branch when not set")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights' type; auto = the checkpoint's own on an accelerator, float32 on a CPU"
+    )
+    device: str = Field("auto", description="auto = cuda when there is one, else cpu")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+    proofs: bool = Field(True, description="prove the loaded target right before a long stage")
+
+
+class DraftSection(_Section):
+    """The draft's shape. A value left at null follows from the target."""
+
+    num_layers: int = Field(5, ge=1, description="decoder layers of the draft")
+    block_size: int = Field(7, ge=1, le=64, description="γ, tokens drafted per round")
+    taps: list[int] | None = Field(None, description="target layers whose raw outputs the draft reads (DeepSpec ids)")
+    num_taps: int = Field(5, ge=1, description="how many taps the default choice takes when taps is null")
+    markov_rank: int = Field(256, ge=0, description="rank of the sequential head; 0 = DeepSpec's DFlash")
+    markov_head: Literal["vanilla", "gated", "rnn"] = Field("vanilla", description="kind of sequential head")
+    confidence_head: bool = Field(True, description="predict each slot's acceptance rate")
+    confidence_with_markov: bool = Field(True, description="the confidence head sees the previous token's embedding")
+    intermediate_size: int | None = Field(None, description="SwiGLU width; null = from the target's MLP")
+    rope_theta: float | None = Field(None, description="rotary base; null = the target's, else 10000")
+    mask_token_id: int | None = Field(None, description="token that fills the undrafted slots; null = chosen, and said")
+
+
+class DataConfig(_Section):
+    """Conversations in, tokenised samples out."""
+
+    max_length: int = Field(4096, ge=2, description="tokens kept of a conversation; the rest is cut off")
+    min_loss_tokens: int = Field(14, ge=1, description="samples with fewer loss tokens are dropped and counted")
+    thinking: bool | None = Field(None, description="passed to the chat template as enable_thinking; null = its default")
+
+
+class CacheConfig(_Section):
+    """The target's hidden states on disk."""
+
+    shard_bytes: int = Field(4 * 1024**3, ge=1, description="a shard is closed when it holds this many bytes")
+    batch_tokens: int = Field(16384, ge=1, description="padded tokens of one target forward")
+
+
+class TrainConfig(_Section):
+    """DeepSpec's recipe; every default is its published value."""
+
+    lr: float = Field(6e-4, gt=0, description="peak learning rate")
+    warmup_ratio: float = Field(0.04, ge=0, le=1, description="share of the steps with a linearly rising rate")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto = bf16 on CUDA, fp32 elsewhere")
+    device: str = Field("auto", description="auto = cuda when there is one, else cpu")
+    local_batch_size: int = Field(1, ge=1, description="samples of one forward")
+    global_batch_size: int = Field(512, ge=1, description="samples of one optimiser step")
+    epochs: int = Field(10, ge=1, description="passes over the cache")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    num_anchors: int = Field(512, ge=1, description="blocks drawn per sample")
+    loss_decay_gamma: float | None = Field(4.0, gt=0, description="slot k weighs exp(-k/γ_decay); null = all alike")
+    ce_alpha: float = Field(0.1, ge=0, description="weight of the cross-entropy to the token")
+    l1_alpha: float = Field(0.9, ge=0, description="weight of the L1 distance to the target's distribution")
+    confidence_alpha: float = Field(1.0, ge=0, description="weight of the confidence head's BCE")
+    seed: int = Field(42, ge=0, description="seed of initialisation, order and anchors")
+    log_every: int = Field(10, ge=1, description="optimiser steps between two lines of metrics")
+    checkpoint_every: int = Field(500, ge=1, description="optimiser steps between two checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class EvalConfig(_Section):
+    """Accepted length and speed on prompts the draft has not seen."""
+
+    temperatures: tuple[float, ...] = Field((0.0, 1.0), description="one measurement each; 0 = greedy")
+    max_new_tokens: int = Field(2048, ge=1, description="tokens generated per prompt")
+    seed: int = Field(0, ge=0, description="seed of the sampled measurements")
+    batch_size: int = Field(1, ge=1, description="prompts decoded together; speed is always measured one by one")
+
+
+class ServeConfig(_Section):
+    """The OpenAI-compatible server."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = a free one")
+    slots: int = Field(8, ge=1, description="requests decoded together; further ones wait in a queue")
+    max_queue: int = Field(256, ge=0, description="waiting requests; beyond that the answer is 503")
+    max_new_tokens: int = Field(2048, ge=1, description="default and upper limit of max_tokens")
+    confidence_threshold: float = Field(0.0, ge=0, le=1, description="cut a block where confidence falls below")
+
+
+class RunConfig(_Section):
+    """One section per stage; `nds config show` prints the resolved one."""
+
+    target: TargetConfig = TargetConfig()
+    draft: DraftSection = DraftSection()
+    data: DataConfig = DataConfig()
+    cache: CacheConfig = CacheConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    serve: ServeConfig = ServeConfig()
+
+
+def _known_keys() -> list[str]:
+    return [f"{name}.{key}" for name, field in RunConfig.model_fields.items() for key in field.annotation.model_fields]
+
+
+def _nearest(key: str) -> str:
+    known = _known_keys()
+    by_leaf = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    close = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:  # a bare or misplaced key: compare the last parts
+        leaves = {name.split(".")[-1]: name for name in known}
+        close = [leaves[m] for m in difflib.get_close_matches(key.split(".")[-1], leaves, n=1, cutoff=0.5)]
+    return f"Did you mean {close[0]}?" if close else "`nds config show` lists every key."
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"The config {path} does not exist.", "Check the path given to --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.", "Correct the file.") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold sections of keys.", "Start from `nds config show`.")
+    return value
+
+
+def _assignment(text: str) -> dict[str, Any]:
+    """``train.lr=1e-4`` as a nested dict; the value is read as YAML, numbers such as 1e-4 included."""
+    key, sign, raw = text.partition("=")
+    if not sign or "." not in key:
+        raise InputError(f"--set {text!r} is not section.key=value.", "Write for example --set train.lr=3e-4.")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise InputError(f"The value in --set {text!r} is not valid YAML.", "Quote it, or correct it.") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    section, _, leaf = key.strip().partition(".")
+    return {section: {leaf: value}}
+
+
+def _validated(values: dict[str, Any], origin: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"{origin}: there is no key {key}.", _nearest(key)) from None
+        given = first.get("input")
+        raise InputError(
+            f"{origin}: {key} = {given!r} is not accepted: {first['msg'].lower()}.",
+            "Correct the value; `nds config show` prints every key with its default.",
+        ) from None
+
+
+def load_run_config(
+    file: Path | None = None, assignments: Iterable[str] = (), preset: Path | None = None, target: str | None = None
+) -> RunConfig:
+    """The resolved configuration: defaults < ``preset`` < ``file`` < ``assignments`` ("section.key=value") < ``target``.
+
+    Raises:
+        InputError: a file is missing or malformed, a key is unknown, or a value is out of range.
+    """
+    values: dict[str, Any] = {}
+    for path in (preset, file):
+        if path is not None:
+            values = _merge(values, _read_yaml(path))
+            _validated(values, str(path))  # so that the message names the file that holds the fault
+    for text in assignments:
+        values = _merge(values, _assignment(text))
+        _validated(values, f"--set {text}")
+    if target is not None:
+        values = _merge(values, {"target": {"name": target}})
+    return _validated(values, "configuration")

@@ -1,0 +1,104 @@
+"""What a target is, from its config alone: layers, dimensions, and where its parts lie.
+
+A family is one module in `targets/families/` that fills a `TargetSpec` from a config; nothing else in the project asks
+what family a target belongs to.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import read_json
+
+
+class LayerKind(Enum):
+    """What one decoder layer computes; the value is its character in a drawn layout."""
+
+    MAMBA2 = "M"
+    ATTENTION = "*"
+    MLP = "-"
+    MOE = "E"
+    DECODER = "D"  # attention and MLP in one layer, as in ordinary decoders
+
+    @property
+    def attends(self) -> bool:
+        """True when the layer keeps keys and values."""
+        return self in (LayerKind.ATTENTION, LayerKind.DECODER)
+
+    @property
+    def recurrent(self) -> bool:
+        """True when the layer keeps a state that cannot be rewound by forgetting positions."""
+        return self is LayerKind.MAMBA2
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightNames:
+    """Where parts of the target lie: in the loaded model (module paths) and in checkpoints (tensor names)."""
+
+    layers: str  # module path of the list of decoder layers
+    final_norm: str  # module path of the norm before the LM head
+    embedding: str  # module path of the token embedding
+    head: str  # module path of the LM head
+    embedding_tensors: tuple[str, ...]  # names a checkpoint may give the embedding, most usual first
+    head_tensors: tuple[str, ...]  # likewise for the LM head
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetSpec:
+    """Everything a stage needs to know of a target without loading a weight."""
+
+    name: str
+    model_type: str
+    layers: tuple[LayerKind, ...]
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mlp: Literal["gated", "plain", "moe"]
+    intermediate_size: int | None  # MLP width; None for a pure mixture of experts
+    norm_eps: float
+    rope_theta: float | None  # None: the target has no rotary embedding
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    names: WeightNames
+    assumed: tuple[str, ...] = ()  # sentences on every value the config did not give
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def layout(self) -> str:
+        """The layers as one string, e.g. ``M-*-M-*-``."""
+        return "".join(kind.value for kind in self.layers)
+
+    @staticmethod
+    def from_config(config: Any, name: str = "") -> "TargetSpec":
+        """Spec of a `transformers` config object or of a parsed ``config.json``.
+
+        Raises:
+            InputError: the model type has no family here, or a field the family needs is missing or impossible.
+        """
+        from nemotron_dspark.targets.families import family_of  # the registry imports this module
+
+        values = config if isinstance(config, Mapping) else config.to_dict()
+        return family_of(values).spec(values, name or str(values.get("_name_or_path") or "target"))
+
+    @staticmethod
+    def from_folder(folder: Path, name: str = "") -> "TargetSpec":
+        """Spec of a folder that holds at least a ``config.json``."""
+        return TargetSpec.from_config(read_json(Path(folder) / "config.json"), name or str(folder))
+
+
+def require(config: Mapping[str, Any], *keys: str) -> Any:
+    """The first of ``keys`` that ``config`` has (and is not null); `InputError` when it has none."""
+    for key in keys:
+        if config.get(key) is not None:
+            return config[key]
+    raise InputError(
+        f"The target's config.json has no {' or '.join(keys)}.", "Restore the file from the checkpoint's repository."
+    )
