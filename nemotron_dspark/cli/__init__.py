@@ -1,0 +1,67 @@
+"""`nds`: one module per command. A command parses, calls and prints; it holds no logic.
+
+Command modules import torch and transformers inside the command, so that `--help` answers at once.
+"""
+
+import importlib
+import sys
+
+import typer
+
+from nemotron_dspark import __version__
+from nemotron_dspark.cli import shell
+from nemotron_dspark.errors import NdsError
+
+COMMANDS = (
+    "demo",
+    "selftest",
+    "inspect",
+    "config",
+    "data",
+    "cache",
+    "train",
+    "eval",
+    "serve",
+)
+
+app = typer.Typer(
+    name="nds",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train, measure and serve DSpark drafts for Nemotron-H and other hybrid targets.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        shell.out.print(f"nds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    shell.state.debug = debug
+
+
+for _name in COMMANDS:
+    importlib.import_module(f"nemotron_dspark.cli.{_name}_command").register(app)
+
+
+def main() -> None:
+    """Entry point of `nds`: errors become two sentences and an exit code, Ctrl-C becomes 130."""
+    try:
+        app()
+    except NdsError as error:
+        if shell.state.debug:
+            raise
+        shell.complain(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        shell.err.print("[yellow]Stopped.[/] What was finished is saved; the same command goes on from there.")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
