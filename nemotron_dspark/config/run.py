@@ -53,7 +53,9 @@ class DataConfig(_Section):
 
     max_length: int = Field(4096, ge=2, description="tokens kept of a conversation; the rest is cut off")
     min_loss_tokens: int = Field(14, ge=1, description="samples with fewer loss tokens are dropped and counted")
-    thinking: bool | None = Field(None, description="passed to the chat template as enable_thinking; null = its default")
+    thinking: bool | None = Field(
+        None, description="passed to the chat template as enable_thinking; null = its default"
+    )
 
 
 class CacheConfig(_Section):

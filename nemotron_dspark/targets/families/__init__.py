@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.families import decoders, nemotron_h
 from nemotron_dspark.targets.spec import TargetSpec
@@ -15,6 +17,16 @@ class Family(Protocol):
     @staticmethod
     def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
         """Spec from a parsed ``config.json``."""
+        ...
+
+    @staticmethod
+    def prepare(model: Any, spec: TargetSpec) -> dict[int, Any]:
+        """Make a loaded model ready for `TargetState`; its Mamba-2 mixers by layer id."""
+        ...
+
+    @staticmethod
+    def block_mask(mask: Tensor) -> Any:
+        """The model's ``attention_mask`` argument for a block mask [B, 1, m, stored]."""
         ...
 
 

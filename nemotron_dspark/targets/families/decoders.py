@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
 
 NAMES = WeightNames(
@@ -42,3 +44,13 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
         names=NAMES,
         assumed=tuple(assumed),
     )
+
+
+def prepare(model: Any, spec: TargetSpec) -> dict[int, Any]:
+    """Nothing to prepare: there is no recurrent layer."""
+    return {}
+
+
+def block_mask(mask: Tensor) -> Any:
+    """The ``attention_mask`` argument for a block with attention mask [B, 1, m, stored]."""
+    return mask

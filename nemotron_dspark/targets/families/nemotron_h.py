@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets.mamba2 import install_block_forward
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
 
 NAMES = WeightNames(
@@ -79,3 +82,23 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
         names=NAMES,
         assumed=tuple(assumed),
     )
+
+
+def prepare(model: Any, spec: TargetSpec) -> dict[int, Any]:
+    """Make a loaded model ready for `TargetState`; returns its Mamba-2 mixers by layer id.
+
+    The step size keeps the limits that the config states, [0, inf] in every published one. transformers clamps it at
+    ``time_step_min`` in its chunked form and not in its one-token form; engines and NVIDIA's kernels never do.
+    """
+    low, high = model.config.time_step_limit or (0.0, float("inf"))
+    layers = model.get_submodule(spec.names.layers)
+    mixers = {layer: layers[layer].mixer for layer, kind in enumerate(spec.layers) if kind is LayerKind.MAMBA2}
+    for layer, mixer in mixers.items():
+        mixer.time_step_limit = (float(low), float(high))
+        install_block_forward(mixer, layer)
+    return mixers
+
+
+def block_mask(mask: Tensor) -> Any:
+    """The ``attention_mask`` argument for a block with attention mask [B, 1, m, stored]; Mamba layers need none."""
+    return {"full_attention": mask, "linear_attention": None}

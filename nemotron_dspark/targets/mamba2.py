@@ -1,0 +1,172 @@
+"""Mamba-2 state that can keep any prefix of a block: verify reads it, commit advances it by the accepted tokens only.
+
+The recurrence of one head (Dao & Gu 2024, "Transformers are SSMs", eq. 1 with scalar A), with Δ_t the step size:
+
+    S_t = exp(A Δ_t) S_{t-1} + Δ_t x_t ⊗ B_t          y_t = S_t C_t + D x_t
+
+Over a block of m tokens, with c_t = A Σ_{s≤t} Δ_s (the paper's quadratic, "dual" form):
+
+    y_t = exp(c_t) S_0 C_t + Σ_{s≤t} exp(c_t - c_s) (C_t·B_s) Δ_s x_s + D x_t
+    S_n = exp(c_n) S_0 + Σ_{s≤n} exp(c_n - c_s) Δ_s x_s ⊗ B_s          for any accepted prefix n
+
+So verifying never writes S_0, and S_n for any n needs only the block's own x, B and Δ, which are small. Nothing is
+copied back, and no weight is read a second time.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class _BlockRecord:
+    """What one layer's block leaves behind until it is committed."""
+
+    conv_inputs: Tensor  # [B, m, channels], before the convolution
+    x: Tensor  # [B, m, heads, head_dim] fp32
+    b: Tensor  # [B, m, groups, state] fp32
+    dt: Tensor  # [B, m, heads] fp32
+    decay: Tensor  # [B, m, heads] fp32, c_t
+
+
+class Mamba2States:
+    """The committed states of every Mamba-2 layer of a target, for B rows, and the records of the block in flight."""
+
+    def __init__(self, layers: Sequence[int], conv: Tensor, ssm: Tensor):
+        self._index = {layer: position for position, layer in enumerate(layers)}
+        self.layers = tuple(layers)
+        self.conv = conv  # [L, B, kernel - 1, channels], the last inputs of each convolution
+        self.ssm = ssm  # [L, B, heads, head_dim, state] fp32
+        self._records: dict[int, _BlockRecord] = {}
+
+    @staticmethod
+    def zeros(mixers: dict[int, Any], device: torch.device, dtype: torch.dtype) -> "Mamba2States":
+        """The states of one row before any token. ``mixers`` maps layer ids to Mamba-2 mixers of one shape."""
+        mixer = next(iter(mixers.values()))
+        conv = torch.zeros(len(mixers), 1, mixer.conv_kernel_size - 1, mixer.conv_dim, device=device, dtype=dtype)
+        shape = (len(mixers), 1, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+        return Mamba2States(tuple(mixers), conv, torch.zeros(shape, device=device, dtype=torch.float32))
+
+    def conv_of(self, layer: int) -> Tensor:
+        return self.conv[self._index[layer]]
+
+    def ssm_of(self, layer: int) -> Tensor:
+        return self.ssm[self._index[layer]]
+
+    def record(self, layer: int, record: _BlockRecord) -> None:
+        self._records[layer] = record
+
+    def commit(self, kept: Sequence[int]) -> None:
+        """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
+        records = [self._records[layer] for layer in self.layers]
+        self._records = {}
+        block = records[0].dt.shape[1]
+        window = self.conv.shape[2]
+        inputs = torch.stack([record.conv_inputs for record in records])  # [L, B, m, channels]
+        history = torch.cat([self.conv, inputs], dim=2)  # [L, B, window + m, channels]
+        dt = torch.stack([record.dt for record in records])  # [L, B, m, heads]
+        decay = torch.stack([record.decay for record in records])  # [L, B, m, heads]
+        x = torch.stack([record.x for record in records])  # [L, B, m, heads, head_dim]
+        b = torch.stack([record.b for record in records])  # [L, B, m, groups, state]
+        if min(kept) == max(kept):  # all rows keep the same prefix: plain slices
+            count = kept[0]
+            if count == 0:
+                return
+            self.conv = history[:, :, count : count + window].contiguous()
+            dt, decay, x, b = dt[:, :, :count], decay[:, :, :count], x[:, :, :count], b[:, :, :count]
+            total = decay[:, :, -1]  # [L, B, heads]
+            weight = torch.exp(total[:, :, None] - decay) * dt
+        else:
+            counts = torch.tensor(kept, device=dt.device)
+            at = counts[:, None] + torch.arange(window, device=dt.device)  # [B, window]
+            at = at[None, :, :, None].expand(history.shape[0], -1, -1, history.shape[3])
+            self.conv = history.gather(2, at)
+            padded = F.pad(decay, (0, 0, 1, 0))  # c_0 = 0 for rows that keep nothing
+            last = counts[None, :, None, None].expand(decay.shape[0], -1, 1, decay.shape[3])
+            total = padded.gather(2, last)[:, :, 0]  # [L, B, heads]
+            inside = (torch.arange(block, device=dt.device) < counts[:, None])[None, :, :, None]  # [1, B, m, 1]
+            # Outside the prefix the exponent may be large and positive, so it is masked before the exponential.
+            exponent = (total[:, :, None] - decay).masked_fill(~inside, -torch.inf)
+            weight = torch.exp(exponent) * dt
+        groups = b.shape[3]
+        weighted = (x * weight[..., None]).unflatten(3, (groups, -1))  # [L, B, n, groups, heads/groups, head_dim]
+        added = torch.einsum("lbmghp,lbmgn->lbghpn", weighted, b).flatten(2, 3)
+        self.ssm.mul_(torch.exp(total)[..., None, None]).add_(added)
+
+    def select(self, rows: Sequence[int]) -> "Mamba2States":
+        index = torch.tensor(rows, device=self.ssm.device)
+        return Mamba2States(self.layers, self.conv.index_select(1, index), self.ssm.index_select(1, index))
+
+    @staticmethod
+    def cat(parts: Sequence["Mamba2States"]) -> "Mamba2States":
+        return Mamba2States(
+            parts[0].layers, torch.cat([part.conv for part in parts], 1), torch.cat([part.ssm for part in parts], 1)
+        )
+
+
+def scan_block(
+    x: Tensor,  # [B, m, heads, head_dim] fp32
+    dt: Tensor,  # [B, m, heads] fp32, after softplus
+    decay: Tensor,  # [B, m, heads] fp32, c_t
+    b: Tensor,  # [B, m, groups, state] fp32
+    c: Tensor,  # [B, m, groups, state] fp32
+    skip: Tensor,  # [heads] fp32, D
+    state: Tensor,  # [B, heads, head_dim, state] fp32, S_0; not written
+) -> Tensor:
+    """Outputs y [B, m, heads, head_dim] of a block that starts in ``state`` (the formula above)."""
+    rows, block, heads, _ = x.shape
+    groups = b.shape[2]
+    from_state = torch.einsum("bmgn,bghpn->bmghp", c, state.unflatten(1, (groups, -1))).flatten(2, 3)
+    y = from_state * torch.exp(decay)[..., None]
+    scores = torch.einsum("bmgn,bsgn->bgms", c, b)  # [B, groups, m, m]
+    relative = decay.transpose(1, 2)  # [B, heads, m]
+    future = torch.ones(block, block, dtype=torch.bool, device=x.device).triu(1)
+    lower = torch.exp((relative[..., :, None] - relative[..., None, :]).masked_fill(future, -torch.inf))
+    mixing = lower.unflatten(1, (groups, -1)) * scores[:, :, None]  # [B, groups, heads/groups, m, m]
+    inner = mixing.flatten(1, 2) @ (x * dt[..., None]).transpose(1, 2)  # [B, heads, m, head_dim]
+    return y + inner.transpose(1, 2) + x * skip[:, None]
+
+
+def block_forward(mixer: Any, hidden: Tensor, states: Mamba2States, layer: int) -> Tensor:
+    """A Mamba-2 mixer of `transformers` applied to a block [B, m, H] after the committed tokens; records, writes nothing.
+
+    Same computation as the mixer's own forward: in_proj, causal convolution, scan, gated norm, out_proj.
+    """
+    rows, block, _ = hidden.shape
+    gate, inputs, dt = mixer.in_proj(hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
+    history = torch.cat([states.conv_of(layer), inputs], dim=1)  # [B, kernel - 1 + m, channels]
+    convolved = F.conv1d(
+        history.transpose(1, 2), mixer.conv1d.weight, mixer.conv1d.bias, groups=mixer.conv_dim
+    ).transpose(1, 2)
+    convolved = mixer.act(convolved).float()  # [B, m, channels]
+    width = mixer.n_groups * mixer.ssm_state_size
+    x, b, c = convolved.split([mixer.intermediate_size, width, width], dim=-1)
+    x = x.reshape(rows, block, mixer.num_heads, mixer.head_dim)
+    b = b.reshape(rows, block, mixer.n_groups, mixer.ssm_state_size)
+    c = c.reshape(rows, block, mixer.n_groups, mixer.ssm_state_size)
+    dt = F.softplus(dt.float() + mixer.dt_bias.float())
+    low, high = mixer.time_step_limit
+    if low > 0 or high < float("inf"):
+        dt = dt.clamp(low, high)
+    decay = (dt * -torch.exp(mixer.A_log.float())).cumsum(1)
+    y = scan_block(x, dt, decay, b, c, mixer.D.float(), states.ssm_of(layer))
+    states.record(layer, _BlockRecord(inputs, x, b, dt, decay))
+    normed = mixer.norm(y.reshape(rows, block, -1).to(hidden.dtype), gate)
+    return mixer.out_proj(normed.to(hidden.dtype))
+
+
+def install_block_forward(mixer: Any, layer: int) -> None:
+    """Let ``mixer`` use `block_forward` when it is given a `TargetState`, and its own forward otherwise."""
+    own_forward = mixer.forward
+
+    def forward(hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any):
+        states = getattr(cache_params, "mamba", None)
+        if isinstance(states, Mamba2States):
+            return block_forward(mixer, hidden_states, states, layer)
+        return own_forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+
+    mixer.forward = forward

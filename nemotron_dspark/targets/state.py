@@ -1,0 +1,78 @@
+"""The decoding state of a target for B rows of different lengths: what is committed, and the block in flight.
+
+It is handed to the model in place of its cache. Attention layers write their keys and values behind the committed
+ones, where nobody reads them until the length says so; Mamba-2 layers record their block (see `mamba2`). Committing
+moves the lengths and advances the recurrent states; anything not committed is forgotten by not being counted.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemotron_dspark.targets.kv import RaggedKV
+from nemotron_dspark.targets.mamba2 import Mamba2States
+
+
+class TargetState:
+    """Committed tokens of B rows. Made by `Target.prefill`, changed only by `Target.verify` and `Target.commit`."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        taps: tuple[int, ...],
+        attention: dict[int, RaggedKV],
+        mamba: Mamba2States | None,
+    ):
+        self.lengths = list(lengths)  # committed tokens per row
+        self.taps = taps
+        self.attention = attention  # by layer id
+        self.mamba = mamba
+        self.block: int | None = None  # length of the block that waits for a commit
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """What an attention layer of `transformers` calls: keep the block's keys and values, return all of them."""
+        return self.attention[layer_idx].write(keys, values, self.lengths)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Part of the cache interface of `transformers`; positions are always passed explicitly."""
+        return max(self.lengths)
+
+    def positions(self, block: int, device: torch.device) -> Tensor:
+        """Positions [B, m] of the next ``block`` tokens of each row."""
+        starts = torch.tensor(self.lengths, device=device)
+        return starts[:, None] + torch.arange(block, device=device)
+
+    def mask(self, block: int, device: torch.device) -> Tensor:
+        """Which stored positions each token of the next block may see: bool [B, 1, m, max(lengths) + m]."""
+        stored = torch.arange(max(self.lengths) + block, device=device)
+        return (stored <= self.positions(block, device)[:, :, None])[:, None]
+
+    def commit(self, kept: Sequence[int]) -> None:
+        if self.mamba is not None:
+            self.mamba.commit(kept)
+        self.lengths = [length + count for length, count in zip(self.lengths, kept, strict=True)]
+        self.block = None
+
+    def select(self, rows: Sequence[int]) -> "TargetState":
+        """A state of ``rows`` in that order; a copy, so the old one stays usable."""
+        lengths = [self.lengths[row] for row in rows]
+        attention = {layer: kv.select(rows, max(lengths)) for layer, kv in self.attention.items()}
+        return TargetState(lengths, self.taps, attention, self.mamba.select(rows) if self.mamba else None)
+
+    @staticmethod
+    def cat(states: Sequence["TargetState"]) -> "TargetState":
+        """The rows of ``states`` one after the other."""
+        first = states[0]
+        if len(states) == 1:
+            return first
+        return TargetState(
+            [length for state in states for length in state.lengths],
+            first.taps,
+            {layer: RaggedKV.cat([state.attention[layer] for state in states]) for layer in first.attention},
+            Mamba2States.cat([state.mamba for state in states]) if first.mamba else None,
+        )

@@ -1,0 +1,241 @@
+"""A loaded, frozen target: hidden states for training, and verify / commit for speculative decoding."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.targets.families import family_of
+from nemotron_dspark.targets.kv import RaggedKV
+from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets.mamba2 import Mamba2States
+from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.state import TargetState
+
+PREFILL_BLOCK = 256  # tokens of one prefill step: bounds the memory of the quadratic scan and of the attention mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """Hidden states of whole sequences, in the weights' dtype."""
+
+    taps: Tensor  # [B, S, T·H], raw outputs of the tapped layers, in ascending layer order
+    last: Tensor  # [B, S, H], after the final norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What the target says of a block it has seen but not committed."""
+
+    logits: Tensor  # [B, m, V] fp32; position i predicts the token after block token i
+    taps: Tensor  # [B, m, T·H]
+
+
+class Target:
+    """A loaded target. All methods run without gradients and leave the weights alone."""
+
+    def __init__(self, model: Any, tokenizer: Any, spec: TargetSpec, folder: Path):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.folder = Path(folder)
+        self.stop_ids = _stop_ids(model, tokenizer)
+        self._base = model.get_submodule(spec.names.layers.rpartition(".")[0])
+        self._layers = model.get_submodule(spec.names.layers)
+        self._head = model.get_submodule(spec.names.head)
+        self._family = family_of({"model_type": spec.model_type})
+        self._mixers = self._family.prepare(model, spec)  # Mamba-2 mixers by layer id
+
+    @staticmethod
+    def load(
+        name: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> "Target":
+        """Load a target from a hub id, an alias or a folder.
+
+        Args:
+            dtype: "auto" takes the checkpoint's own type on an accelerator and float32 on a CPU.
+            device: "auto" takes CUDA when there is one.
+
+        Raises:
+            InputError: no such target, an unsupported family, damaged or incomplete weights.
+            EnvironmentFault: no such device, not enough memory, or the hub cannot be reached.
+        """
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = locate(str(name), revision=revision, weights=True)
+        spec = TargetSpec.from_folder(folder, str(name))
+        where = resolve_device(device)
+        kind = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=kind if kind == "auto" else getattr(torch, kind),
+                attn_implementation="sdpa",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except SafetensorError as error:
+            raise InputError(
+                f"The weights in {folder} are damaged: {error}.", "Download or copy the checkpoint again."
+            ) from None
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise InputError(
+                f"{folder} cannot be loaded as a target: {_first_line(error)}.",
+                "Check that the folder holds config.json, safetensors weights and the tokenizer's files.",
+            ) from None
+        absent = sorted(report["missing_keys"])
+        if absent:  # transformers would go on with random values in their place
+            raise InputError(
+                f"The weights in {folder} lack {len(absent)} tensors, among them {absent[0]}.",
+                "Download or copy the checkpoint again.",
+            )
+        try:
+            model = model.to(where)
+        except torch.OutOfMemoryError:
+            raise EnvironmentFault(
+                f"{name} does not fit into the memory of {where}.", "Use a device with more memory."
+            ) from None
+        return Target(model, tokenizer, spec, folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self._head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._head.weight.dtype
+
+    @torch.no_grad()
+    def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured:
+        """Hidden states of right-padded sequences ``input_ids`` [B, S]; ``attention_mask`` [B, S] is true on tokens.
+
+        Tap i is the raw output of layer i, -1 the embedding output; ``last`` is after the final norm.
+        """
+        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(self.device).long()
+        with self._tapped(taps) as collected:
+            output = self._base(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
+        return Captured(_joined(collected, taps, output.last_hidden_state), output.last_hidden_state)
+
+    @torch.no_grad()
+    def prefill(self, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[TargetState, Verified]:
+        """A state of one row that has committed ``ids``, and what the target says after the last of them.
+
+        Returns:
+            the state, and a `Verified` with logits [1, 1, V] of the last position and taps [1, S, T·H] of all.
+        """
+        if len(ids) == 0:
+            raise InputError("The prompt has no tokens.", "Give at least one token.")
+        state = TargetState(
+            [0],
+            tuple(taps),
+            {layer: RaggedKV() for layer, kind in enumerate(self.spec.layers) if kind.attends},
+            Mamba2States.zeros(self._mixers, self.device, self.dtype) if self._mixers else None,
+        )
+        tokens = torch.as_tensor(ids, dtype=torch.long, device=self.device)[None]
+        seen = []
+        for piece in tokens.split(PREFILL_BLOCK, dim=1):
+            hidden, tapped = self._block(state, piece)
+            state.commit([piece.shape[1]])
+            seen.append(tapped)
+        return state, Verified(self._logits(hidden[:, -1:]), torch.cat(seen, dim=1))
+
+    @torch.no_grad()
+    def verify(self, state: TargetState, ids: Tensor) -> Verified:
+        """What the target says of ``ids`` [B, m] behind each row's committed tokens. Nothing is committed."""
+        hidden, tapped = self._block(state, ids.to(self.device))
+        return Verified(self._logits(hidden), tapped)
+
+    def commit(self, state: TargetState, kept: Sequence[int]) -> None:
+        """Keep the first ``kept[b]`` tokens of the block last verified in each row and forget the rest, exactly."""
+        block = state.block
+        if block is None or len(kept) != state.rows or min(kept) < 0 or max(kept) > block:
+            raise ValueError(f"commit of {list(kept)} tokens after a block of {block} in {state.rows} rows")
+        with torch.no_grad():
+            state.commit(kept)
+
+    def _block(self, state: TargetState, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Final-norm hidden states [B, m, H] and taps [B, m, T·H] of a block behind ``state``."""
+        block = ids.shape[1]
+        state.block = block
+        with self._tapped(state.taps) as collected:
+            output = self._base(
+                input_ids=ids,
+                attention_mask=self._family.block_mask(state.mask(block, ids.device)),
+                position_ids=state.positions(block, ids.device),
+                past_key_values=state,
+                use_cache=True,
+            )
+        return output.last_hidden_state, _joined(collected, state.taps, output.last_hidden_state)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden).float()
+
+    def _tapped(self, taps: Sequence[int]) -> "_Taps":
+        modules = {tap: self.model.get_input_embeddings() if tap == -1 else self._layers[tap] for tap in taps}
+        return _Taps(modules)
+
+
+class _Taps:
+    """Hooks that collect the outputs of some layers while the model runs."""
+
+    def __init__(self, modules: dict[int, Any]):
+        self._modules = modules
+        self._collected: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> dict[int, Tensor]:
+        for tap, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(tap)))
+        return self._collected
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, tap: int):
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            self._collected[tap] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+
+def _joined(collected: dict[int, Tensor], taps: Sequence[int], like: Tensor) -> Tensor:
+    """Taps side by side [B, S, T·H]; width 0 when there are none."""
+    return torch.cat([collected[tap] for tap in taps], dim=-1) if taps else like[..., :0]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is CUDA when there is one. `EnvironmentFault` when it is absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{name!r} is not a device.", "Use cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault("There is no CUDA device here.", "Use --set target.device=cpu, or install CUDA torch.")
+    return device
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end generation: the generation config's when it names any, else the config's and the tokenizer's."""
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
