@@ -4,6 +4,7 @@ Every key that nobody set keeps the published DeepSpec value where there is one.
 the nearest known key; it is never ignored.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
@@ -168,10 +169,8 @@ def _assignment(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         raise InputError(f"The value in --set {text!r} is not valid YAML.", "Quote it, or correct it.") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     section, _, leaf = key.strip().partition(".")
     return {section: {leaf: value}}
 
@@ -194,7 +193,9 @@ def _validated(values: dict[str, Any], origin: str) -> RunConfig:
 def load_run_config(
     file: Path | None = None, assignments: Iterable[str] = (), preset: Path | None = None, target: str | None = None
 ) -> RunConfig:
-    """The resolved configuration: defaults < ``preset`` < ``file`` < ``assignments`` ("section.key=value") < ``target``.
+    """The resolved configuration: defaults < ``preset`` < ``file`` < ``assignments`` < ``target``.
+
+    An assignment is "section.key=value".
 
     Raises:
         InputError: a file is missing or malformed, a key is unknown, or a value is out of range.

@@ -3,7 +3,6 @@
 Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1; chain drafts only.
 """
 
-import torch
 from torch import Tensor
 
 from nemotron_dspark.decoding.sampling import pick

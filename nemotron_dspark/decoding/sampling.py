@@ -45,7 +45,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def pick(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens [...] drawn from (not necessarily normalised) ``probs`` [..., V] by inverting its CDF at ``uniform`` [...].
+    """Tokens [...] drawn from ``probs`` [..., V], normalised or not, by inverting their CDF at ``uniform`` [...].
 
     The sum runs in double precision: over 131 072 single-precision terms it would move mass between tokens.
     """

@@ -1,7 +1,7 @@
 """Small real checkpoints made on the spot: a BPE tokenizer with Nemotron 3's special tokens and ChatML, and a target.
 
-They are ordinary checkpoint folders (config.json, safetensors, tokenizer files), so every stage treats them as it treats
-a downloaded one. The demo trains one on real text; tests and the selftest use random weights.
+They are ordinary checkpoint folders (config.json, safetensors, tokenizer files), so every stage treats them as it
+treats a downloaded one. The demo trains one on real text; tests and the selftest use random weights.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of exactly ``vocab_size`` ids (if ``texts`` has enough merges) with Nemotron 3's special tokens."""
+    """Byte-level BPE of ``vocab_size`` ids (if ``texts`` has enough merges) with Nemotron 3's special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -118,7 +118,7 @@ def scan_block(
     state: Tensor,  # [B, heads, head_dim, state] fp32, S_0; not written
 ) -> Tensor:
     """Outputs y [B, m, heads, head_dim] of a block that starts in ``state`` (the formula above)."""
-    rows, block, heads, _ = x.shape
+    block = x.shape[1]
     groups = b.shape[2]
     from_state = torch.einsum("bmgn,bghpn->bmghp", c, state.unflatten(1, (groups, -1))).flatten(2, 3)
     y = from_state * torch.exp(decay)[..., None]
@@ -132,7 +132,7 @@ def scan_block(
 
 
 def block_forward(mixer: Any, hidden: Tensor, states: Mamba2States, layer: int) -> Tensor:
-    """A Mamba-2 mixer of `transformers` applied to a block [B, m, H] after the committed tokens; records, writes nothing.
+    """A Mamba-2 mixer of `transformers` on a block [B, m, H] after the committed tokens; records, commits nothing.
 
     Same computation as the mixer's own forward: in_proj, causal convolution, scan, gated norm, out_proj.
     """

@@ -151,7 +151,7 @@ PROOFS = (
         "head",
         _head,
         "the LM head on the last hidden state does not give the model's logits",
-        "The final norm, a multiplier or a soft cap is missing from the captured state; this family needs its own module.",
+        "The final norm, a multiplier or a soft cap is missing; this family needs its own module.",
     ),
     _Proof(
         "padding",
