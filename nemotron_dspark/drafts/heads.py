@@ -1,0 +1,132 @@
+"""What lets the slots of one block know of each other: the sequential head; and what predicts acceptance.
+
+A sequential head turns the previous token (and, for gated and rnn, the slot's hidden state) into a latent vector of
+size r; the slot's logits are ``lm_head(hidden) + markov_w2(latent)``. Names and formulas are DeepSpec's.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nemotron_dspark.drafts.config import DraftConfig
+
+
+class IndependentSlots(nn.Module):
+    """No sequential head (rank 0): slots do not see each other's tokens."""
+
+    def latents(self, hidden: Tensor, previous: Tensor) -> None:
+        return None
+
+    def teacher_forced(self, base_logits: Tensor, hidden: Tensor, previous: Tensor) -> Tensor:
+        return base_logits
+
+    def start(self, rows: int) -> None:
+        return None
+
+    def step(self, base_logits: Tensor, hidden: Tensor, previous: Tensor, state: None) -> tuple[Tensor, None]:
+        return base_logits, None
+
+
+class VanillaHead(nn.Module):
+    """latent = W1[previous]: a low-rank table of token pairs."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.rank = config.markov_rank
+        self.markov_w1 = nn.Embedding(config.vocab_size, self.rank)
+        self.markov_w2 = nn.Linear(self.rank, config.vocab_size, bias=False)
+
+    def latents(
+        self,
+        hidden: Tensor,  # [..., γ, H]
+        previous: Tensor,  # [..., γ] token before each slot; the anchor for slot 0
+    ) -> Tensor:
+        """Latent of every slot [..., γ, r]."""
+        return self.markov_w1(previous)
+
+    def teacher_forced(
+        self,
+        base_logits: Tensor,  # [..., γ, V]
+        hidden: Tensor,  # [..., γ, H]
+        previous: Tensor,  # [..., γ]
+    ) -> Tensor:
+        """Logits [..., γ, V] of whole blocks whose previous tokens are known."""
+        return base_logits + self.markov_w2(self.latents(hidden, previous))
+
+    def start(self, rows: int) -> Tensor | None:
+        """State before slot 0 of ``rows`` blocks; None for the heads without one."""
+        return None
+
+    def step(
+        self,
+        base_logits: Tensor,  # [B, V]
+        hidden: Tensor,  # [B, H]
+        previous: Tensor,  # [B]
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, V] of the next slot and the state after it."""
+        return base_logits + self.markov_w2(self.latents(hidden, previous)), state
+
+
+class GatedHead(VanillaHead):
+    """latent = σ(G [hidden ; W1[previous]]) ⊙ W1[previous]: the hidden state decides how much the pair counts."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size + self.rank, self.rank)
+
+    def latents(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        embedded = self.markov_w1(previous)
+        return torch.sigmoid(self.gate_proj(torch.cat((hidden, embedded), dim=-1))) * embedded
+
+
+class RecurrentHead(VanillaHead):
+    """A small recurrence over the slots of a block: each slot sees all tokens before it, not only the last."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__(config)
+        self.joint_proj = nn.Linear(2 * self.rank + config.hidden_size, 3 * self.rank)
+
+    def latents(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        embedded = self.markov_w1(previous)
+        state = embedded.new_zeros(*previous.shape[:-1], self.rank)
+        slots = []
+        for slot in range(previous.shape[-1]):
+            latent, state = self._advance(state, embedded[..., slot, :], hidden[..., slot, :])
+            slots.append(latent)
+        return torch.stack(slots, dim=-2)
+
+    def start(self, rows: int) -> Tensor:
+        return self.markov_w2.weight.new_zeros(rows, self.rank)
+
+    def step(self, base_logits: Tensor, hidden: Tensor, previous: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        latent, state = self._advance(state, self.markov_w1(previous), hidden)
+        return base_logits + self.markov_w2(latent), state
+
+    def _advance(self, state: Tensor, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        gate, candidate, output = self.joint_proj(torch.cat((state, embedded, hidden), dim=-1)).chunk(3, dim=-1)
+        return torch.tanh(output), torch.lerp(torch.tanh(candidate), state, torch.sigmoid(gate))
+
+
+_HEADS = {"vanilla": VanillaHead, "gated": GatedHead, "rnn": RecurrentHead}
+
+
+def build_sequential_head(config: DraftConfig) -> nn.Module:
+    return _HEADS[config.markov_head_type](config) if config.markov_rank else IndependentSlots()
+
+
+class ConfidenceHead(nn.Module):
+    """One logit per slot: how likely the target accepts the token drafted there."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        extra = config.markov_rank if config.confidence_head_with_markov else 0
+        self.proj = nn.Linear(config.hidden_size + extra, 1)
+
+    def forward(
+        self,
+        hidden: Tensor,  # [..., H]
+        embedded: Tensor | None,  # [..., r] W1[previous token], when the head reads it
+    ) -> Tensor:
+        """Logits [...]."""
+        features = hidden if embedded is None else torch.cat((hidden, embedded), dim=-1)
+        return self.proj(features).squeeze(-1)
