@@ -13,7 +13,7 @@ class Response:
     """What hub errors want to know of an HTTP response."""
 
     status_code = 404
-    headers: dict = {}
+    headers = ()
     request = None
 
 
