@@ -40,6 +40,8 @@ class DraftConfig:
     dtype: str = "float32"  # of the saved weights
 
     def __post_init__(self) -> None:
+        if not self.enable_confidence_head:  # the key says nothing then, and is not written
+            object.__setattr__(self, "confidence_head_with_markov", False)
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
             _at_least_one(key, getattr(self, key))
         for key in ("num_key_value_heads", "vocab_size", "max_position_embeddings", "block_size", "num_anchors"):
@@ -62,9 +64,7 @@ class DraftConfig:
         if self.markov_rank and self.markov_head_type not in SEQUENTIAL_HEADS:
             raise _wrong("markov_head_type", self.markov_head_type, f"known are {', '.join(SEQUENTIAL_HEADS)}")
         if self.enable_confidence_head and self.confidence_head_with_markov and not self.markov_rank:
-            raise _wrong(
-                "confidence_head_with_markov", True, "markov_rank is 0, so there is no previous-token embedding"
-            )
+            raise _wrong("confidence_head_with_markov", True, "with markov_rank 0 no token is embedded")
 
     @property
     def num_taps(self) -> int:

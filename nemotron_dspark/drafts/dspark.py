@@ -1,8 +1,8 @@
 """The DSpark draft: a few Qwen3 layers that fill a whole block at once from the target's hidden states.
 
 Per block the input is the anchor's embedding and γ-1 mask tokens; slot k predicts the token k+1 after the anchor. The
-context is RMSNorm(fc(taps)) at every position before the anchor. A sequential head ties the slots together. Tensor names
-and ``config.json`` are DeepSpec's `Qwen3DSparkModel`.
+context is RMSNorm(fc(taps)) at every position before the anchor. A sequential head ties the slots together. Tensor
+names and ``config.json`` are DeepSpec's `Qwen3DSparkModel`.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ class DSparkDraft(nn.Module):
             module.weight = nn.Parameter(weight, requires_grad=False)
 
     def save(self, folder: Path, *, slim: bool = False) -> None:
-        """Write ``model.safetensors`` and ``config.json``, each whole; ``slim`` leaves out the target's two matrices."""
+        """Write ``model.safetensors`` and ``config.json``; ``slim`` leaves out the target's two matrices."""
         if not slim:
             self._require_embeddings()
         tensors = {

@@ -47,3 +47,8 @@ def small_draft(seed: int = 0, spread: float = 5.0, **changes) -> DSparkDraft:
 @pytest.fixture
 def make_draft():
     return small_draft
+
+
+@pytest.fixture
+def make_config():
+    return small_config

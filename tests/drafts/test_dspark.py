@@ -153,10 +153,8 @@ def test_slim_copy_needs_the_target_and_then_equals_the_full_one(make_draft, tmp
     assert torch.equal(loaded(ids, taps, anchors, valid), draft(ids, taps, anchors, valid))
 
 
-def test_same_seed_same_weights():
-    from tests.drafts.conftest import small_config
-
-    one, two, other = (DSparkDraft(small_config(), seed=seed).trainable_parameters() for seed in (1, 1, 2))
+def test_same_seed_same_weights(make_config):
+    one, two, other = (DSparkDraft(make_config(), seed=seed).trainable_parameters() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["fc.weight"], other["fc.weight"])
 
@@ -167,10 +165,10 @@ def test_damaged_and_foreign_files_are_named(make_draft, tmp_path):
     content, values = weights.read_bytes(), json.loads(config.read_text())
 
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match="model.safetensors is damaged"):
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         DSparkDraft.load(tmp_path)
     weights.unlink()
-    with pytest.raises(InputError, match="has no model.safetensors"):
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
         DSparkDraft.load(tmp_path)
     weights.write_bytes(content)
 
@@ -184,7 +182,7 @@ def test_damaged_and_foreign_files_are_named(make_draft, tmp_path):
     with pytest.raises(InputError, match="not a DSpark draft"):
         DSparkDraft.load(tmp_path)
     config.unlink()
-    with pytest.raises(InputError, match="no config.json"):
+    with pytest.raises(InputError, match=r"no config\.json"):
         DSparkDraft.load(tmp_path)
 
 
