@@ -1,0 +1,325 @@
+"""Conversations in, target cache out: tokenise, lay out, run the target, write.
+
+Everything but the hidden states follows from the tokenised lengths: the layout, and the batches (similar lengths within
+one shard). So a build that was killed anywhere goes on with the batches it has not written, and ends in the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nemotron_dspark import __version__
+from nemotron_dspark.cache.format import MANIFEST, Layout
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cache.tokens import Tally, TokenStore, store_tokens
+from nemotron_dspark.cache.writer import WORK, CacheWriter, lock, remove_leftovers
+from nemotron_dspark.chat.format import recognise
+from nemotron_dspark.config.run import CacheConfig, DataConfig
+from nemotron_dspark.data.conversations import SkipTally
+from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
+from nemotron_dspark.files import disk_errors, read_json, sha256, write_json
+
+REPORT = "build.json"
+_SPARE_BYTES = 16 * 1024**2  # index, checksums and the file system's own needs
+
+
+class CapturesStates(Protocol):
+    """What a build needs of a `targets.Target`."""
+
+    spec: Any
+    tokenizer: Any
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+
+    def capture(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, taps: tuple[int, ...]) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is; ``stage`` is "tokenise" (samples = lines read, no total) or "capture"."""
+
+    stage: str
+    samples: int
+    total_samples: int
+    tokens: int
+    total_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildReport:
+    folder: Path
+    samples: int
+    tokens: int
+    loss_tokens: int
+    cut: int  # samples that max_length cut off
+    bytes: int
+    shards: int
+    skipped: SkipTally
+    notes: tuple[str, ...]
+    reused_samples: int  # written by an earlier, interrupted build
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"folder": str(self.folder), "skipped": self.skipped.to_json(), "notes": list(self.notes)}
+
+
+def build_cache(
+    target: CapturesStates,
+    conversations_file: Path | str,
+    out_folder: Path | str,
+    *,
+    taps: tuple[int, ...],
+    data: DataConfig | None = None,
+    cache: CacheConfig | None = None,
+    mask_token_id: int | None = None,
+    progress: Callable[[BuildProgress], None] | None = None,
+) -> BuildReport:
+    """Write the cache of ``conversations_file`` under ``target`` to ``out_folder``, or finish one that was interrupted.
+
+    A finished cache of the same inputs is left as it is. With ``mask_token_id``, data that contains it is refused.
+
+    Raises:
+        InputError: unusable data, or a folder that holds something else or was built from other inputs.
+        EnvironmentFault: not enough free space (known before the target runs), or the disk is full.
+        CheckError: the target's hidden states are not finite.
+    """
+    started = time.monotonic()
+    data, cache = data or DataConfig(), cache or CacheConfig()
+    conversations, folder = Path(conversations_file), Path(out_folder)
+    report = progress or (lambda _: None)
+    inputs = _inputs(target, conversations, tuple(taps), data, cache)
+    work = folder / WORK
+    _check_folder(folder, inputs)
+    if (folder / MANIFEST).is_file():
+        shutil.rmtree(work, ignore_errors=True)  # killed between the manifest and this
+        return _finished(folder, started)
+    with disk_errors(folder):
+        work.mkdir(parents=True, exist_ok=True)
+    if (folder / REPORT).is_file():
+        _check_mask_token(TokenStore(work), mask_token_id, folder)
+    else:
+        held = lock(work)
+        try:
+            remove_leftovers(folder)
+            _tokenise(folder, target, conversations, inputs, data, mask_token_id, report)
+        finally:
+            os.close(held)
+    store = TokenStore(work)
+    with CacheWriter(
+        folder,
+        store.lengths,
+        taps=tuple(taps),
+        hidden_size=target.spec.hidden_size,
+        shard_bytes=cache.shard_bytes,
+        extra=_manifest_extra(target, conversations, data),
+    ) as writer:
+        reused = int(writer.written.sum())
+        _check_space(folder, writer.missing_bytes)
+        _capture(target, store, writer, cache.batch_tokens, report)
+        writer.finish(extra_files=[REPORT])
+    return _finished(folder, started, reused)
+
+
+def batches(layout: Layout, batch_tokens: int) -> list[list[int]]:
+    """Sample ids of every forward: within a shard by descending length, at most ``batch_tokens`` padded tokens.
+
+    A pure function of the lengths, so that a resumed build computes what the first one would have. The longest samples
+    come first: if they do not fit in memory, that shows at once.
+    """
+    lengths = layout.index["seq_len"].tolist()
+    result: list[list[int]] = []
+    for first, stop in zip(layout.shard_starts, layout.shard_starts[1:], strict=False):
+        ordered = sorted(range(first, stop), key=lambda sample: (-lengths[sample], sample))
+        batch: list[int] = []
+        for sample in ordered:
+            if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+                result.append(batch)
+                batch = []
+            batch.append(sample)
+        result.append(batch)
+    return result
+
+
+def _capture(
+    target: CapturesStates,
+    store: TokenStore,
+    writer: CacheWriter,
+    batch_tokens: int,
+    report: Callable[[BuildProgress], None],
+) -> None:
+    total = int(store.lengths.sum())
+    pad = target.tokenizer.pad_token_id or 0
+    for batch in batches(writer.layout, batch_tokens):
+        if not writer.written[batch].all():
+            samples = [store[sample_id] for sample_id in batch]
+            lengths = [len(sample.input_ids) for sample in samples]
+            input_ids = torch.full((len(batch), max(lengths)), pad, dtype=torch.long)
+            for row, sample in enumerate(samples):
+                input_ids[row, : lengths[row]] = torch.from_numpy(sample.input_ids)
+            attention_mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            captured = target.capture(
+                input_ids.to(target.device), attention_mask.to(target.device), writer.manifest.taps
+            )
+            all_taps = captured.taps.to(torch.bfloat16).cpu()  # [B, S, T·H]
+            all_last = captured.last.to(torch.bfloat16).cpu()  # [B, S, H]
+            for row, sample_id in enumerate(batch):
+                taps, last = all_taps[row, : lengths[row]], all_last[row, : lengths[row]]
+                if not (torch.isfinite(taps).all() and torch.isfinite(last).all()):
+                    raise CheckError(
+                        f"The target's hidden states of sample {sample_id} are not finite.",
+                        "Load the target in another type (target.dtype=bfloat16 or float32).",
+                    )
+                writer.write(sample_id, samples[row].input_ids, samples[row].loss_mask, taps, last)
+            writer.commit()
+        written = writer.written
+        report(BuildProgress("capture", int(written.sum()), len(store), int(store.lengths[written].sum()), total))
+
+
+def _tokenise(
+    folder: Path,
+    target: CapturesStates,
+    conversations: Path,
+    inputs: dict[str, Any],
+    data: DataConfig,
+    mask_token_id: int | None,
+    report: Callable[[BuildProgress], None],
+) -> None:
+    """Fill `.build/` with the samples; `build.json` marks this stage as done."""
+    tally = store_tokens(
+        folder / WORK,
+        conversations,
+        target.tokenizer,
+        data,
+        max_length=min(data.max_length, target.spec.max_position_embeddings),
+        mask_token_id=mask_token_id,
+        progress=lambda lines: report(BuildProgress("tokenise", lines, 0, 0, 0)),
+    )
+    notes = []
+    if data.max_length > target.spec.max_position_embeddings:
+        notes.append(f"Samples end at the target's {target.spec.max_position_embeddings} positions, before max_length.")
+    values = dataclasses.asdict(tally) | {"skipped": tally.skipped.to_json(), "notes": notes}
+    write_json(folder / REPORT, {"inputs": inputs, "result": values})
+
+
+def _read_report(folder: Path) -> tuple[Tally, tuple[str, ...]]:
+    result = dict(read_json(folder / REPORT)["result"])
+    notes = tuple(result.pop("notes"))
+    return Tally(**(result | {"skipped": SkipTally.from_json(result["skipped"])})), notes
+
+
+def _finished(folder: Path, started: float, reused: int | None = None) -> BuildReport:
+    cache = TargetCache(folder)
+    tally, notes = _read_report(folder)
+    size = sum((folder / name).stat().st_size for name in cache.manifest.shard_files)
+    return BuildReport(
+        folder=folder,
+        samples=tally.samples,
+        tokens=tally.tokens,
+        loss_tokens=tally.loss_tokens,
+        cut=tally.cut,
+        bytes=size,
+        shards=len(cache.manifest.shard_files),
+        skipped=tally.skipped,
+        notes=notes,
+        reused_samples=tally.samples if reused is None else reused,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_folder(folder: Path, inputs: dict[str, Any]) -> None:
+    """`InputError` unless ``folder`` is absent, empty, or a build of the same inputs."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file.", "Choose a folder for the cache.")
+    if (folder / REPORT).is_file():
+        known = read_json(folder / REPORT).get("inputs", {})
+        changed = sorted(key for key in known.keys() | inputs.keys() if known.get(key) != inputs.get(key))
+        if changed:
+            raise InputError(
+                f"{folder} was built from other inputs: {', '.join(changed)} changed.",
+                "Choose another folder, or delete this one.",
+            )
+        return
+    foreign = [path.name for path in folder.iterdir() if path.name != WORK and not path.name.endswith(".tmp")]
+    if foreign:
+        raise InputError(
+            f"{folder} is not empty and not a build of ours: it has {foreign[0]}.", "Choose another folder."
+        )
+
+
+def _check_space(folder: Path, missing: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < missing + _SPARE_BYTES:
+        raise EnvironmentFault(
+            f"The cache needs {missing / 1e9:.2f} GB more and {folder} has {free / 1e9:.2f} GB free.",
+            "Free some space, choose another disk, or use fewer conversations or taps; the same command goes on.",
+        )
+
+
+def _check_mask_token(store: TokenStore, mask_token_id: int | None, folder: Path) -> None:
+    if mask_token_id is None:
+        return
+    for sample_id in range(len(store)):
+        if (store[sample_id].input_ids == mask_token_id).any():
+            raise InputError(
+                f"Sample {sample_id} of {folder} contains the draft's mask token {mask_token_id}.",
+                "Set draft.mask_token_id to a token the data never uses.",
+            )
+
+
+def _inputs(
+    target: CapturesStates, conversations: Path, taps: tuple[int, ...], data: DataConfig, cache: CacheConfig
+) -> dict[str, Any]:
+    """What the bytes of the cache depend on, as it can be told from outside."""
+    if not conversations.is_file():
+        raise InputError(f"{conversations} does not exist.", "Check the path of the data file.")
+    return {
+        "conversations": sha256(conversations),
+        "target": _weights_identity(Path(target.folder)),
+        "chat_template": hashlib.sha256(str(target.tokenizer.chat_template).encode()).hexdigest(),
+        "target_name": target.spec.name,
+        "dtype": str(target.dtype),
+        "taps": list(taps),
+        "data": data.model_dump(),
+        "cache": cache.model_dump(),
+    }
+
+
+def _weights_identity(folder: Path) -> str:
+    """Digest of config, tokenizer, and size, head and tail of every weight file (reading them whole takes minutes)."""
+    digest = hashlib.sha256()
+    for path in sorted((folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors"))):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _manifest_extra(target: CapturesStates, conversations: Path, data: DataConfig) -> dict[str, Any]:
+    chat_format = recognise(target.tokenizer)
+    return {
+        "target_model_name_or_path": target.spec.name,
+        "source_jsonl_paths": [str(conversations)],
+        "chat_template": chat_format.name if chat_format else "the tokenizer's own",
+        "max_length": data.max_length,
+        "min_loss_tokens": data.min_loss_tokens,
+        "project_name": "nemotron-dspark",
+        "exp_name": None,
+        "git_sha": f"nemotron-dspark {__version__}",
+    }

@@ -1,0 +1,101 @@
+"""The tokenised data set of a build: conversations become samples once, and a resumed build reads them back.
+
+`tokens.bin` holds int32 ids and the uint8 loss mask of one sample after the other, `lengths.npy` how long each is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nemotron_dspark.chat.format import RenderError
+from nemotron_dspark.chat.mask import NotMaskable, Tokenised, tokenise
+from nemotron_dspark.config.run import DataConfig
+from nemotron_dspark.data.conversations import Skipped, SkipTally, read
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import write_whole
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came out of the conversations."""
+
+    samples: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    cut: int = 0  # samples that were longer than max_length
+    skipped: SkipTally = dataclasses.field(default_factory=SkipTally)
+
+
+class TokenStore:
+    """Samples on disk; ``store[i]`` is a `Tokenised`."""
+
+    def __init__(self, folder: Path):
+        self.lengths: np.ndarray = np.load(folder / "lengths.npy", allow_pickle=False)  # int64 [samples]
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]) * 5
+        self._data = np.memmap(folder / "tokens.bin", dtype=np.uint8, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, sample_id: int) -> Tokenised:
+        start, length = int(self._starts[sample_id]), int(self.lengths[sample_id])
+        ids = np.frombuffer(self._data, "<i4", count=length, offset=start)
+        return Tokenised(ids.copy(), self._data[start + 4 * length : start + 5 * length].copy())
+
+
+def store_tokens(
+    folder: Path,
+    conversations: Path,
+    tokenizer: Any,
+    data: DataConfig,
+    *,
+    max_length: int,
+    mask_token_id: int | None,
+    progress: Callable[[int], None] = lambda lines: None,
+) -> Tally:
+    """Tokenise ``conversations`` into ``folder``; sample ids are dense in the order of the file.
+
+    Raises:
+        InputError: no sample is left, or the draft's mask token occurs in one (named with its line).
+    """
+    tally = Tally()
+    lengths: list[int] = []
+
+    def write(file: BinaryIO) -> None:
+        for number, item in enumerate(read(conversations), start=1):
+            progress(number)
+            if isinstance(item, Skipped):
+                tally.skipped.add(item)
+                continue
+            line = int(item.origin.rpartition(":")[2])
+            try:
+                sample = tokenise(tokenizer, item, max_length=max_length, thinking=data.thinking)
+            except (NotMaskable, RenderError) as reason:
+                tally.skipped.add(Skipped(line, reason.what.rstrip(".")))
+                continue
+            if sample.loss_tokens < data.min_loss_tokens:
+                tally.skipped.add(Skipped(line, f"fewer than {data.min_loss_tokens} loss tokens"))
+                continue
+            if mask_token_id is not None and (sample.input_ids == mask_token_id).any():
+                raise InputError(
+                    f"{conversations}:{line} contains the draft's mask token {mask_token_id}.",
+                    "Take that conversation out, or set draft.mask_token_id to a token the data never uses.",
+                )
+            file.write(sample.input_ids.astype("<i4").tobytes() + sample.loss_mask.tobytes())
+            lengths.append(len(sample.input_ids))
+            tally.tokens += len(sample.input_ids)
+            tally.loss_tokens += sample.loss_tokens
+
+    write_whole(folder / "tokens.bin", write)
+    if not lengths:
+        raise InputError(
+            f"{conversations} leaves no sample: {'; '.join(tally.skipped.sentences())}.",
+            "`nds data check` shows what happens to each conversation.",
+        )
+    tally.samples = len(lengths)
+    tally.cut = int((np.asarray(lengths) == max_length).sum())
+    write_whole(folder / "lengths.npy", lambda file: np.save(file, np.asarray(lengths, dtype=np.int64)))
+    return tally

@@ -1,0 +1,127 @@
+"""Conversations as text: the tokenizer's own chat template renders them, a bundled one when it ships none.
+
+The bundled formats (`templates/*.yaml`) are data: names to recognise a format by, markers for people and for DeepSpec,
+and how each was checked. Nothing here or in the loss masks depends on the markers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import TemplateError
+
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.resources import resource_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    role: str  # "system", "user", "assistant" or "tool"
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages in order, and where they came from ("prompts.jsonl:12") for messages to people."""
+
+    messages: tuple[Message, ...]
+    origin: str = ""
+    complete: bool = True  # False: the last answer was cut off, so the target never ended that turn
+
+
+class RenderError(InputError):
+    """The chat template refuses these messages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatFormat:
+    """One file of `templates/`."""
+
+    name: str
+    description: str
+    recognise: tuple[str, ...]  # a chat template that contains all of these is of this format
+    system: str | None  # what a turn of each role begins with
+    user: str | None
+    assistant: str | None
+    end_of_turn: str | None
+    thinking: str | None  # how reasoning is switched, in words
+    deepspec: dict[str, str | None] | None  # fields of DeepSpec's ChatTemplate; None where its regex cannot do it
+    jinja: str | None  # used for a tokenizer that ships no template; None where every known checkpoint ships one
+    checked: str
+
+
+def load_format(path: Path) -> ChatFormat:
+    """Read one YAML file; `InputError` names the file and the key that is missing, unknown or of another type."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.", "Correct the file.") from None
+    names = {field.name for field in dataclasses.fields(ChatFormat)}
+    if not isinstance(values, dict) or set(values) != names:
+        wrong = sorted(names ^ set(values)) if isinstance(values, dict) else sorted(names)
+        raise InputError(
+            f"{path}: missing or unknown keys: {', '.join(wrong)}.", "Compare it with templates/plain.yaml."
+        )
+    if not isinstance(values["recognise"], list):
+        raise InputError(f"{path}: recognise is not a list.", "Write a list of texts, [] for none.")
+    for key, value in values.items():
+        if key not in ("recognise", "deepspec") and not isinstance(value, str | None):
+            raise InputError(f"{path}: {key} is not text.", "Quote the value.")
+    return ChatFormat(**(values | {"recognise": tuple(values["recognise"])}))
+
+
+@functools.cache
+def bundled_formats() -> dict[str, ChatFormat]:
+    """Every format in `templates/`, by name."""
+    formats = [load_format(path) for path in sorted(resource_folder("templates").glob("*.yaml"))]
+    return {chat_format.name: chat_format for chat_format in formats}
+
+
+def template_source(tokenizer: Any) -> str:
+    """The jinja text that renders this tokenizer's chats: its own, else that of `templates/plain.yaml`."""
+    source = getattr(tokenizer, "chat_template", None)
+    if isinstance(source, dict):  # several named templates
+        source = source.get("default") or next(iter(source.values()), None)
+    return source or bundled_formats()["plain"].jinja
+
+
+def recognise(tokenizer: Any) -> ChatFormat | None:
+    """The bundled format of this tokenizer's template: plain without a template, None for one nobody described."""
+    if not getattr(tokenizer, "chat_template", None):
+        return bundled_formats()["plain"]
+    source = template_source(tokenizer)
+    fitting = [f for f in bundled_formats().values() if f.recognise and all(text in source for text in f.recognise)]
+    return max(fitting, key=lambda chat_format: len(chat_format.recognise), default=None)
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False, thinking: bool | None = None
+) -> str:
+    """The text of ``messages``; with ``generation_prompt`` it ends where the model starts to write the next answer.
+
+    Raises:
+        RenderError: the template refuses the messages (roles that do not alternate, a role it does not know).
+    """
+    switches = {} if thinking is None else {"enable_thinking": thinking}
+    try:
+        return tokenizer.apply_chat_template(
+            [dataclasses.asdict(message) for message in messages],
+            chat_template=template_source(tokenizer),
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **switches,
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise RenderError(
+            f"The chat template refuses the messages: {' '.join(str(error).split())}.",
+            "Check the order of roles and the contents.",
+        ) from None
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
+    """Token ids of ``messages`` and the generation prompt after them: what the target reads before it answers."""
+    text = render(tokenizer, messages, generation_prompt=True, thinking=thinking)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

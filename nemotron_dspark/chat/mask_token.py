@@ -1,0 +1,75 @@
+"""Which token fills the slots of a block that are not drafted yet.
+
+It must be an id of the target's embedding that never occurs in text: a reserved token that no template prints.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+from nemotron_dspark.chat.format import template_source
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets.spec import TargetSpec
+
+NEMOTRON_MASK = 990  # what NVIDIA's own drafts use
+NEMOTRON_AVOID = frozenset({18, 19, 20, 233, 999})  # used by multimodal variants, or as padding
+_NEMOTRON_VOCABULARY = 131072
+_RESERVED = re.compile(
+    r"<SPECIAL_\d+>|<\|?reserved[\w ]*\d+\|?>|<\|?unused_?\d*\|?>|\[unused_?\d+\]"
+    r"|<\|?extra_id_\d+\|?>|<\|?placeholder_?\d+\|?>"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskToken:
+    id: int
+    reason: str
+
+
+def choose_mask_token(tokenizer: Any, spec: TargetSpec, *, override: int | None = None) -> MaskToken:
+    """The mask token of drafts for this target, and why this one.
+
+    In order: ``override``; 990 for Nemotron tokenizers; the tokenizer's mask token; its highest reserved token; the
+    first row of the embedding that the tokenizer has no token for (DeepSpec's choice for Qwen3).
+
+    Raises:
+        InputError: ``override`` is outside the vocabulary or printed by the chat template, or no token is suitable.
+    """
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    used = _used_ids(tokenizer, added)
+    if override is not None:
+        if not 0 <= override < spec.vocab_size:
+            raise InputError(
+                f"The mask token {override} is outside the target's vocabulary of {spec.vocab_size}.",
+                f"Set draft.mask_token_id to an id from 0 to {spec.vocab_size - 1}, or leave it out.",
+            )
+        if override in used:
+            raise InputError(
+                f"The mask token {override} ({added.get(override)!r}) is one that the target's chats use.",
+                "Set draft.mask_token_id to a reserved token, or leave it out.",
+            )
+        return MaskToken(override, "set by draft.mask_token_id")
+    nemotron = spec.vocab_size == _NEMOTRON_VOCABULARY and all(index in added for index in range(1000))
+    if nemotron and NEMOTRON_MASK not in used:
+        return MaskToken(NEMOTRON_MASK, "NVIDIA's choice for Nemotron tokenizers")
+    own = tokenizer.mask_token_id
+    if own is not None and own < spec.vocab_size and own not in used:
+        return MaskToken(own, "the tokenizer's mask token")
+    avoid = used | NEMOTRON_AVOID if nemotron else used
+    reserved = [i for i, text in added.items() if _RESERVED.fullmatch(text) and i < spec.vocab_size and i not in avoid]
+    if reserved:
+        return MaskToken(max(reserved), f"the highest reserved token, {added[max(reserved)]}")
+    if len(tokenizer) < spec.vocab_size:
+        return MaskToken(len(tokenizer), "the first row of the embedding that the tokenizer has no token for")
+    raise InputError(
+        "The target's tokenizer has no mask token and no reserved token.",
+        "Set draft.mask_token_id to a token that your data never uses.",
+    )
+
+
+def _used_ids(tokenizer: Any, added: dict[int, str]) -> set[int]:
+    """Added tokens that the chat template prints, and those with a role of their own (the mask token's is free)."""
+    source = template_source(tokenizer)
+    printed = {index for index, text in added.items() if text in source}
+    roles = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk", "sep", "cls")}
+    return printed | (roles - {None})
