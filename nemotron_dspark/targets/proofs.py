@@ -21,7 +21,7 @@ _BLOCK = 8
 class ProofResult:
     name: str
     passed: bool
-    error: float  # relative error of the worst position (fp32) or of the median one (half precision)
+    error: float  # relative error of the worst position (fp32) or of a typical one (half precision)
     tolerance: float
     seconds: float
     cause: str  # what it means when it fails
@@ -34,10 +34,11 @@ class _Proof:
     measure: Callable[[Target, Tensor, Sequence[int]], float]
     cause: str
     cure: str
+    half_tolerance: float = 0.1  # blocks and sequences round differently
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    """Relative error over the last dimension: the worst position in fp32, the median position in half precision.
+def _relative(found: Tensor, expected: Tensor, quantile: float = 0.5) -> float:
+    """Relative error over the last dimension: of the worst position in fp32, of the ``quantile`` in half precision.
 
     Half precision rounds differently in a block than in a sequence, and a router near a tie may then pick another
     expert for single tokens; a broken state or mask moves every position.
@@ -47,11 +48,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     positions = (error / scale).flatten()
     if not bool(torch.isfinite(positions).all()):
         return float("inf")
-    return float(positions.max() if found.dtype == torch.float32 else positions.median())
-
-
-def _tolerance(target: Target) -> float:
-    return 1e-4 if target.dtype == torch.float32 else 0.1
+    return float(positions.max() if found.dtype == torch.float32 else positions.quantile(quantile))
 
 
 def _chunk(target: Target) -> int:
@@ -59,18 +56,11 @@ def _chunk(target: Target) -> int:
 
 
 def _causality(target: Target, ids: Tensor, taps: Sequence[int]) -> float:
-    chunk = _chunk(target)
+    kept = 2 * _chunk(target) + 4  # the prefix crosses borders itself, and one lies behind it
     changed = ids.clone()
-    changed[:, chunk + 4 :] = changed[:, chunk + 4 :].flip(
-        1
-    )  # crosses no border of the kept prefix but one of the scan
-    kept = chunk + 4
-    whole = target.capture(ids, None, taps)
-    other = target.capture(changed, None, taps)
-    short = target.capture(ids[:, :kept], None, taps)
-    return max(
-        _relative(other.last[:, :kept], whole.last[:, :kept]), _relative(short.last[:, :kept], whole.last[:, :kept])
-    )
+    changed[:, kept:] = (changed[:, kept:] + 1) % target.spec.vocab_size
+    whole, other = target.capture(ids, None, taps), target.capture(changed, None, taps)
+    return _relative(other.last[:, :kept], whole.last[:, :kept], quantile=0.9)  # a leak may reach back one chunk only
 
 
 def _taps(target: Target, ids: Tensor, taps: Sequence[int]) -> float:
@@ -140,6 +130,7 @@ PROOFS = (
         _causality,
         "later tokens change the hidden states of earlier ones across a chunk border of the scan",
         "Upgrade transformers (5.15 or newer computes Nemotron-H rightly), or install mamba-ssm and causal-conv1d.",
+        half_tolerance=0.01,  # both sides are computed in the same shape
     ),
     _Proof(
         "taps",
@@ -171,13 +162,13 @@ PROOFS = (
 def run_proofs(target: Target, taps: Sequence[int] = ()) -> list[ProofResult]:
     """Run every proof on ``target`` with ``taps``; never raises for a failed one."""
     generator = torch.Generator().manual_seed(0)
-    length = 2 * _chunk(target) + 2 * _BLOCK + 24
+    length = 3 * _chunk(target) + 2 * _BLOCK + 24
     ids = torch.randint(0, target.spec.vocab_size, (1, length), generator=generator).to(target.device)
     results = []
     for proof in PROOFS:
         began = time.perf_counter()
         error = proof.measure(target, ids, taps)
-        tolerance = _tolerance(target)
+        tolerance = 1e-4 if target.dtype == torch.float32 else proof.half_tolerance
         results.append(
             ProofResult(
                 proof.name, error <= tolerance, error, tolerance, time.perf_counter() - began, proof.cause, proof.cure
