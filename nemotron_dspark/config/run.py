@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nemotron_dspark.config.presets import preset_for
 from nemotron_dspark.errors import InputError
 
 
@@ -195,19 +196,27 @@ def load_run_config(
 ) -> RunConfig:
     """The resolved configuration: defaults < ``preset`` < ``file`` < ``assignments`` < ``target``.
 
-    An assignment is "section.key=value".
+    An assignment is "section.key=value". Without ``preset``, the target's own in `configs/` is used, if there is one.
 
     Raises:
         InputError: a file is missing or malformed, a key is unknown, or a value is out of range.
     """
-    values: dict[str, Any] = {}
-    for path in (preset, file):
-        if path is not None:
-            values = _merge(values, _read_yaml(path))
-            _validated(values, str(path))  # so that the message names the file that holds the fault
+    given: dict[str, Any] = {}
+    if file is not None:
+        given = _checked_file(file)
     for text in assignments:
-        values = _merge(values, _assignment(text))
-        _validated(values, f"--set {text}")
+        given = _merge(given, _assignment(text))
+        _validated(given, f"--set {text}")
     if target is not None:
-        values = _merge(values, {"target": {"name": target}})
-    return _validated(values, "configuration")
+        given = _merge(given, {"target": {"name": target}})
+    name = _validated(given, "configuration").target.name
+    if preset is None and name is not None:
+        preset = preset_for(name)
+    base = _checked_file(preset) if preset is not None else {}
+    return _validated(_merge(base, given), "configuration")
+
+
+def _checked_file(path: Path) -> dict[str, Any]:
+    values = _read_yaml(path)
+    _validated(values, str(path))  # so that the message names the file that holds the fault
+    return values

@@ -4,8 +4,8 @@ import difflib
 import re
 from pathlib import Path
 
+from nemotron_dspark.config.known import ALIASES, KNOWN
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.targets.known import ALIASES, KNOWN
 
 # Everything but the weights. Python files stay on the hub: no remote code.
 _SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md")

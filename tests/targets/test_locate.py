@@ -1,11 +1,13 @@
 """A name becomes a folder, or one sentence on what is wrong with it. The hub itself is replaced; nothing is fetched."""
 
+import types
+
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from nemotron_dspark.config.known import ALIASES, known_target
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.targets.known import ALIASES, known_target
 from nemotron_dspark.targets.locate import locate
 
 
@@ -13,7 +15,7 @@ class Response:
     """What hub errors want to know of an HTTP response."""
 
     status_code = 404
-    headers = ()
+    headers = types.MappingProxyType({})
     request = None
 
 
