@@ -199,8 +199,7 @@ def _tokenise(
         folder / WORK,
         conversations,
         target.tokenizer,
-        data,
-        max_length=min(data.max_length, target.spec.max_position_embeddings),
+        data.model_copy(update={"max_length": min(data.max_length, target.spec.max_position_embeddings)}),
         mask_token_id=mask_token_id,
         progress=lambda lines: report(BuildProgress("tokenise", lines, 0, 0, 0)),
     )

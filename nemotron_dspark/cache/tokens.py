@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nemotron_dspark.chat.format import RenderError
-from nemotron_dspark.chat.mask import NotMaskable, Tokenised, tokenise
+from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.config.run import DataConfig
-from nemotron_dspark.data.conversations import Skipped, SkipTally, read
+from nemotron_dspark.data.conversations import Skipped, SkipTally
+from nemotron_dspark.data.samples import read_samples
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import write_whole
 
@@ -52,7 +52,6 @@ def store_tokens(
     tokenizer: Any,
     data: DataConfig,
     *,
-    max_length: int,
     mask_token_id: int | None,
     progress: Callable[[int], None] = lambda lines: None,
 ) -> Tally:
@@ -65,23 +64,15 @@ def store_tokens(
     lengths: list[int] = []
 
     def write(file: BinaryIO) -> None:
-        for number, item in enumerate(read(conversations), start=1):
+        for number, item in enumerate(read_samples(conversations, tokenizer, data), start=1):
             progress(number)
             if isinstance(item, Skipped):
                 tally.skipped.add(item)
                 continue
-            line = int(item.origin.rpartition(":")[2])
-            try:
-                sample = tokenise(tokenizer, item, max_length=max_length, thinking=data.thinking)
-            except (NotMaskable, RenderError) as reason:
-                tally.skipped.add(Skipped(line, reason.what.rstrip(".")))
-                continue
-            if sample.loss_tokens < data.min_loss_tokens:
-                tally.skipped.add(Skipped(line, f"fewer than {data.min_loss_tokens} loss tokens"))
-                continue
+            sample = item.tokens
             if mask_token_id is not None and (sample.input_ids == mask_token_id).any():
                 raise InputError(
-                    f"{conversations}:{line} contains the draft's mask token {mask_token_id}.",
+                    f"{conversations}:{item.line} contains the draft's mask token {mask_token_id}.",
                     "Take that conversation out, or set draft.mask_token_id to a token the data never uses.",
                 )
             file.write(sample.input_ids.astype("<i4").tobytes() + sample.loss_mask.tobytes())
@@ -96,6 +87,6 @@ def store_tokens(
             "`nds data check` shows what happens to each conversation.",
         )
     tally.samples = len(lengths)
-    tally.cut = int((np.asarray(lengths) == max_length).sum())
+    tally.cut = int((np.asarray(lengths) == data.max_length).sum())
     write_whole(folder / "lengths.npy", lambda file: np.save(file, np.asarray(lengths, dtype=np.int64)))
     return tally

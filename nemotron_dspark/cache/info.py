@@ -1,0 +1,73 @@
+"""A finished cache in numbers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron_dspark.cache.build import REPORT
+from nemotron_dspark.cache.format import bytes_per_token
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.files import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+    """Samples of ``first`` to ``last`` tokens."""
+
+    first: int
+    last: int
+    samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheInfo:
+    folder: Path
+    target: str | None
+    chat_template: str | None
+    taps: tuple[int, ...]
+    hidden_size: int
+    samples: int
+    tokens: int
+    loss_tokens: int | None  # None for a cache that was built elsewhere
+    bytes: int
+    bytes_per_token: int
+    shards: int
+    lengths: tuple[Bin, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"folder": str(self.folder)}
+
+
+def length_bins(lengths: np.ndarray, count: int = 8) -> tuple[Bin, ...]:
+    """At most ``count`` bins of equal width from the shortest to the longest sample."""
+    if not len(lengths):
+        return ()
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // count)
+    counts = np.bincount((lengths - low) // width)
+    return tuple(
+        Bin(low + number * width, min(high, low + (number + 1) * width - 1), samples)
+        for number, samples in enumerate(counts.tolist())
+    )
+
+
+def summarise(folder: Path | str) -> CacheInfo:
+    """Numbers of the cache in ``folder``; `InputError` when it cannot be opened."""
+    cache = TargetCache(folder)
+    built = cache.folder / REPORT
+    return CacheInfo(
+        folder=cache.folder,
+        target=cache.manifest.target_name,
+        chat_template=cache.manifest.extra.get("chat_template"),
+        taps=cache.taps,
+        hidden_size=cache.hidden_size,
+        samples=len(cache),
+        tokens=int(cache.lengths.sum()),
+        loss_tokens=read_json(built)["result"]["loss_tokens"] if built.is_file() else None,
+        bytes=sum((cache.folder / name).stat().st_size for name in cache.manifest.shard_files),
+        bytes_per_token=bytes_per_token(len(cache.taps), cache.hidden_size),
+        shards=len(cache.manifest.shard_files),
+        lengths=length_bins(cache.lengths),
+    )

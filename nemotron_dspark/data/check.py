@@ -1,0 +1,74 @@
+"""What a data file holds before anything is spent on it: usable conversations, tokens, and the share that trains."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron_dspark.chat.format import Conversation
+from nemotron_dspark.config.run import DataConfig
+from nemotron_dspark.data.conversations import Skipped, SkipTally, read
+from nemotron_dspark.data.samples import LinedSample, read_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class DataReport:
+    file: Path
+    conversations: int  # that can be used
+    answers: int
+    cut_answers: int  # conversations whose last answer has no end
+    skipped: SkipTally
+    tokens: int | None = None  # from here on only with a tokenizer
+    loss_tokens: int | None = None
+    longest: int | None = None
+    median: int | None = None
+    at_max_length: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"file": str(self.file), "skipped": self.skipped.to_json()}
+
+
+def check_data(
+    file: Path | str,
+    tokenizer: Any = None,
+    data: DataConfig | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> DataReport:
+    """Count what `cache build` would make of ``file``; without a tokenizer only the conversations.
+
+    Raises:
+        InputError: the file cannot be read or holds no usable conversation.
+    """
+    data = data or DataConfig()
+    skipped = SkipTally()
+    conversations = answers = cut = loss_tokens = 0
+    lengths: list[int] = []
+    items = read(file) if tokenizer is None else read_samples(file, tokenizer, data)
+    for number, item in enumerate(items, start=1):
+        if progress:
+            progress(number)
+        if isinstance(item, Skipped):
+            skipped.add(item)
+            continue
+        conversation = item if isinstance(item, Conversation) else item.conversation
+        if isinstance(item, LinedSample):
+            lengths.append(len(item.tokens.input_ids))
+            loss_tokens += item.tokens.loss_tokens
+        conversations += 1
+        answers += sum(message.role == "assistant" for message in conversation.messages)
+        cut += not conversation.complete
+    report = DataReport(Path(file), conversations, answers, cut, skipped)
+    if tokenizer is None:
+        return report
+    return dataclasses.replace(
+        report,
+        tokens=sum(lengths),
+        loss_tokens=loss_tokens,
+        longest=max(lengths, default=0),
+        median=int(np.median(lengths)) if lengths else 0,
+        at_max_length=sum(length == data.max_length for length in lengths),
+    )

@@ -1,0 +1,90 @@
+"""Prompts: what is asked, without answers. Read for regeneration and for evaluation.
+
+A row holds `conversations` or `messages` (answers in it only say where the turns are), `turns` (DeepSpec's evaluation
+files) or one `prompt`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemotron_dspark.chat.format import Message
+from nemotron_dspark.data.conversations import RowError, Skipped, parse_messages, read_rows
+from nemotron_dspark.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """``turns[k]`` is what is said before answer k: a user message, the first time perhaps after a system message."""
+
+    turns: tuple[tuple[Message, ...], ...]
+    line: int
+    id: str | None = None  # the row's own
+
+    @property
+    def first(self) -> tuple[Message, ...]:
+        """The messages before the first answer."""
+        return self.turns[0]
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """Every message of every turn."""
+        return tuple(message for turn in self.turns for message in turn)
+
+
+def read_prompts(path: Path | str) -> Iterator[Prompt | Skipped]:
+    """Every prompt of a JSON-lines file in order, and a `Skipped` for each line that holds none.
+
+    Raises:
+        InputError: the file cannot be read, or (after the last line) holds no prompt.
+    """
+    usable = False
+    for line, row in read_rows(Path(path)):
+        try:
+            item = row if isinstance(row, Skipped) else Prompt(_turns(row), line, _id(row))
+        except RowError as error:
+            item = Skipped(line, str(error))
+        usable |= isinstance(item, Prompt)
+        yield item
+    if not usable:
+        raise InputError(f"{path} holds no prompt.", 'Write one JSON object a line: {"prompt": "…"}.')
+
+
+def _id(row: dict[str, Any]) -> str | None:
+    value = row.get("id")
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def _turns(row: dict[str, Any]) -> tuple[tuple[Message, ...], ...]:
+    if "conversations" in row or "messages" in row:
+        turns = _asked(parse_messages(row))
+    else:
+        texts = row.get("turns", [row["prompt"]] if "prompt" in row else None)
+        if not isinstance(texts, list):
+            raise RowError("no conversations, messages, turns or prompt")
+        if not all(isinstance(text, str) for text in texts):
+            raise RowError("a prompt is not text")
+        turns = [[Message("user", text)] for text in texts]
+    if not turns:
+        raise RowError("empty conversation")
+    if not all(message.content.strip() for turn in turns for message in turn if message.role == "user"):
+        raise RowError("empty prompt")
+    return tuple(map(tuple, turns))
+
+
+def _asked(messages: tuple[Message, ...]) -> list[list[Message]]:
+    """Messages grouped by the answer they lead to; without any answer each user message is to get one."""
+    if any(message.role == "tool" for message in messages):
+        raise RowError("tool turns cannot be regenerated")
+    answered = any(message.role == "assistant" for message in messages)
+    groups: list[list[Message]] = [[]]
+    for message in messages:
+        if message.role != "assistant":
+            groups[-1].append(message)
+        if message.role == ("assistant" if answered else "user"):
+            groups.append([])
+    groups = [group for group in groups if group]
+    if not all(any(message.role == "user" for message in group) for group in groups):
+        raise RowError("a turn without a user message")
+    return groups

@@ -1,0 +1,260 @@
+"""Answers written by the target itself: a draft learns the target's distribution, so its data must come from there.
+
+Every finished conversation is appended at once as a whole line; a run that was stopped asks only for what is missing.
+At the end the file is rewritten in the order of the prompts.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nemotron_dspark.chat.format import Message
+from nemotron_dspark.data.conversations import Skipped, SkipTally
+from nemotron_dspark.data.prompts import Prompt, read_prompts
+from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.files import disk_errors, write_whole
+
+_RETRIES = 5  # per request, with the client's own growing pauses
+_TIMEOUT = 1800.0  # seconds; a long answer on a small machine is slow
+
+
+@dataclasses.dataclass(frozen=True)
+class RegenerateProgress:
+    done: int  # prompts answered or refused, reused ones included
+    total: int
+    tokens: int  # written by the server in this run
+
+
+@dataclasses.dataclass(frozen=True)
+class RegenerateReport:
+    out_file: Path
+    answered: int  # conversations in the file
+    reused: int  # of these, from an earlier run
+    cut: int  # of these, whose last answer reached max_tokens
+    tokens: int  # written by the server in this run
+    skipped: SkipTally
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"out_file": str(self.out_file), "skipped": self.skipped.to_json()}
+
+
+def regenerate(
+    prompts_file: Path | str,
+    out_file: Path | str,
+    *,
+    base_url: str,
+    model: str | None = None,
+    concurrency: int = 64,
+    temperature: float = 0.7,
+    max_tokens: int = 4096,
+    thinking: bool | None = None,
+    api_key: str = "none",
+    progress: Callable[[RegenerateProgress], None] | None = None,
+) -> RegenerateReport:
+    """Have the server at ``base_url`` (".../v1") answer every prompt and write conversations to ``out_file``.
+
+    In a prompt of several turns each answer sees the regenerated ones before it. An answer that reaches ``max_tokens``
+    ends its conversation, which is marked ``"finish": "length"``. ``model`` None takes the server's first. Records
+    carry the prompt's own ``id``, or its line number when ids are absent or repeat.
+
+    Raises:
+        InputError: no prompts, an output file of other prompts, a model or key that the server refuses.
+        EnvironmentFault: the server cannot be reached or keeps failing; what was answered is kept.
+    """
+    try:
+        import openai
+    except ImportError:
+        raise EnvironmentFault(
+            "The package openai is not installed.", "Run: pip install 'nemotron-dspark[data]'."
+        ) from None
+    job = _Job(Path(prompts_file), Path(out_file), progress or (lambda _: None))
+    settings = {"temperature": temperature, "max_tokens": max_tokens}
+    # Reasoning tags are special tokens in some tokenizers; answers without them could not be trained on.
+    body: dict[str, Any] = {"skip_special_tokens": False}
+    if thinking is not None:
+        body["chat_template_kwargs"] = {"enable_thinking": thinking}
+
+    async def run() -> None:
+        async with openai.AsyncOpenAI(
+            base_url=base_url, api_key=api_key, max_retries=_RETRIES, timeout=_TIMEOUT
+        ) as client:
+            name = model or (await client.models.list()).data[0].id
+
+            async def ask(messages: list[dict[str, str]]) -> Any:
+                return await client.chat.completions.create(model=name, messages=messages, extra_body=body, **settings)
+
+            await _answer_all(job, ask, concurrency)
+
+    if job.missing:
+        try:
+            with disk_errors(job.out_file), job:
+                asyncio.run(run())
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise InputError(
+                f"The server at {base_url} refuses: {error.message}.", "Check --base-url, --model and --api-key."
+            ) from None
+        except openai.OpenAIError as error:
+            raise EnvironmentFault(
+                f"The server at {base_url} fails: {' '.join(str(error).split())}.",
+                "See that it runs, then run the same command again; answers so far are kept.",
+            ) from None
+    return job.finish()
+
+
+class _Job:
+    """The prompts, the answers so far, and the file they are appended to."""
+
+    def __init__(self, prompts_file: Path, out_file: Path, progress: Callable[[RegenerateProgress], None]):
+        self.prompts_file, self.out_file, self._progress = prompts_file, out_file, progress
+        self.started = time.monotonic()
+        self.skipped = SkipTally()
+        self.tokens = 0
+        self.cut = 0
+        self._file: BinaryIO
+        items = list(read_prompts(prompts_file))
+        prompts = [item for item in items if isinstance(item, Prompt)]
+        for item in items:
+            if isinstance(item, Skipped):
+                self.skipped.add(item)
+        own = [prompt.id for prompt in prompts]
+        unique = None not in own and len(set(own)) == len(own)
+        self.prompts = {(prompt.id or "") if unique else str(prompt.line): prompt for prompt in prompts}
+        self.places: dict[str, tuple[int, int]] = {}  # id -> offset and length of its line in the output
+        self._read_answers()
+        self.reused = len(self.places)
+        self.missing = [key for key in self.prompts if key not in self.places]
+
+    def __enter__(self) -> None:
+        self.out_file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.out_file, "ab")
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _read_answers(self) -> None:
+        """Find the answers of an earlier run, and cut off a line that was not finished."""
+        if not self.out_file.is_file():
+            return
+        offset = 0
+        with open(self.out_file, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._recognise(line, offset)
+                offset += len(line)
+        if offset < self.out_file.stat().st_size:
+            with disk_errors(self.out_file), open(self.out_file, "r+b") as file:
+                file.truncate(offset)
+
+    def _recognise(self, line: bytes, offset: int) -> None:
+        try:
+            row = json.loads(line)
+            key, finish = row["id"], row["finish"]
+            asked = [turn["content"] for turn in row["conversations"] if turn["role"] != "assistant"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{self.out_file} holds lines that are not answers of an earlier run.", "Choose another --out."
+            ) from None
+        prompt = self.prompts.get(key)
+        wanted = [message.content for message in prompt.asked] if prompt else []
+        if prompt is None or wanted[: len(asked)] != asked or (finish != "length" and asked != wanted):
+            raise InputError(f"{self.out_file} holds answers to other prompts ({key}).", "Choose another --out.")
+        self.places[key] = (offset, len(line))
+        self.cut += finish == "length"
+
+    def keep(self, key: str, messages: list[dict[str, str]], finish: str) -> None:
+        line = json.dumps({"id": key, "conversations": messages, "finish": finish}, ensure_ascii=False).encode() + b"\n"
+        self.places[key] = (self._file.tell(), len(line))
+        self._file.write(line)
+        self._file.flush()
+        self.cut += finish == "length"
+
+    def skip(self, key: str, reason: str) -> None:
+        self.skipped.add(Skipped(self.prompts[key].line, reason))
+
+    def report(self) -> None:
+        refused = self.skipped.total
+        total = len(self.prompts) + refused
+        self._progress(RegenerateProgress(min(total, len(self.places) + refused), total, self.tokens))
+
+    def finish(self) -> RegenerateReport:
+        """Rewrite the answers in the order of the prompts."""
+        if not self.places:
+            raise InputError(
+                f"No prompt of {self.prompts_file} was answered: {'; '.join(self.skipped.sentences())}.",
+                "Look at the first lines named, and at the server's log.",
+            )
+        order = [self.places[key] for key in self.prompts if key in self.places]
+        if order != sorted(order):
+            with open(self.out_file, "rb") as source:
+                write_whole(self.out_file, lambda file: file.writelines(_lines(source, order)))
+        return RegenerateReport(
+            out_file=self.out_file,
+            answered=len(self.places),
+            reused=self.reused,
+            cut=self.cut,
+            tokens=self.tokens,
+            skipped=self.skipped,
+            seconds=time.monotonic() - self.started,
+        )
+
+
+def _lines(source: BinaryIO, places: list[tuple[int, int]]) -> Iterator[bytes]:
+    for offset, length in places:
+        source.seek(offset)
+        yield source.read(length)
+
+
+async def _answer_all(job: _Job, ask: Callable[[list[dict[str, str]]], Any], concurrency: int) -> None:
+    import openai
+
+    waiting = collections.deque(job.missing)
+
+    async def work() -> None:
+        while waiting:
+            key = waiting.popleft()
+            try:
+                await _answer(job, key, ask)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                job.skip(key, f"the server refuses the prompt: {error.message}")
+            job.report()
+
+    job.report()
+    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(waiting)))]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _answer(job: _Job, key: str, ask: Callable[[list[dict[str, str]]], Any]) -> None:
+    messages: list[Message] = []
+    finish = "stop"
+    for turn in job.prompts[key].turns:
+        messages += turn
+        response = await ask([dataclasses.asdict(message) for message in messages])
+        choice = response.choices[0]
+        finish = "length" if choice.finish_reason == "length" else "stop"
+        job.tokens += response.usage.completion_tokens if response.usage else 0
+        if getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None):
+            raise InputError(
+                "The server splits the reasoning off its answers, so what the target wrote is lost.",
+                "Start it without a reasoning parser.",
+            )
+        content = choice.message.content
+        if not content or not content.strip():
+            job.skip(key, "empty answer")
+            return
+        messages.append(Message("assistant", content))
+        if finish == "length":
+            break  # what follows would be asked after an answer that has no end
+    job.keep(key, [dataclasses.asdict(message) for message in messages], finish)
