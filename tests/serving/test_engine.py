@@ -1,0 +1,173 @@
+"""The engine alone: shared rounds, cancelling, failures that stay with their request."""
+
+import queue
+import threading
+import time
+
+import pytest
+
+from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.serving.engine import Busy, Engine, Failed, Finished, Job, Piece, Stopped
+from nemotron_dspark.serving.metrics import Metrics
+
+WAIT = 20  # seconds after which a test gives up; nothing depends on it otherwise
+
+
+class Client:
+    """Submits a job and collects its events."""
+
+    def __init__(self, engine, tokens=30, prompt=(1, 2, 3), **job):
+        self.events = queue.Queue()
+        self.ticket = engine.submit(Job(prompt, Sampling(max_new_tokens=tokens), **job), self.events.put)
+
+    def next(self):
+        return self.events.get(timeout=WAIT)
+
+    def end(self):
+        while isinstance(event := self.next(), Piece):
+            pass
+        return event
+
+
+@pytest.fixture
+def make_engine(fake, serve_tokenizer):
+    engines = []
+
+    def make(slots=2, max_queue=2):
+        engine = Engine(fake, serve_tokenizer, slots=slots, max_queue=max_queue, metrics=Metrics())
+        engines.append(engine)
+        engine.start()
+        return engine
+
+    yield make
+    fake.go.set()
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def engine(make_engine):
+    return make_engine()
+
+
+def text_of(fake, tokenizer, count):
+    return tokenizer.decode([fake.script[i % len(fake.script)] for i in range(count)])
+
+
+def test_requests_share_rounds(engine, fake):
+    fake.go.clear()
+    first, second = Client(engine), Client(engine)
+    fake.go.set()
+    assert isinstance(first.end(), Finished)
+    assert isinstance(second.end(), Finished)
+    assert max(fake.together) == 2
+    assert not fake.alive  # every generation was dropped
+
+
+def test_streamed_pieces_and_whole_answers_are_the_same_text(engine, fake, serve_tokenizer):
+    whole, streamed = Client(engine, tokens=200).end(), Client(engine, tokens=200, stream=True)
+    pieces = []
+    while isinstance(event := streamed.next(), Piece):
+        pieces.append(event.text)
+    assert len(pieces) > 20
+    assert all(pieces)
+    assert "".join(pieces) + event.text == whole.text == text_of(fake, serve_tokenizer, 200)
+    assert whole.usage == event.usage
+    assert (whole.reason, whole.usage.completion_tokens, whole.usage.prompt_tokens) == ("length", 200, 3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_request_and_frees_the_slot(engine, fake, serve_tokenizer, stream):
+    client = Client(engine, tokens=10**9, stream=stream, stops=("kept what",))
+    shown = ""
+    while isinstance(event := client.next(), Piece):
+        shown += event.text
+    whole = text_of(fake, serve_tokenizer, 200)
+    assert shown + event.text == whole[: whole.index("kept what")]
+    assert event.reason == "stop"
+    needed = next(n for n in range(200) if "kept what" in text_of(fake, serve_tokenizer, n))
+    assert event.usage.completion_tokens == needed
+    assert engine.active == 0
+    assert not fake.alive
+
+
+def test_the_queue_is_bounded_and_counts_free_slots(engine, fake):
+    fake.go.clear()
+    clients = [Client(engine) for _ in range(4)]  # two slots, two places in the queue
+    with pytest.raises(Busy):
+        Client(engine)
+    fake.go.set()
+    assert all(isinstance(client.end(), Finished) for client in clients)
+    assert isinstance(Client(engine).end(), Finished)
+
+
+def test_cancelling_frees_slot_and_queue(engine, fake):
+    fake.go.clear()
+    running = [Client(engine, tokens=10**9) for _ in range(2)]
+    waiting = [Client(engine) for _ in range(2)]
+    engine.cancel(waiting[0].ticket)
+    replacement = Client(engine)  # no Busy: the place in the queue is free at once
+    for client in running:
+        engine.cancel(client.ticket)
+    fake.go.set()
+    assert isinstance(waiting[1].end(), Finished)
+    assert isinstance(replacement.end(), Finished)
+    assert waiting[0].events.empty()
+    assert all(client.events.empty() for client in running)
+    assert not fake.alive
+
+
+def test_a_bad_prompt_is_its_senders_fault_only(engine, fake):
+    fake.fail_start = InputError("The prompt has no tokens.", "Give one.")
+    assert Client(engine).end() == Failed(400, "The prompt has no tokens. Give one.")
+    fake.fail_start = ZeroDivisionError("inside")
+    assert Client(engine).end().status == 500
+    assert isinstance(Client(engine).end(), Finished)
+
+
+def test_a_failed_round_fails_its_requests_and_the_engine_goes_on(engine, fake):
+    fake.fail_step = RuntimeError("out of memory")
+    end = Client(engine).end()
+    assert end.status == 500
+    assert "out of memory" in end.message
+    assert isinstance(Client(engine).end(), Finished)
+    assert engine.healthy
+    assert not fake.alive
+
+
+def test_a_dead_thread_is_not_healthy_and_leaves_nobody_waiting(engine, fake):
+    fake.go.clear()
+    clients = [Client(engine) for _ in range(3)]
+    fake.fail_step = SystemExit()
+    fake.go.set()
+    assert {client.end().status for client in clients} == {503}
+    engine._thread.join(WAIT)
+    assert not engine.healthy
+    with pytest.raises(Stopped):
+        Client(engine)
+
+
+def test_stopping_lets_active_requests_end_within_the_grace(make_engine, fake):
+    engine = make_engine(slots=1)
+    fake.go.clear()
+    active = Client(engine)
+    while engine.active == 0:
+        time.sleep(0.001)
+    waiting = Client(engine)
+    stopping = threading.Thread(target=engine.stop, args=(WAIT,))
+    stopping.start()
+    while engine.healthy:
+        time.sleep(0.001)
+    fake.go.set()
+    stopping.join(WAIT)
+    assert isinstance(active.end(), Finished)
+    assert waiting.end().status == 503
+    with pytest.raises(Stopped):
+        Client(engine)
+
+
+def test_stopping_without_grace_cuts_off(engine):
+    client = Client(engine, tokens=10**9)
+    engine.stop()
+    assert client.end().status == 503
