@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from nemotron_dspark.chat.format import Conversation, Message, RenderError, render_prompt
 from nemotron_dspark.chat.mask import NotMaskable, tokenise
@@ -193,6 +194,15 @@ def test_messages_the_template_refuses_are_named(make_tokenizer, talk):
 def test_a_conversation_without_an_answer_is_refused(make_tokenizer, talk):
     with pytest.raises(NotMaskable, match="no assistant turn"):
         tokenise(make_tokenizer(), talk("u:What?"), max_length=LONG)
+
+
+def test_a_tokenizer_that_trims_offsets_masks_the_same_tokens(make_tokenizer, talk):
+    plain, trimming = make_tokenizer(), make_tokenizer()
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    conversation = talk("u:What? ", "a: state of\n a hybrid ", "u: And?", "a:more\n")
+    expected, found = (tokenise(tokenizer, conversation, max_length=LONG) for tokenizer in (plain, trimming))
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    assert found.loss_mask.tolist() == expected.loss_mask.tolist()
 
 
 _TEXT = st.text(alphabet=st.sampled_from("ab .\n\tэ🙂<think>/"), min_size=1, max_size=30).filter(str.strip)
