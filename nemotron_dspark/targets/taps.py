@@ -21,8 +21,9 @@ def default_taps(spec: TargetSpec, count: int = 5) -> tuple[int, ...]:
     first = min(1, spec.num_layers - 2)
     last = max(first, spec.num_layers - 3)
     count = min(count, last - first + 1)
-    middle = (first + last) // 2
-    spread = [middle] if count == 1 else [first + round(i * (last - first) / (count - 1)) for i in range(count)]
+    span, steps = last - first, count - 1
+    # whole numbers, halves up: floats and banker's rounding would make the spread uneven
+    spread = [first + (2 * i * span + steps) // (2 * steps) for i in range(count)] if steps else [first + span // 2]
     attention = [layer for layer, kind in enumerate(spec.layers[:-1]) if kind.attends]
     moves = sorted(
         (abs(layer - tap), tap, layer)

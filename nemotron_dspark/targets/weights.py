@@ -59,6 +59,14 @@ def parameter_count(folder: Path) -> int | None:
     )
 
 
+def missing_shards(folder: Path) -> tuple[str, ...]:
+    """Names of shards that the index lists and the folder lacks; none when there is not even one shard or no index."""
+    folder = Path(folder)
+    if not (folder / INDEX).is_file() or not any(folder.glob("*.safetensors")):
+        return ()
+    return tuple(sorted({path.name for path in _tensor_files(folder).values() if not path.is_file()}))
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     if (folder / INDEX).is_file():

@@ -36,6 +36,10 @@ FAMILIES: dict[str, Any] = {
     "qwen3": decoders,
 }
 
+REFUSED = {  # known, and why there is no family
+    "nemotron-nas": "every layer has its own shape (block_configs), which only code from its repository builds",
+}
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family module for a parsed config; `InputError` when there is none."""
@@ -44,6 +48,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         return FAMILIES[model_type]
     if model_type is None:
         raise InputError("The target's config.json has no model_type.", "Restore it from the checkpoint's repository.")
+    if model_type in REFUSED:
+        raise InputError(
+            f"Targets of type {model_type!r} are not supported: {REFUSED[model_type]}.",
+            "Choose another target; code from a checkpoint is not run for it.",
+        )
     close = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
     hint = f" The nearest known one is {close[0]}." if close else ""
     raise InputError(
