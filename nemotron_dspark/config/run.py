@@ -74,12 +74,15 @@ class TrainConfig(_Section):
     warmup_ratio: float = Field(0.04, ge=0, le=1, description="share of the steps with a linearly rising rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
+    attention: Literal["auto", "flex", "dense"] = Field(
+        "auto", description="auto = FlexAttention on CUDA, a dense mask elsewhere"
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto = bf16 on CUDA, fp32 elsewhere")
     device: str = Field("auto", description="auto = cuda when there is one, else cpu")
     local_batch_size: int = Field(1, ge=1, description="samples of one forward")
     global_batch_size: int = Field(512, ge=1, description="samples of one optimiser step")
     epochs: int = Field(10, ge=1, description="passes over the cache")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps of the run; when set, epochs is unused")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     num_anchors: int = Field(512, ge=1, description="blocks drawn per sample")
     loss_decay_gamma: float | None = Field(4.0, gt=0, description="slot k weighs exp(-k/γ_decay); null = all alike")

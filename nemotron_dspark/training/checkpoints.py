@@ -1,0 +1,103 @@
+"""Checkpoints that are whole or absent: ``checkpoints/step-N/`` under a temporary name, then renamed.
+
+In each: ``draft/`` (a slim copy that `DSparkDraft.load` reads), ``optimiser.safetensors``, ``state.json`` (the step and
+the sums of the metrics since their last line) and ``manifest.json`` with every file's checksum, written last.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from nemotron_dspark import files
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import InputError
+
+_NAME = re.compile(r"step-(\d{8})")
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is. Order and anchors follow from the step, so this is all there is besides tensors."""
+
+    step: int  # optimiser steps done
+    tokens: int  # tokens seen
+    seconds: float  # spent training, over all resumptions
+    window: tuple[float, ...]  # sums of the metrics since their last line
+
+
+def save_checkpoint(
+    folder: Path, draft: DSparkDraft, optimiser_tensors: Mapping[str, Tensor], progress: Progress, keep: int
+) -> Path:
+    """Write ``folder/step-N`` whole and remove all but the newest ``keep``; returns its path."""
+    final = folder / f"step-{progress.step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        draft.save(temporary / "draft", slim=True)
+        content = save({name: tensor.cpu().contiguous() for name, tensor in optimiser_tensors.items()})
+        files.write_whole(temporary / "optimiser.safetensors", lambda file: file.write(content))
+        files.write_json(temporary / "state.json", dataclasses.asdict(progress))
+        written = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(temporary)): files.sha256(path) for path in written}
+        files.write_json(temporary / MANIFEST, {"sha256": sums})
+        shutil.rmtree(final, ignore_errors=True)  # one that was found damaged
+        os.replace(temporary, final)
+        files.fsync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space back
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file())
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        sums = files.read_json(checkpoint / MANIFEST)["sha256"]
+        for name, digest in sums.items():
+            if not (checkpoint / name).is_file():
+                return f"{checkpoint / name} is missing"
+            if files.sha256(checkpoint / name) != digest:
+                return f"{checkpoint / name} is not what was written"
+    except (InputError, KeyError, TypeError) as error:
+        return f"{checkpoint / MANIFEST} is malformed ({error})"
+    return None
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    values = files.read_json(checkpoint / "state.json")
+    return Progress(values["step"], values["tokens"], values["seconds"], tuple(values["window"]))
+
+
+def restore_weights(checkpoint: Path, draft: DSparkDraft) -> dict[str, Tensor]:
+    """Load the checkpoint's weights into ``draft`` in place; returns the optimiser's tensors."""
+    try:
+        saved = DSparkDraft.load(checkpoint / "draft")
+        tensors = load_file(checkpoint / "optimiser.safetensors")
+    except SafetensorError as error:
+        raise InputError(
+            f"{checkpoint} is damaged: {error}.", "Delete this checkpoint; the one before is used."
+        ) from None
+    if {**saved.config.to_json(), "dtype": ""} != {**draft.config.to_json(), "dtype": ""}:
+        raise InputError(f"{checkpoint} holds a draft of another shape.", "Train into another --out.")
+    weights = saved.trainable_parameters()
+    with torch.no_grad():
+        for name, parameter in draft.trainable_parameters().items():
+            parameter.copy_(weights[name])
+    return tensors

@@ -1,0 +1,79 @@
+"""What a person sees while a draft trains: one live line on a terminal, a plain line per window elsewhere."""
+
+import math
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nemotron_dspark.training.batches import Plan
+from nemotron_dspark.training.loop import Watcher
+from nemotron_dspark.training.metrics import StepMetrics
+
+
+class Display(Watcher):
+    """A `Watcher` on stderr. A context manager: the live line ends with it."""
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def begin(self, plan: Plan, first_step: int) -> None:
+        self._plan, self._first, self._started = plan, first_step, time.monotonic()
+        total = plan.total_steps * plan.accumulation
+        self._task = self._progress.add_task(
+            "", total=total, completed=first_step * plan.accumulation, step=self._step(first_step), left="…", numbers=""
+        )
+        if first_step:
+            self.note(f"Going on from step {first_step} of {plan.total_steps}.")
+
+    def forward(self, step: int, done: int) -> None:
+        finished = step * self._plan.accumulation + done
+        here = finished - self._first * self._plan.accumulation
+        remaining = self._plan.total_steps * self._plan.accumulation - finished
+        left = (time.monotonic() - self._started) / here * remaining
+        self._progress.update(self._task, completed=finished, step=self._step(step), left=_duration(left))
+
+    def metrics(self, metrics: StepMetrics) -> None:
+        numbers = [f"loss {metrics.loss:.3f}"]
+        if metrics.tau is not None:
+            numbers.append(f"tau {metrics.tau:.2f}")
+        numbers += [f"lr {metrics.lr:.1e}", f"{_count(metrics.tokens_per_second)} tok/s"]
+        if self._console.is_terminal:
+            self._progress.update(self._task, numbers="  ".join(numbers))
+        else:
+            self._console.print(f"step {self._step(metrics.step)}  {'  '.join(numbers)}", soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(escape(text), soft_wrap=True)
+
+    def _step(self, step: int) -> str:
+        return f"{step}/{self._plan.total_steps}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _count(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"

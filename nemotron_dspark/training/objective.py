@@ -1,0 +1,160 @@
+"""DeepSpec's objective: cross-entropy to the text, L1 to the target's distribution, and a calibrated confidence.
+
+With w_k = exp(-k/γ_decay) for the slots that count and 0 for all others, every term is Σ w·term / (Σ w + 1e-6) over the
+slots of one forward:
+
+    CE   = -log p(token)                 p: the draft's distribution in the slot
+    L1   = Σ_v |p_v - q_v|               q: the target's, softmax(lm_head(last hidden state)); this is 2 x TV
+    BCE  of the confidence logit against the acceptance rate 1 - L1/2, which carries no gradient
+
+    loss = α_ce·CE + α_l1·L1 + α_conf·BCE
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.training.batches import Batch
+
+EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """The alphas and the decay of the slots."""
+
+    ce: float = 0.1
+    l1: float = 0.9
+    confidence: float = 1.0  # 0 also where the draft has no confidence head
+    decay: float | None = 4.0  # γ_decay; None: all slots alike
+
+    @staticmethod
+    def of(config: TrainConfig, draft: DSparkDraft) -> "LossWeights":
+        confidence = config.confidence_alpha if draft.confidence_head is not None else 0.0
+        return LossWeights(config.ce_alpha, config.l1_alpha, confidence, config.loss_decay_gamma)
+
+    @property
+    def needs_target(self) -> bool:
+        """False: the last hidden states are never looked at, and acceptance is not measured."""
+        return self.l1 > 0 or self.confidence > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The loss of one forward and what it is made of. All but ``value`` is detached and adds up over forwards."""
+
+    value: Tensor  # scalar, to be differentiated
+    weight: Tensor  # Σ w
+    ce: Tensor  # Σ w·CE
+    l1: Tensor  # Σ w·L1
+    confidence: Tensor  # Σ w·BCE
+    counted: Tensor  # [γ] slots that count
+    accepted: Tensor  # [γ] sum of their acceptance rates
+    blocks: Tensor  # blocks with at least one slot that counts
+    tau: Tensor  # sum over them of 1 + Σ_k Π_{j≤k} acceptance_j, the expected tokens per round
+
+    def sums(self) -> Tensor:
+        """Everything in one vector, in the order `metrics.Window` reads: [7 + 2γ] fp64."""
+        parts = (self.value.detach(), self.weight, self.ce, self.l1, self.confidence, self.blocks, self.tau)
+        return torch.cat(
+            (torch.stack([part.double() for part in parts]), self.counted.double(), self.accepted.double())
+        )
+
+
+def slot_losses(
+    logits: Tensor,  # [N, V] of the draft
+    labels: Tensor,  # [N]
+    target_logits: Tensor | None,  # [N, V]
+) -> tuple[Tensor, Tensor | None]:
+    """CE [N] and, given the target's logits, L1 [N].
+
+    The one place that holds whole distributions; a fused kernel needs to replace nothing else.
+    """
+    log_probs = functional.log_softmax(_wide(logits), dim=-1)
+    ce = functional.nll_loss(log_probs, labels, reduction="none")
+    if target_logits is None:
+        return ce, None
+    target_probs = functional.softmax(_wide(target_logits), dim=-1)
+    return ce, (log_probs.exp() - target_probs).abs().sum(dim=-1)
+
+
+def dspark_loss(
+    draft: DSparkDraft,
+    hidden: Tensor,  # [B, A, γ, H] from draft.forward
+    batch: Batch,
+    weights: LossWeights,
+) -> Loss:
+    """Loss of one forward. Slots that do not count are left out before the vocabulary is touched.
+
+    Raises:
+        InputError: a term needs the target's last hidden states and ``batch`` has none.
+    """
+    if weights.needs_target and batch.last is None:
+        raise InputError(
+            "The cache holds no last hidden states.",
+            "Build it again, or train on cross-entropy alone (train.l1_alpha=0 train.confidence_alpha=0).",
+        )
+    rows, blocks, slots = batch.counted.nonzero(as_tuple=True)  # [N] each
+    at = batch.anchors[rows, blocks] + slots  # position whose next token the slot predicts
+    previous = _previous_tokens(batch)  # [B, A, γ]
+
+    hidden_n = hidden[rows, blocks, slots]  # [N, H]
+    logits = draft.base_logits(hidden_n)
+    latents = draft.sequential.latents(hidden, previous)
+    if latents is not None:
+        logits = logits + draft.sequential.markov_w2(latents[rows, blocks, slots])
+    target_logits = None
+    if weights.needs_target:
+        with torch.no_grad():
+            target_logits = draft.base_logits(batch.last[rows, at].to(draft.dtype))
+    ce, l1 = slot_losses(logits, batch.input_ids[rows, at + 1], target_logits)
+
+    weight = torch.ones_like(ce) if weights.decay is None else torch.exp(-slots.to(ce.dtype) / weights.decay)
+    total = weight.sum()
+    zero = total.new_zeros(())
+    ce_sum = (weight * ce).sum()
+    l1_sum = (weight * l1).sum() if l1 is not None else zero
+    accept = (1 - l1.detach() / 2).clamp(0, 1) if l1 is not None else None
+    confidence_sum = zero
+    if weights.confidence:
+        logit = _wide(draft.confidence(hidden_n, previous[rows, blocks, slots]))
+        bce = functional.binary_cross_entropy_with_logits(logit, accept, reduction="none")
+        confidence_sum = (weight * bce).sum()
+
+    value = (weights.ce * ce_sum + weights.l1 * l1_sum + weights.confidence * confidence_sum) / (total + EPSILON)
+    accepted = zero.expand(batch.counted.shape[-1])
+    tau = zero
+    if accept is not None:
+        rates = accept.new_zeros(batch.counted.shape)
+        rates[rows, blocks, slots] = accept
+        accepted = rates.sum(dim=(0, 1))
+        reached = batch.counted[..., 0]
+        tau = ((1 + rates.cumprod(dim=-1).sum(dim=-1)) * reached).sum()
+    return Loss(
+        value,
+        total,
+        ce_sum.detach(),
+        l1_sum.detach(),
+        confidence_sum.detach(),
+        batch.counted.sum(dim=(0, 1)),
+        accepted,
+        batch.counted[..., 0].sum(),
+        tau,
+    )
+
+
+def _previous_tokens(batch: Batch) -> Tensor:
+    """Token before each slot, the anchor's for slot 0: [B, A, γ]."""
+    slots = torch.arange(batch.counted.shape[-1], device=batch.anchors.device)
+    at = (batch.anchors[..., None] + slots).clamp(max=batch.input_ids.shape[1] - 1)
+    return batch.input_ids.gather(1, at.flatten(1)).view_as(at)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x if x.dtype == torch.float64 else x.float()

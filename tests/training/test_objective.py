@@ -1,0 +1,217 @@
+"""Loss and gradients against the formulas written out slot by slot: no mask, no batch, no vocabulary axis."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.training.anchors import draw_anchors
+from nemotron_dspark.training.batches import collate
+from nemotron_dspark.training.objective import LossWeights, dspark_loss
+
+CASES = [
+    pytest.param({"markov_head_type": "vanilla"}, LossWeights(), id="vanilla"),
+    pytest.param({"markov_head_type": "gated"}, LossWeights(), id="gated"),
+    pytest.param({"markov_head_type": "rnn"}, LossWeights(), id="rnn"),
+    pytest.param({"markov_rank": 0, "confidence_head_with_markov": False}, LossWeights(), id="no-head"),
+    pytest.param({"confidence_head_with_markov": False}, LossWeights(), id="confidence-without-markov"),
+    pytest.param({"enable_confidence_head": False}, LossWeights(confidence=0.0), id="no-confidence-head"),
+    pytest.param({}, LossWeights(decay=None), id="no-decay"),
+    pytest.param({}, LossWeights(l1=0.0), id="ce-and-confidence"),
+    pytest.param({"markov_head_type": "rnn"}, LossWeights(l1=0.0, confidence=0.0), id="ce"),
+    pytest.param({"markov_head_type": "gated"}, LossWeights(ce=0.0, confidence=0.0), id="l1"),
+]
+
+
+def norm(x, weight, eps):
+    return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+def turned(x, position, theta):
+    """Rotary embedding of one head's vector, one pair at a time; angles in fp32, as in Qwen3."""
+    half = len(x) // 2
+    out = [None] * len(x)
+    for i in range(half):
+        angle = torch.tensor(float(position)) * torch.tensor(1 / theta ** (2 * i / len(x)))
+        cosine, sine = angle.cos().double(), angle.sin().double()
+        out[i] = x[i] * cosine - x[i + half] * sine
+        out[i + half] = x[i + half] * cosine + x[i] * sine
+    return torch.stack(out)
+
+
+def plain_block(draft, sample, anchor):
+    """Hidden states [γ, H] of one block, from the definition."""
+    config, weight = draft.config, dict(draft.named_parameters())
+    eps, size = config.rms_norm_eps, config.head_dim
+    context = [
+        norm(weight["fc.weight"] @ sample.taps[p], weight["hidden_norm.weight"], eps) for p in range(anchor)
+    ]  # strictly before the anchor
+    tokens = [int(sample.input_ids[anchor])] + [config.mask_token_id] * (config.block_size - 1)
+    states = [weight["embed_tokens.weight"][token] for token in tokens]
+    for layer in range(config.num_hidden_layers):
+        w = {name: p for name, p in ((n.removeprefix(f"layers.{layer}."), p) for n, p in weight.items())}
+        normed = [norm(state, w["input_layernorm.weight"], eps) for state in states]
+        sources = [(p, source) for p, source in enumerate(context)]
+        sources += [(anchor + k, source) for k, source in enumerate(normed)]
+        per_head = []  # keys and values of every source
+        for group in range(config.num_key_value_heads):
+            rows = slice(group * size, (group + 1) * size)
+            keys = [norm(w["self_attn.k_proj.weight"][rows] @ x, w["self_attn.k_norm.weight"], eps) for _, x in sources]
+            turned_keys = [turned(key, p, config.rope_theta) for key, (p, _) in zip(keys, sources, strict=True)]
+            per_head.append((turned_keys, [w["self_attn.v_proj.weight"][rows] @ x for _, x in sources]))
+        new_states = []
+        for k, state in enumerate(normed):
+            heads = []
+            for head in range(config.num_attention_heads):
+                keys, values = per_head[head // (config.num_attention_heads // config.num_key_value_heads)]
+                rows = slice(head * size, (head + 1) * size)
+                query = norm(w["self_attn.q_proj.weight"][rows] @ state, w["self_attn.q_norm.weight"], eps)
+                query = turned(query, anchor + k, config.rope_theta)
+                shares = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(size), dim=0)
+                heads.append(sum(share * value for share, value in zip(shares, values, strict=True)))
+            attended = states[k] + w["self_attn.o_proj.weight"] @ torch.cat(heads)
+            inner = norm(attended, w["post_attention_layernorm.weight"], eps)
+            gate = w["mlp.gate_proj.weight"] @ inner
+            gated = gate * torch.sigmoid(gate) * (w["mlp.up_proj.weight"] @ inner)
+            new_states.append(attended + w["mlp.down_proj.weight"] @ gated)
+        states = new_states
+    return [norm(state, weight["norm.weight"], eps) for state in states]
+
+
+def plain_slot_logits(draft, hidden, previous):
+    """Logits of every slot of one block, teacher-forced."""
+    config, weight = draft.config, dict(draft.named_parameters())
+    rank = config.markov_rank
+    recurrent = torch.zeros(rank, dtype=torch.float64)
+    for h, token in zip(hidden, previous, strict=True):
+        logits = weight["lm_head.weight"] @ h
+        if rank:
+            embedded = weight["markov_head.markov_w1.weight"][token]
+            if config.markov_head_type == "vanilla":
+                latent = embedded
+            elif config.markov_head_type == "gated":
+                g = weight["markov_head.gate_proj.weight"] @ torch.cat((h, embedded))
+                latent = torch.sigmoid(g + weight["markov_head.gate_proj.bias"]) * embedded
+            else:
+                joint = weight["markov_head.joint_proj.weight"] @ torch.cat((recurrent, embedded, h))
+                joint = joint + weight["markov_head.joint_proj.bias"]
+                gate, candidate, output = joint[:rank], joint[rank : 2 * rank], joint[2 * rank :]
+                gate = torch.sigmoid(gate)
+                recurrent = gate * recurrent + (1 - gate) * torch.tanh(candidate)
+                latent = torch.tanh(output)
+            logits = logits + weight["markov_head.markov_w2.weight"] @ latent
+        yield logits
+
+
+def plain_loss(draft, samples, anchors, weights):
+    """The loss of one forward, and tau, with loops over samples, blocks and slots."""
+    config, weight = draft.config, dict(draft.named_parameters())
+    numerators, denominator = {"ce": 0.0, "l1": 0.0, "confidence": 0.0}, 0.0
+    taus, rates = [], {k: [] for k in range(config.block_size)}
+    for sample, drawn in zip(samples, anchors, strict=True):
+        for anchor in drawn.tolist():
+            hidden = plain_block(draft, sample, anchor)
+            tokens = [int(sample.input_ids[min(anchor + k, len(sample.input_ids) - 1)]) for k in range(99)]
+            survival, tau = 1.0, 1.0
+            for k, logits in enumerate(plain_slot_logits(draft, hidden, tokens[: config.block_size])):
+                if anchor + k + 1 >= len(sample.input_ids) or not sample.loss_mask[anchor + k + 1]:
+                    break  # this slot and all after it do not count
+                w = math.exp(-k / weights.decay) if weights.decay else 1.0
+                denominator += w
+                p = torch.exp(logits) / torch.exp(logits).sum()
+                numerators["ce"] = numerators["ce"] - w * torch.log(p[tokens[k + 1]])
+                if weights.l1 == 0 and weights.confidence == 0:
+                    continue
+                q = torch.exp(weight["lm_head.weight"] @ sample.last[anchor + k])
+                l1 = (p - q / q.sum()).abs().sum()
+                numerators["l1"] = numerators["l1"] + w * l1
+                rate = 1 - float(l1.detach()) / 2
+                rates[k].append(rate)
+                survival *= rate
+                tau += survival
+                if weights.confidence:
+                    features = hidden[k]
+                    if config.confidence_head_with_markov:
+                        features = torch.cat((features, weight["markov_head.markov_w1.weight"][tokens[k]]))
+                    logit = weight["confidence_head.proj.weight"][0] @ features + weight["confidence_head.proj.bias"][0]
+                    c = torch.sigmoid(logit)
+                    bce = -(rate * torch.log(c) + (1 - rate) * torch.log(1 - c))
+                    numerators["confidence"] = numerators["confidence"] + w * bce
+            taus.append(tau)
+    terms = {name: value / (denominator + 1e-6) for name, value in numerators.items()}
+    loss = weights.ce * terms["ce"] + weights.l1 * terms["l1"] + weights.confidence * terms["confidence"]
+    return loss, terms, sum(taus) / len(taus), [sum(r) / len(r) if r else 0.0 for r in rates.values()]
+
+
+@pytest.fixture
+def case(make_cache):
+    """Three samples of different lengths, one with two turns, and their anchors."""
+    cache = make_cache(12, seed=4, dtype=torch.float64)
+    order = sorted(range(12), key=lambda i: len(cache[i].input_ids))
+    samples = [cache[order[0]], next(cache[i] for i in order if len(cache[i].input_ids) % 3 == 0), cache[order[2]]]
+    anchors = [draw_anchors(sample.loss_mask, 2, seed=1, epoch=0, sample_id=i) for i, sample in enumerate(samples)]
+    anchors[0] = anchors[0][:1]  # so that the batch holds a filler
+    return samples, anchors
+
+
+@pytest.mark.parametrize(("changes", "weights"), CASES)
+def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, changes, weights):
+    samples, anchors = case
+    draft = make_draft(**changes).double()
+    embedding = draft.embed_tokens.weight * 0.3  # distributions that overlap: acceptance far from 0 and from 1
+    draft.set_embeddings(embedding, embedding)
+    with torch.no_grad():
+        for index, parameter in enumerate(draft.trainable_parameters().values()):
+            generator = torch.Generator().manual_seed(index)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
+    batch = collate(samples, anchors, draft.config.block_size, with_last=weights.needs_target)
+    assert not batch.valid.all()
+
+    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+    loss = dspark_loss(draft, hidden, batch, weights)
+    loss.value.backward()
+    gradients = {name: p.grad for name, p in draft.trainable_parameters().items()}
+    draft.zero_grad()
+    expected, terms, tau, rates = plain_loss(draft, samples, anchors, weights)
+    expected.backward()
+
+    torch.testing.assert_close(loss.value, expected, rtol=1e-9, atol=0)
+    assert float(loss.ce / (loss.weight + 1e-6)) == pytest.approx(terms["ce"].item(), rel=1e-9)
+    if weights.needs_target:
+        assert float(loss.l1 / (loss.weight + 1e-6)) == pytest.approx(terms["l1"].item(), rel=1e-9)
+        assert float(loss.tau / loss.blocks) == pytest.approx(tau, rel=1e-9)
+        assert 1.1 < tau < 4.9
+        assert (loss.accepted / loss.counted.clamp(min=1)).tolist() == pytest.approx(rates, rel=1e-9)
+    reached = 0
+    for name, parameter in draft.trainable_parameters().items():
+        if parameter.grad is None:
+            assert gradients[name] is None or not gradients[name].any(), name
+            continue
+        reached += 1
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-7, atol=1e-12, msg=name)
+    assert reached >= 14
+
+
+def test_cross_entropy_alone_needs_no_last_hidden_states(make_draft, case):
+    samples, anchors = case
+    draft = make_draft()
+    batch = collate(samples, anchors, draft.config.block_size, with_last=False)
+    batch = dataclasses.replace(batch, taps=batch.taps.float())
+    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+    loss = dspark_loss(draft, hidden, batch, LossWeights(l1=0.0, confidence=0.0))
+    assert loss.value.isfinite()
+    with pytest.raises(InputError, match="no last hidden states"):
+        dspark_loss(draft, hidden, batch, LossWeights())
+
+
+def test_a_batch_without_a_single_slot_has_loss_zero_and_finite_gradients(make_draft, case):
+    samples, _ = case
+    draft = make_draft()
+    batch = collate(samples, [torch.zeros(0, dtype=torch.long)] * 3, draft.config.block_size)
+    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+    loss = dspark_loss(draft, hidden, batch, LossWeights())
+    loss.value.backward()
+    assert loss.value.item() == 0.0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in draft.trainable_parameters().values())
