@@ -196,10 +196,11 @@ def test_a_conversation_without_an_answer_is_refused(make_tokenizer, talk):
         tokenise(make_tokenizer(), talk("u:What?"), max_length=LONG)
 
 
-def test_a_tokenizer_that_trims_offsets_masks_the_same_tokens(make_tokenizer, talk):
-    plain, trimming = make_tokenizer(), make_tokenizer()
+@pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, STRICT])  # STRICT's generation prompt ends with a space
+def test_a_tokenizer_that_trims_offsets_masks_the_same_tokens(make_tokenizer, talk, template):
+    plain, trimming = make_tokenizer(template), make_tokenizer(template)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    conversation = talk("u:What? ", "a: state of\n a hybrid ", "u: And?", "a:more\n")
+    conversation = talk("u:What? ", "a: state of\n a hybrid ", "u: And?", "a:<think>more</think>\n")
     expected, found = (tokenise(tokenizer, conversation, max_length=LONG) for tokenizer in (plain, trimming))
     assert found.input_ids.tolist() == expected.input_ids.tolist()
     assert found.loss_mask.tolist() == expected.loss_mask.tolist()
