@@ -103,8 +103,11 @@ class _Service:
             raise ApiError(400, error.what, error.do, param="messages") from None
 
     def max_new_tokens(self, asked: int | None, prompt_length: int) -> int:
-        """How long the answer may get; `ApiError` when the prompt or what is asked for does not fit."""
-        limit, positions = self.config.max_new_tokens, self.served.max_positions
+        """What is asked for, at most the server's limit and what the model still holds; both end in "length".
+
+        `ApiError` when the prompt leaves no room at all.
+        """
+        positions = self.served.max_positions
         room = positions - prompt_length
         if room < 1:
             raise ApiError(
@@ -113,25 +116,7 @@ class _Service:
                 "Shorten the prompt.",
                 code="context_length_exceeded",
             )
-        if asked is None:
-            return min(limit, room)
-        if asked > limit:
-            raise ApiError(
-                400,
-                f"max_tokens is {asked}; this server answers with at most {limit} tokens.",
-                "Ask for fewer, or start it with --set serve.max_new_tokens=N.",
-                param="max_tokens",
-            )
-        if asked > room:
-            raise ApiError(
-                400,
-                f"The prompt has {prompt_length} tokens, which leaves {room} of {positions} for the answer; "
-                f"max_tokens is {asked}.",
-                "Shorten the prompt or ask for fewer tokens.",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        return asked
+        return min(asked or room, self.config.max_new_tokens, room)
 
     async def job(self, request: ChatRequest | CompletionRequest) -> Job:
         self.check_model(request.model)

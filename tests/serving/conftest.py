@@ -1,7 +1,4 @@
-"""A tiny real target to serve, and a decoder without a model whose pace the test sets."""
-
-import dataclasses
-import threading
+"""A tiny real target to serve, and servers around it and around the fake decoder."""
 
 import pytest
 
@@ -10,61 +7,7 @@ from nemotron_dspark.recipe import tiny
 from nemotron_dspark.serving.background import ServerThread
 from nemotron_dspark.serving.server import Served
 from nemotron_dspark.targets import Target
-
-SCRIPT = "Once upon a time there was a state, naïve and 🙂; it kept what was accepted.\nThen it went on. "
-
-
-@dataclasses.dataclass(eq=False)
-class FakeGeneration:
-    script: list[int]
-    limit: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    finished: str | None = None
-    accepted: list[int] = dataclasses.field(default_factory=list)
-    proposed: list[int] = dataclasses.field(default_factory=list)
-
-
-class FakeDecoder:
-    """`Decoder` without a model: writes SCRIPT again and again, three tokens a round, each round after ``go``."""
-
-    def __init__(self, tokenizer):
-        self.script = tokenizer.encode(SCRIPT)
-        self.go = threading.Event()
-        self.go.set()
-        self.together: list[int] = []  # generations of each round
-        self.alive: set[int] = set()
-        self.fail_start: BaseException | None = None
-        self.fail_step: BaseException | None = None
-
-    def start(self, prompt_ids, sampling, stop_ids=None):
-        if self.fail_start is not None:
-            error, self.fail_start = self.fail_start, None
-            raise error
-        generation = FakeGeneration(self.script, sampling.max_new_tokens)
-        self.alive.add(id(generation))
-        self._write(generation, 1)
-        return generation
-
-    def step(self, generations):
-        self.go.wait(20)
-        self.together.append(len(generations))
-        if self.fail_step is not None:
-            error, self.fail_step = self.fail_step, None
-            raise error
-        for generation in generations:
-            self._write(generation, 3)
-            generation.accepted.append(3)
-            generation.proposed.append(4)
-
-    def _write(self, generation, count):
-        for _ in range(count):
-            if generation.finished is None:
-                generation.tokens.append(generation.script[len(generation.tokens) % len(generation.script)])
-                if len(generation.tokens) == generation.limit:
-                    generation.finished = "length"
-
-    def drop(self, generation):
-        self.alive.discard(id(generation))
+from tests.serving.fake_decoder import SCRIPT, FakeDecoder
 
 
 @pytest.fixture(scope="session")

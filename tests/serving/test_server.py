@@ -12,6 +12,9 @@ import pytest
 from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.serving.background import ServerThread
+from nemotron_dspark.serving.server import Served
+from tests.serving.fake_decoder import FakeDecoder
 
 WAIT = 20  # seconds after which a test gives up; nothing depends on it otherwise
 HELLO = [{"role": "user", "content": "What does a hybrid model keep?"}]
@@ -36,6 +39,14 @@ def counters(server):
     """The samples of /metrics by name with labels."""
     lines = httpx.get(root(server) + "/metrics").text.splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
+@pytest.fixture(scope="module")
+def idle_server(serve_tokenizer):
+    """A server without a model that tests may share."""
+    served = Served("fake", frozenset({"org/fake"}), FakeDecoder(serve_tokenizer), serve_tokenizer, 330, 4096)
+    with ServerThread(served) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -285,17 +296,17 @@ BAD = {
     "logprobs": (b'{"prompt": "x", "logprobs": 0}', "logprobs is not supported"),
     "echo": (b'{"prompt": "x", "echo": true}', "echo is not supported"),
     "top_k": (b'{"prompt": "x", "top_k": 5}', "top_k is not supported"),
-    "much": (b'{"prompt": "x", "max_tokens": 3000}', "at most 2048"),
     "long": (json.dumps({"prompt": [40] * 4096}).encode(), "4096 tokens"),
-    "both": (json.dumps({"prompt": [40] * 4000, "max_tokens": 100}).encode(), "leaves 96"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_400_with_what_and_do(fake_server, case):
+def test_bad_input_is_400_with_what_and_do(idle_server, case):
     body, mention = BAD[case]
+    rejected = 'nds_requests_total{endpoint="/v1/completions",outcome="rejected"}'
+    before = counters(idle_server).get(rejected, 0)
     answer = httpx.post(
-        fake_server.base_url + "/completions", content=body, headers={"Content-Type": "application/json"}
+        idle_server.base_url + "/completions", content=body, headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -303,8 +314,16 @@ def test_bad_input_is_400_with_what_and_do(fake_server, case):
     assert mention in error["message"]
     assert error["message"].count(". ") == 1  # what, and what to do
     assert error["message"].endswith(".")
-    rejected = 'nds_requests_total{endpoint="/v1/completions",outcome="rejected"}'
-    assert counters(fake_server)[rejected] == 1
+    assert counters(idle_server)[rejected] == before + 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked", "given"), [([40], 3000, 2048), ([40] * 4000, 500, 96), ([40] * 4000, None, 96)]
+)
+def test_an_answer_is_at_most_the_servers_limit_and_what_the_model_holds(idle_server, prompt, asked, given):
+    with client_of(idle_server) as client:
+        answer = client.completions.create(model="fake", prompt=prompt, max_tokens=asked)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (given, "length")
 
 
 BAD_CHATS = {
@@ -346,32 +365,32 @@ def test_harmless_fields_are_ignored(client, server):
     assert answer.usage.completion_tokens > 0
 
 
-def test_a_body_not_sent_as_json_is_refused(fake_server):
+def test_a_body_not_sent_as_json_is_refused(idle_server):
     """Also keeps web pages out: a browser asks before it sends this header to another origin, and gets no answer."""
-    answer = httpx.post(fake_server.base_url + "/completions", content=b'{"prompt": "x"}')
+    answer = httpx.post(idle_server.base_url + "/completions", content=b'{"prompt": "x"}')
     assert answer.status_code == 400
     assert "Content-Type: application/json" in answer.json()["error"]["message"]
     asked = httpx.options(
-        fake_server.base_url + "/completions",
+        idle_server.base_url + "/completions",
         headers={"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"},
     )
     assert "access-control-allow-origin" not in asked.headers
 
 
-def test_a_huge_body_is_refused(fake_server):
+def test_a_huge_body_is_refused(idle_server):
     body = b'{"prompt": "' + b"x" * 17 * 1024**2 + b'"}'
     answer = httpx.post(
-        fake_server.base_url + "/completions", content=body, headers={"Content-Type": "application/json"}
+        idle_server.base_url + "/completions", content=body, headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 413
     assert "16 MiB" in answer.json()["error"]["message"]
 
 
-def test_unknown_paths_and_models_are_404(fake_server):
-    answer = httpx.get(fake_server.base_url + "/nothing")
+def test_unknown_paths_and_models_are_404(idle_server):
+    answer = httpx.get(idle_server.base_url + "/nothing")
     assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
-    assert httpx.get(fake_server.base_url + "/completions").status_code == 405
-    with client_of(fake_server) as client:
+    assert httpx.get(idle_server.base_url + "/completions").status_code == 405
+    with client_of(idle_server) as client:
         with pytest.raises(openai.NotFoundError, match="Ask for 'fake'"):
             client.completions.create(model="gpt-4", prompt="x")
         for name in ("fake", "org/fake"):
@@ -393,7 +412,7 @@ def test_metrics_count_what_happened(fake_server):
     assert seen["nds_waiting_requests"] == seen["nds_active_requests"] == 0
 
 
-def test_a_draft_shows_in_the_usage(fake_server):
-    with client_of(fake_server) as client:
+def test_a_draft_shows_in_the_usage(idle_server):
+    with client_of(idle_server) as client:
         usage = client.completions.create(model="fake", prompt="x", max_tokens=10).usage
     assert usage.speculative == {"rounds": 3, "accepted_length": 3.0}

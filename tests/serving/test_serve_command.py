@@ -1,0 +1,117 @@
+"""`nds serve` as a process: it starts, answers the `openai` client speculatively, and ends with 0 when told to."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+
+import openai
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from nemotron_dspark.chat.format import Message, render_prompt
+from nemotron_dspark.cli import serve_command
+from nemotron_dspark.config.run import DraftSection
+from nemotron_dspark.decoding.decoder import Decoder
+from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.serving import listen
+
+HELLO = [{"role": "user", "content": "What does a hybrid model keep?"}]
+WAIT = 60
+
+
+@pytest.fixture(scope="module")
+def draft_folder(target, tmp_path_factory):
+    """An untrained draft, saved slim: the target lends it embedding and head."""
+    section = DraftSection(num_layers=1, block_size=4, taps=[0, 1], markov_rank=8)
+    config, _ = build_draft_config(target.spec, section, mask_token_id=5)
+    draft = DSparkDraft(config, seed=0)
+    folder = tmp_path_factory.mktemp("draft") / "draft"
+    draft.save(folder, slim=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def process(target, draft_folder):
+    code = "from nemotron_dspark.cli import main; main()"
+    arguments = ["serve", "-t", str(target.folder), "-d", str(draft_folder), "--port", "0", "--json"]
+    running = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+    yield running
+    running.kill()
+    running.wait()
+
+
+def test_a_running_server_answers_speculatively_and_stops_cleanly(process, target):
+    said = json.loads(process.stdout.readline())
+    ids = render_prompt(target.tokenizer, [Message(**message) for message in HELLO])
+    plain = Decoder(target).generate(ids, Sampling(max_new_tokens=40))
+    expected = target.tokenizer.decode(plain.tokens, skip_special_tokens=True)
+    with openai.OpenAI(base_url=said["url"], api_key="-", max_retries=0, timeout=WAIT) as client:
+        asked = {"model": said["model"], "messages": HELLO, "temperature": 0, "max_tokens": 40}
+        answer = client.chat.completions.create(**asked)
+        assert answer.choices[0].message.content == expected
+        assert answer.usage.speculative["rounds"] <= 39
+        assert answer.usage.speculative["accepted_length"] >= 1
+        streamed = client.chat.completions.create(**asked, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WAIT) == 0
+    assert process.stdout.read() == ""  # one JSON object, nothing else
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    serve_command.register(app)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_port_in_use_is_said_before_the_target_is_loaded():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        error = invoke("-t", "/no/such/target", "--port", port).exception
+    assert isinstance(error, EnvironmentFault)
+    assert (error.exit_code, str(port) in error.what, "--port" in error.do) == (3, True, True)
+
+
+def test_an_address_of_another_machine_is_refused():
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        with pytest.raises(InputError, match="--host"):
+            listen.bind(host, 0)
+
+
+def test_a_missing_draft_and_a_draft_for_another_target_are_said(target, draft_folder, tiny_llama, tmp_path):
+    error = invoke("-t", target.folder, "-d", tmp_path, "--port", 0).exception
+    assert isinstance(error, InputError)
+    error = invoke("-t", tiny_llama, "-d", draft_folder, "--port", 0).exception
+    assert isinstance(error, InputError)
+    assert "another target" in error.what
+
+
+def test_listening_for_other_machines_is_warned_of():
+    result = invoke("-t", "/no/such/target", "--host", "0.0.0.0", "--port", 0)
+    assert "no password" in result.stderr
+    assert "no password" not in invoke("-t", "/no/such/target", "--port", 0).stderr
+
+
+def test_urls_are_reachable_from_this_machine():
+    with listen.bind("0.0.0.0", 0) as bound:
+        assert listen.url_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+def test_a_missing_package_is_said_in_two_sentences():
+    code = (
+        "import sys; sys.modules['uvicorn'] = None\n"
+        "from nemotron_dspark.errors import EnvironmentFault\n"
+        "try:\n    import nemotron_dspark.serving.listen\n"
+        "except EnvironmentFault as error:\n    print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "uvicorn" in said
+    assert "pip install 'nemotron-dspark[serve]'" in said
