@@ -3,7 +3,9 @@
 Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1; chain drafts only.
 """
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nemotron_dspark.decoding.sampling import pick
 
@@ -20,28 +22,27 @@ def accept_greedy(target_tokens: list[int], draft_tokens: list[int]) -> tuple[in
 
 
 def accept_sampled(
-    target_probs: Tensor,  # [n + 1, V], rows sum to 1
-    draft_probs: Tensor,  # [n, V], rows sum to 1; what each draft token was drawn from
-    draft_tokens: Tensor,  # [n]
-    uniforms: Tensor,  # [n + 1] in [0, 1): one per draft, one for the token that follows
-) -> tuple[int, int]:
-    """Longest accepted prefix of ``draft_tokens`` and the token that follows it.
+    target_probs: Tensor,  # [B, n + 1, V], rows sum to 1
+    draft_probs: Tensor,  # [B, n, V], rows sum to 1; what each draft token was drawn from
+    draft_tokens: Tensor,  # [B, n]
+    counts: Tensor,  # [B] drafts proposed, at most n; later ones are not there
+    uniforms: Tensor,  # [B, n + 1] in [0, 1): one per draft, the last for the token that follows
+) -> tuple[Tensor, Tensor]:
+    """Longest accepted prefix of each row's drafts [B] and the token that follows it [B].
 
     Draft token x survives with probability min(1, p(x) / q(x)). The token that follows is drawn from the residual
-    max(0, p - q) at the first rejection, or from the last row of ``target_probs`` when every draft survives.
+    max(0, p - q) at the first rejection, or from p itself when every proposed draft survives. A greedy row, whose p
+    and q are one-hot, keeps exactly the drafts that equal the target's choice.
     """
-    count = draft_tokens.shape[0]
-    if count:
-        p = target_probs[:count].gather(1, draft_tokens[:, None])[:, 0]
-        q = draft_probs.gather(1, draft_tokens[:, None])[:, 0]
-        survives = uniforms[:count].to(p.device) * q < p
-        kept = int(survives.cumprod(0).sum())
-    else:
-        kept = 0
-    if kept == count:
-        following = target_probs[count]
-    else:
-        following = (target_probs[kept] - draft_probs[kept]).clamp_(min=0)
-        if not bool(following.sum() > 0):  # p = q up to rounding, and the draw fell on the rounding
-            following = target_probs[kept]
-    return kept, int(pick(following, uniforms[count]))
+    rows, slots = draft_tokens.shape
+    p = target_probs[:, :slots].gather(2, draft_tokens[..., None])[..., 0]
+    q = draft_probs.gather(2, draft_tokens[..., None])[..., 0]
+    survives = (uniforms[:, :slots] * q < p) & (torch.arange(slots, device=p.device) < counts[:, None])
+    kept = survives.long().cumprod(1).sum(1)  # [B]
+    each = torch.arange(rows, device=p.device)
+    at_end = target_probs[each, kept]  # [B, V]
+    rejected = functional.pad(draft_probs, (0, 0, 0, 1))[each, kept] * (kept < counts)[:, None]
+    residual = (at_end - rejected).clamp_(min=0)
+    # Where p = q up to rounding and the draw fell on the rounding, nothing is left: p itself is right then.
+    following = torch.where(residual.sum(-1, keepdim=True) > 0, residual, at_end)
+    return kept, pick(following, uniforms[:, slots])

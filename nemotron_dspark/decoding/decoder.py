@@ -15,7 +15,8 @@ from torch import Tensor
 
 from nemotron_dspark.decoding.accept import accept_greedy, accept_sampled
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
-from nemotron_dspark.drafts.dspark import DraftContext, DSparkDraft
+from nemotron_dspark.drafts.context import DraftContext
+from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target, TargetState
 
@@ -28,7 +29,7 @@ class Generation:
     sampling: Sampling
     stop_ids: frozenset[int]
     tokens: list[int] = dataclasses.field(default_factory=list)  # generated so far, a stop token included
-    finished: str | None = None  # "stop" or "length"
+    finished: str | None = None  # "stop", "length", or "dropped"
     accepted: list[int] = dataclasses.field(default_factory=list)  # tokens gained per round, the target's own included
     proposed: list[int] = dataclasses.field(default_factory=list)  # tokens drafted per round
     seconds: float = 0.0  # spent in rounds, prefill not counted; shared rounds count in full
@@ -61,8 +62,8 @@ class Generation:
 
 @dataclasses.dataclass
 class _Proposal:
-    tokens: Tensor  # [B, γ]
-    probs: list[Tensor | None]  # per row [γ, V]; None for greedy rows
+    tokens: Tensor  # [B, n], n at most γ
+    probs: Tensor | None  # [B, n, V] what they were drawn from; None when every row is greedy
     counts: list[int]  # drafts proposed per row; the rest of a row is not to be accepted
 
 
@@ -104,7 +105,7 @@ class Decoder:
         if self.draft is not None:
             generation._context = self.draft.new_context()
             self.draft.extend(generation._context, verified.taps, [len(prompt_ids)])
-        generation.receive([self._pick(generation, verified.logits[0, -1])])
+        generation.receive(self._pick([generation], verified.logits[:, -1]))
         return generation
 
     @torch.no_grad()
@@ -114,13 +115,13 @@ class Decoder:
         if not active:
             return
         began = time.perf_counter()
-        self._gather(active)
+        active = self._gather(active)
         anchors = torch.tensor([generation.tokens[-1] for generation in active], device=self.target.device)
         if self.draft is None:
             verified = self.target.verify(self._state, anchors[:, None])
             self.target.commit(self._state, [1] * len(active))
-            for row, generation in enumerate(active):
-                self._note(generation, 0, [self._pick(generation, verified.logits[row, 0])])
+            for generation, token in zip(active, self._pick(active, verified.logits[:, 0]), strict=True):
+                self._note(generation, 0, [token])
         else:
             self._speculate(active, anchors)
         seconds = time.perf_counter() - began
@@ -138,100 +139,96 @@ class Decoder:
         return generation
 
     def drop(self, generation: Generation) -> None:
-        """Forget a generation's state, finished or not."""
+        """Forget a generation, finished or not; it takes no part in later rounds."""
+        generation.finished = generation.finished or "dropped"
         generation._state = generation._context = None
-        if generation in self._rows:
-            rest = [row for row in range(len(self._rows)) if self._rows[row] is not generation]
-            self._rows = [self._rows[row] for row in rest]
-            self._state = self._state.select(rest) if rest else None
-            if self._context is not None:
-                self._context = self._context.select(rest) if rest else None
+        if all(row.finished is not None for row in self._rows):
+            self._rows, self._state, self._context = [], None, None
 
-    def _pick(self, generation: Generation, logits: Tensor) -> int:
-        if generation.greedy:
-            return int(logits.argmax())
-        return int(pick(probabilities(logits, generation.sampling), generation.uniforms(1)[0]))
+    def _pick(self, generations: Sequence[Generation], logits: Tensor) -> list[int]:
+        """One token for each row of ``logits`` [B, V]."""
+        if all(generation.greedy for generation in generations):
+            return logits.argmax(-1).tolist()
+        uniforms = torch.cat([generation.uniforms(1) for generation in generations])
+        return pick(probabilities(logits, [generation.sampling for generation in generations]), uniforms).tolist()
 
-    def _gather(self, active: list[Generation]) -> None:
-        """Make ``active`` the rows of the shared batch, in that order."""
-        if len(active) == len(self._rows) and all(a is b for a, b in zip(active, self._rows, strict=True)):
-            return
+    def _gather(self, active: list[Generation]) -> list[Generation]:
+        """Make ``active`` the rows of the shared batch; returns them in row order."""
         wanted = set(map(id, active))
+        staying = [row for row, generation in enumerate(self._rows) if id(generation) in wanted]
+        if len(staying) == len(active) == len(self._rows):
+            return self._rows
         for row, generation in enumerate(self._rows):
-            # What stays alive outside this round keeps its own state; so does what changes its row.
-            if generation.finished is None or id(generation) in wanted:
-                generation._state = self._state.select([row])
-                generation._context = self._context.select([row]) if self._context is not None else None
-        self._state = TargetState.cat([generation._state for generation in active])
-        if self.draft is not None:
-            self._context = DraftContext.cat([generation._context for generation in active])
-        self._rows = list(active)
-        for generation in active:
+            if id(generation) not in wanted and generation.finished is None:  # it may come back in a later round
+                generation._state, generation._context = self._rows_of([row])
+        joining = [generation for generation in active if generation._state is not None]
+        parts = [self._rows_of(staying)] if staying else []
+        parts += [(generation._state, generation._context) for generation in joining]
+        self._rows = [self._rows[row] for row in staying] + joining
+        self._state = TargetState.cat([state for state, _ in parts])
+        self._context = DraftContext.cat([context for _, context in parts]) if self.draft is not None else None
+        for generation in joining:
             generation._state = generation._context = None
+        return self._rows
+
+    def _rows_of(self, rows: list[int]) -> tuple[TargetState, DraftContext | None]:
+        return self._state.select(rows), self._context.select(rows) if self._context is not None else None
 
     def _speculate(self, active: list[Generation], anchors: Tensor) -> None:
-        gamma = self.draft.config.block_size
-        uniforms = [None if generation.greedy else generation.uniforms(2 * gamma + 1) for generation in active]
-        proposal = self._propose(active, anchors, uniforms)
+        proposal = self._propose(active, anchors)
         longest = max(proposal.counts)
-        block = torch.cat([anchors[:, None], proposal.tokens[:, :longest]], dim=1)  # [B, 1 + longest]
-        verified = self.target.verify(self._state, block)
-        greedy_tokens = None
-        if any(generation.greedy for generation in active):
-            greedy_tokens = verified.logits.argmax(-1).tolist()
-        drafted = proposal.tokens.tolist()
-        kept_per_row, new_per_row = [], []
-        for row, generation in enumerate(active):
-            count = proposal.counts[row]
-            if generation.greedy:
-                kept, following = accept_greedy(greedy_tokens[row], drafted[row][:count])
-            else:
-                kept, following = accept_sampled(
-                    probabilities(verified.logits[row, : count + 1], generation.sampling),
-                    proposal.probs[row][:count],
-                    proposal.tokens[row, :count],
-                    torch.cat([uniforms[row][gamma : gamma + count], uniforms[row][-1:]]),
-                )
-            kept_per_row.append(kept + 1)  # the anchor and the surviving drafts; the following token is the next anchor
-            new_per_row.append([*drafted[row][:kept], following])
-        self.target.commit(self._state, kept_per_row)
-        self.draft.extend(self._context, verified.taps, kept_per_row)
-        for generation, count, new in zip(active, proposal.counts, new_per_row, strict=True):
-            self._note(generation, count, new)
+        drafted = proposal.tokens[:, :longest]
+        verified = self.target.verify(self._state, torch.cat([anchors[:, None], drafted], dim=1))
+        if proposal.probs is None:
+            target_tokens = verified.logits.argmax(-1).tolist()
+            outcomes = [
+                accept_greedy(tokens, row[:count])
+                for tokens, row, count in zip(target_tokens, drafted.tolist(), proposal.counts, strict=True)
+            ]
+        else:
+            uniforms = torch.stack([generation.uniforms(longest + 1) for generation in active])
+            kept, following = accept_sampled(
+                probabilities(verified.logits, [generation.sampling for generation in active]),
+                proposal.probs[:, :longest],
+                drafted,
+                torch.tensor(proposal.counts, device=drafted.device),
+                uniforms.to(drafted.device),
+            )
+            outcomes = list(zip(kept.tolist(), following.tolist(), strict=True))
+        # The anchor and the surviving drafts are committed; the token that follows is the next anchor.
+        committed = [kept + 1 for kept, _ in outcomes]
+        self.target.commit(self._state, committed)
+        self.draft.extend(self._context, verified.taps, committed)
+        for generation, count, tokens, (kept, following) in zip(
+            active, proposal.counts, drafted.tolist(), outcomes, strict=True
+        ):
+            self._note(generation, count, [*tokens[:kept], following])
 
-    def _propose(self, active: list[Generation], anchors: Tensor, uniforms: list[Tensor | None]) -> _Proposal:
+    def _propose(self, active: list[Generation], anchors: Tensor) -> _Proposal:
         draft, gamma = self.draft, self.draft.config.block_size
+        samplings = [generation.sampling for generation in active]
+        all_greedy = all(generation.greedy for generation in active)
+        uniforms = None if all_greedy else torch.stack([generation.uniforms(gamma) for generation in active])
         hidden = draft.block_hidden(self._context, anchors)  # [B, γ, H]
         base = draft.base_logits(hidden)  # [B, γ, V]
-        state = draft.sequential.start(len(active)) if draft.sequential is not None else None
-        all_greedy = all(generation.greedy for generation in active)
+        state = draft.sequential.start(len(active))
         counts = [gamma] * len(active)
-        previous, tokens = anchors, []
-        probs: list[list[Tensor]] = [[] for _ in active]
+        previous, tokens, probs = anchors, [], []
         for slot in range(gamma):
             if self.confidence_threshold > 0:
                 self._cut(counts, draft.confidence(hidden[:, slot], previous), slot)
                 if max(counts) <= slot:
                     break
-            logits = base[:, slot]
-            if state is not None:
-                logits, state = draft.sequential.step(logits, hidden[:, slot], previous, state)
-            chosen = logits.argmax(-1)
-            if not all_greedy:
-                for row, generation in enumerate(active):
-                    if not generation.greedy:
-                        q = probabilities(logits[row], generation.sampling)
-                        probs[row].append(q)
-                        chosen[row] = pick(q, uniforms[row][slot])
-            tokens.append(chosen)
-            previous = chosen
-        drafted = torch.stack(tokens, 1) if tokens else anchors.new_zeros(len(active), 0)
-        vocab = base.shape[-1]
-        stacked = [
-            None if generation.greedy else torch.stack(rows) if rows else base.new_zeros(0, vocab)
-            for generation, rows in zip(active, probs, strict=True)
-        ]
-        return _Proposal(drafted, stacked, counts)
+            logits, state = draft.sequential.step(base[:, slot], hidden[:, slot], previous, state)
+            if all_greedy:
+                previous = logits.argmax(-1)
+            else:
+                probs.append(probabilities(logits, samplings))
+                previous = pick(probs[-1], uniforms[:, slot])
+            tokens.append(previous)
+        if not tokens:
+            return _Proposal(anchors.new_zeros(len(active), 0), None if all_greedy else base[:, :0].float(), counts)
+        return _Proposal(torch.stack(tokens, 1), None if all_greedy else torch.stack(probs, 1), counts)
 
     def _cut(self, counts: list[int], confidence: Tensor, slot: int) -> None:
         """End the rows' blocks before ``slot`` where the confidence logit [B] falls below the threshold.

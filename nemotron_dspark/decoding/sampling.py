@@ -5,6 +5,7 @@ what is decoded beside it.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,17 +31,22 @@ class Sampling:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}.", "Ask for at least one token.")
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [..., V] (fp32) that ``sampling`` draws from, given logits [..., V]; greedy is one-hot."""
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    probs = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
+def probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """The distributions [B, ..., V] (fp32) that rows draw from, given logits [B, ..., V]; greedy rows are one-hot."""
+    shape = (-1, *[1] * (logits.dim() - 1))
+    temperature = torch.tensor([sampling.temperature for sampling in samplings], device=logits.device).view(shape)
+    greedy = temperature == 0
+    probs = torch.softmax(logits.float() / temperature.masked_fill(greedy, 1.0), dim=-1)
+    if any(sampling.top_p < 1 for sampling in samplings):
+        top_p = torch.tensor([sampling.top_p for sampling in samplings], device=logits.device).view(shape)
         ordered, order = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # mass of everything more likely
-        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
         probs = probs / probs.sum(-1, keepdim=True)
+    if any(sampling.temperature == 0 for sampling in samplings):
+        one_hot = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        probs = torch.where(greedy, one_hot, probs)
     return probs
 
 

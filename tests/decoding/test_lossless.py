@@ -1,0 +1,287 @@
+"""Speculative decoding does not change what comes out: token for token when greedy, in distribution when sampled."""
+
+import collections
+
+import pytest
+import torch
+from scipy import stats
+
+from nemotron_dspark.config import DraftSection
+from nemotron_dspark.decoding.decoder import Decoder
+from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
+from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.recipe import tiny
+from nemotron_dspark.targets import Target, TargetSpec
+
+GAMMA = 5
+NEW_TOKENS = 16
+
+
+def make_draft(target: Target, seed: int = 0, cls: type = DSparkDraft, **section) -> DSparkDraft:
+    values = {"num_layers": 1, "block_size": GAMMA, "taps": [0, 3], "markov_rank": 8, **section}
+    config, _ = build_draft_config(target.spec, DraftSection(**values), mask_token_id=5)
+    draft = cls(config, seed=seed)
+    draft.set_embeddings(target.model.get_input_embeddings().weight, target.model.lm_head.weight)
+    return draft.eval()
+
+
+class ForetellingDraft(DSparkDraft):
+    """Proposes what the target will say, with an error here and there, so that every acceptance length occurs.
+
+    Contexts, blocks and state are the real ones; only the tokens are known in advance.
+    """
+
+    plans: list[list[int]]  # per row: the plain answer, prompt included
+    errors: torch.Generator
+
+    def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*hidden.shape[:-1], self.config.vocab_size)
+        for row, plan in enumerate(self.plans):
+            start = self._lengths[row] + 1
+            for slot in range(hidden.shape[1]):
+                token = plan[start + slot] if start + slot < len(plan) else 40
+                if torch.rand((), generator=self.errors) < 0.2:
+                    token = (token + 1) % self.config.vocab_size
+                logits[row, slot, token] = 1.0
+        return logits
+
+    def block_hidden(self, context, anchor_tokens):
+        self._lengths = list(context.lengths)
+        return super().block_hidden(context, anchor_tokens)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Target:
+    return Target.load(str(tiny.random_target(tmp_path_factory.mktemp("hybrid"), pattern="ME*-M*-M")))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 60, (100,), generator=generator).tolist()
+    return [torch.randint(32, 384, (length,), generator=generator).tolist() for length in lengths]
+
+
+def plain_answers(target: Target, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy answers by nothing but whole forwards of the model: no state, no cache, none of our decoding."""
+    sequences = [list(prompt) for prompt in prompts]
+    done = [False] * len(prompts)
+    for _ in range(NEW_TOKENS):
+        longest = max(map(len, sequences))
+        ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
+        mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+        with torch.no_grad():
+            logits = target.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, sequence in enumerate(sequences):
+            if not done[row]:
+                sequence.append(int(logits[row, len(sequence) - 1].argmax()))
+                done[row] = sequence[-1] in target.stop_ids
+    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def plain(target, prompts) -> list[list[int]]:
+    return plain_answers(target, prompts)
+
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
+
+
+def test_plain_decoding_equals_whole_forwards(target, prompts, plain):
+    decoder = Decoder(target)
+    generations = [decoder.start(prompt, GREEDY) for prompt in prompts]
+    while any(generation.finished is None for generation in generations):
+        decoder.step(generations)
+    assert [generation.tokens for generation in generations] == plain
+
+
+def test_greedy_speculative_output_equals_plain_output_for_100_prompts(target, prompts, plain):
+    draft = make_draft(target, cls=ForetellingDraft, markov_rank=0, confidence_with_markov=False)
+    draft.errors = torch.Generator().manual_seed(1)
+    decoder = Decoder(target, draft)
+    lengths = collections.Counter()
+    for prompt, answer in zip(prompts, plain, strict=True):
+        draft.plans = [prompt + answer]
+        generation = decoder.generate(prompt, GREEDY)
+        assert generation.tokens == answer
+        lengths.update(generation.accepted)
+    assert set(lengths) >= set(range(1, GAMMA + 2))  # every acceptance length occurred
+
+
+def test_rows_decoded_together_equal_rows_decoded_alone(target, prompts, plain):
+    """Rows accept different lengths in the same round, finish at different times, and join late."""
+    draft = make_draft(target, cls=ForetellingDraft, markov_rank=0, confidence_with_markov=False)
+    draft.errors = torch.Generator().manual_seed(2)
+    decoder = Decoder(target, draft)
+    waiting = list(zip(prompts[:30], plain[:30], strict=True))
+    active, answers = [], []
+    while waiting or active:
+        while waiting and len(active) < 5:
+            prompt, answer = waiting.pop(0)
+            active.append((decoder.start(prompt, GREEDY), prompt + answer, answer))
+        draft.plans = [plan for _, plan, _ in active]
+        decoder.step([generation for generation, _, _ in active])
+        answers += [(generation.tokens, answer) for generation, _, answer in active if generation.finished]
+        active = [item for item in active if not item[0].finished]
+    assert all(found == expected for found, expected in answers)
+    assert len(answers) == 30
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_greedy_with_a_real_draft_of_every_head_is_lossless(target, prompts, plain, head):
+    draft = make_draft(target, markov_head=head)
+    decoder = Decoder(target, draft, confidence_threshold=0.5)
+    for prompt, answer in zip(prompts[:10], plain[:10], strict=True):
+        assert decoder.generate(prompt, GREEDY).tokens == answer
+
+
+def test_cutting_at_low_confidence_is_lossless_and_shortens_blocks(target, prompts, plain):
+    draft = make_draft(target)
+    with torch.no_grad():
+        draft.confidence_head.proj.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
+        draft.markov_head.markov_w1.weight.normal_(0, 5.0, generator=torch.Generator().manual_seed(4))
+    decoder = Decoder(target, draft, confidence_threshold=0.45)
+    proposed = collections.Counter()
+    for prompt, answer in zip(prompts[:20], plain[:20], strict=True):
+        generation = decoder.generate(prompt, GREEDY)
+        assert generation.tokens == answer
+        proposed.update(generation.proposed)
+    assert len(proposed) > 2
+
+
+# --- sampling, on a vocabulary small enough to count ---
+
+VOCAB = 6
+DRAWS = 2500
+
+
+@pytest.fixture(scope="module")
+def small_target() -> Target:
+    config = tiny.nemotron_h_config("M*-M", vocab_size=VOCAB, hidden_size=32, eos_token_id=None, pad_token_id=0)
+    config.eos_token_id = None
+    model = tiny.random_model(config, seed=4, spread=4.0)
+    model.generation_config.eos_token_id = None
+    return Target(model, None, TargetSpec.from_config(config, "small"), ".")
+
+
+def exact_distribution(target: Target, prompt: list[int], sampling: Sampling, length: int) -> dict[tuple, float]:
+    """Probability of every answer of ``length`` tokens, from whole forwards of the model."""
+    answers = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for answer, mass in answers.items():
+            with torch.no_grad():
+                logits = target.model(input_ids=torch.tensor([prompt + list(answer)]), use_cache=False).logits[0, -1]
+            for token, p in enumerate(probabilities(logits[None], [sampling])[0].tolist()):
+                longer[(*answer, token)] = mass * p
+        answers = longer
+    return answers
+
+
+def draw(decoder: Decoder, prompt: list[int], sampling: dict, draws: int) -> collections.Counter:
+    counts: collections.Counter = collections.Counter()
+    for first in range(0, draws, 250):
+        batch = [
+            decoder.start(prompt, Sampling(seed=seed, **sampling), frozenset()) for seed in range(first, first + 250)
+        ]
+        while any(generation.finished is None for generation in batch):
+            decoder.step(batch)
+        counts.update(tuple(generation.tokens) for generation in batch)
+        for generation in batch:
+            decoder.drop(generation)
+    return counts
+
+
+def p_value(counts: collections.Counter, expected: dict[tuple, float], draws: int) -> float:
+    """Chi-square test with cells of fewer than five expected draws put together."""
+    cells = [(counts[answer], mass * draws) for answer, mass in expected.items()]
+    large = [cell for cell in cells if cell[1] >= 5]
+    rest = [cell for cell in cells if cell[1] < 5]
+    if rest:
+        large.append((sum(c for c, _ in rest), max(sum(e for _, e in rest), 1e-9)))
+    observed, mass = zip(*large, strict=True)
+    scale = sum(observed) / sum(mass)
+    return stats.chisquare(observed, [m * scale for m in mass]).pvalue
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_sampled_speculative_output_is_distributed_as_the_target(small_target, top_p):
+    prompt, sampling = [1, 4, 2], {"temperature": 1.0, "top_p": top_p, "max_new_tokens": 3}
+    expected = exact_distribution(small_target, prompt, Sampling(**sampling), 3)
+    draft = make_draft(small_target, seed=6, block_size=2, num_taps=1, taps=[0], markov_rank=4)
+    with torch.no_grad():
+        draft.markov_head.markov_w2.weight.normal_(0, 3.0, generator=torch.Generator().manual_seed(7))
+        draft.markov_head.markov_w1.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(8))
+    speculative = draw(Decoder(small_target, draft), prompt, sampling, DRAWS)
+    plain = draw(Decoder(small_target), prompt, sampling, DRAWS)
+    assert set(speculative) <= {answer for answer, mass in expected.items() if mass > 0}
+    assert p_value(plain, expected, DRAWS) > 1e-3
+    assert p_value(speculative, expected, DRAWS) > 1e-3
+    pairs = sorted(set(speculative) | set(plain))
+    table = [[speculative[answer] for answer in pairs], [plain[answer] for answer in pairs]]
+    frequent = [column for column in zip(*table, strict=True) if sum(column) >= 10]
+    assert stats.chi2_contingency(list(zip(*frequent, strict=True))).pvalue > 1e-3
+
+
+def test_the_test_would_notice_a_wrong_acceptance_rule(small_target, monkeypatch):
+    """Accepting every draft, or drawing the replacement from p instead of the residual, moves the distribution."""
+    from nemotron_dspark.decoding import decoder as module
+
+    prompt, sampling = [1, 4, 2], {"temperature": 1.0, "max_new_tokens": 3}
+    expected = exact_distribution(small_target, prompt, Sampling(**sampling), 3)
+    draft = make_draft(small_target, seed=6, block_size=2, taps=[0], markov_rank=4)
+    with torch.no_grad():
+        draft.markov_head.markov_w2.weight.normal_(0, 3.0, generator=torch.Generator().manual_seed(7))
+        draft.markov_head.markov_w1.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(8))
+    right = module.accept_sampled
+
+    def accept_all(p, q, tokens, counts, uniforms):
+        return right(p, q * 0, tokens, counts, uniforms)
+
+    def replace_from_p(p, q, tokens, counts, uniforms):
+        kept, _ = right(p, q, tokens, counts, uniforms)
+        return kept, pick(p[torch.arange(len(kept)), kept], uniforms[:, -1])
+
+    for wrong in (accept_all, replace_from_p):
+        monkeypatch.setattr(module, "accept_sampled", wrong)
+        assert p_value(draw(Decoder(small_target, draft), prompt, sampling, 1000), expected, 1000) < 1e-6
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_company(target, prompts):
+    draft = make_draft(target)
+    sampling = Sampling(temperature=1.0, seed=11, max_new_tokens=NEW_TOKENS)
+    alone = Decoder(target, draft).generate(prompts[0], sampling).tokens
+    decoder = Decoder(target, draft)
+    batch = [decoder.start(prompts[0], sampling)]
+    batch += [decoder.start(prompt, Sampling(temperature=0.7, seed=seed)) for seed, prompt in enumerate(prompts[1:4])]
+    while batch[0].finished is None:
+        decoder.step(batch)
+    assert batch[0].tokens == alone
+    other = Decoder(target, draft).generate(prompts[0], Sampling(temperature=1.0, seed=12, max_new_tokens=NEW_TOKENS))
+    assert other.tokens != alone
+
+
+def test_a_stop_token_ends_the_answer_inside_a_block(target, prompts, plain):
+    draft = make_draft(target, cls=ForetellingDraft, markov_rank=0, confidence_with_markov=False)
+    draft.errors = torch.Generator().manual_seed(5)
+    prompt, answer = next((p, a) for p, a in zip(prompts, plain, strict=True) if len(set(a)) > 6)
+    draft.plans = [prompt + answer]
+    stop = next(token for at, token in enumerate(answer) if at >= 3 and token not in answer[:at])
+    generation = Decoder(target, draft).generate(prompt, GREEDY, frozenset({stop}))
+    assert generation.tokens == answer[: answer.index(stop) + 1]
+    assert generation.finished == "stop"
+    assert sum(generation.accepted) == len(generation.tokens) - 1  # the first token came from the prefill
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"hidden_size": 32}, "hidden size"), ({"vocab_size": 400}, "vocabulary")]
+)
+def test_a_draft_for_another_target_is_refused(target, change, named):
+    other = tiny.nemotron_h_config(**{"pattern": "M*-M-*-M", "vocab_size": 384, "hidden_size": 64, **change})
+    config, _ = build_draft_config(
+        TargetSpec.from_config(other, "other"), DraftSection(num_layers=1, taps=[0]), mask_token_id=5
+    )
+    with pytest.raises(InputError, match=named):
+        Decoder(target, DSparkDraft(config))
