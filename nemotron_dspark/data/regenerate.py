@@ -88,7 +88,16 @@ def regenerate(
             name = model or (await client.models.list()).data[0].id
 
             async def ask(messages: list[dict[str, str]]) -> Any:
-                return await client.chat.completions.create(model=name, messages=messages, extra_body=body, **settings)
+                sent = dict(body)
+                try:
+                    return await client.chat.completions.create(
+                        model=name, messages=messages, extra_body=sent, **settings
+                    )
+                except openai.BadRequestError as error:
+                    if "skip_special_tokens" not in sent or "skip_special_tokens" not in error.message:
+                        raise
+                    body.pop("skip_special_tokens", None)  # a server that does not take the field
+                    return await ask(messages)
 
             await _answer_all(job, ask, concurrency)
 
