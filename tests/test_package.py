@@ -61,3 +61,8 @@ def test_the_installed_package_is_not_the_checkout(environment, tmp_path):
 
 def test_nds_answers_in_an_empty_environment(environment, tmp_path):
     assert "Usage: nds" in run(environment / "nds", "--help", folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_selftest_passes_in_an_empty_environment(environment, tmp_path):
+    run(environment / "nds", "selftest", folder=tmp_path)
