@@ -10,6 +10,9 @@ from typing import Any
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 _WINDOW = 32  # tokens decoded again with each new one, at most, in ordinary text
 _OVERLAP = 4  # tokens that stay when the window is cut
+# Nemotron 3 marks these as special. They are part of what the model says: without them nobody could tell its reasoning
+# from its answer, and answers regenerated for training would lack tokens that the target wrote.
+_SPOKEN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
 class Spelling:
@@ -17,15 +20,18 @@ class Spelling:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
+        special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         vocabulary = tokenizer.get_vocab()
+        self.silent = frozenset(special - {vocabulary.get(tag) for tag in _SPOKEN})  # ids that are not written out
         # SentencePiece spells unknown characters as byte tokens and decodes a whole run of them together, so that a
-        # later byte can change earlier ones: such a run (special tokens vanish from it) is unsettled until it is over.
+        # later byte can change earlier ones: such a run (silent tokens vanish from it) is unsettled until it is over.
         bytes_ = {vocabulary[name] for name in (f"<0x{byte:02X}>" for byte in range(256)) if name in vocabulary}
-        self.unsettled = frozenset(bytes_ | set(tokenizer.all_special_ids) if bytes_ else ())
+        self.unsettled = frozenset(bytes_ | self.silent if bytes_ else ())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``: special tokens left out, nothing tidied."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of ``ids``: special tokens left out but for the tags, nothing tidied."""
+        spoken = [id_ for id_ in ids if id_ not in self.silent]
+        return self._tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class Detokeniser:

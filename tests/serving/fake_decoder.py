@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 SCRIPT = "Once upon a time there was a state, naïve and 🙂; it kept what was accepted.\nThen it went on. "
 
@@ -23,6 +24,7 @@ class FakeDecoder:
         self.script = tokenizer.encode(SCRIPT)
         self.go = threading.Event()
         self.go.set()
+        self.pause = 0.0  # seconds of a round
         self.together: list[int] = []  # generations of each round
         self.alive: set[int] = set()
         self.fail_start: BaseException | None = None
@@ -39,6 +41,7 @@ class FakeDecoder:
 
     def step(self, generations):
         self.go.wait(20)
+        time.sleep(self.pause)
         self.together.append(len(generations))
         if self.fail_step is not None:
             error, self.fail_step = self.fail_step, None

@@ -12,8 +12,10 @@ import pytest
 from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.serving import listen
 from nemotron_dspark.serving.background import ServerThread
 from nemotron_dspark.serving.server import Served
+from nemotron_dspark.serving.text import Spelling
 from tests.serving.fake_decoder import FakeDecoder
 
 WAIT = 20  # seconds after which a test gives up; nothing depends on it otherwise
@@ -60,7 +62,7 @@ def expected(target, sampling, thinking=None):
     ids = render_prompt(target.tokenizer, [Message(**message) for message in HELLO], thinking)
     generation = Decoder(target).generate(ids, sampling)
     kept = generation.tokens[:-1] if generation.finished == "stop" else generation.tokens
-    return len(ids), generation, target.tokenizer.decode(kept, skip_special_tokens=True)
+    return len(ids), generation, Spelling(target.tokenizer).decode(kept)
 
 
 def test_chat_answers_what_the_decoder_decodes(client, server, target):
@@ -107,7 +109,7 @@ def test_completions_take_text_and_ids(client, server, target, stream):
         texts.append("".join(chunk.choices[0].text for chunk in chunks))
     generation = Decoder(target).generate(ids, Sampling(max_new_tokens=12))
     assert generation.finished == "length"
-    assert set(texts) == {target.tokenizer.decode(generation.tokens, skip_special_tokens=True)}
+    assert set(texts) == {Spelling(target.tokenizer).decode(generation.tokens)}
 
 
 def test_a_seed_makes_the_answer_reproducible(client, server):
@@ -260,6 +262,19 @@ def test_a_failure_is_500_and_the_next_request_is_answered(fake_server, fake):
         with pytest.raises(openai.APIError, match="broken"):
             list(client.completions.create(model="fake", prompt="x", max_tokens=9, stream=True))
         assert client.completions.create(model="fake", prompt="x", max_tokens=9).choices[0].finish_reason == "length"
+
+
+def test_stopping_tells_the_clients_that_are_cut_off(fake_served, fake, monkeypatch):
+    monkeypatch.setattr(listen, "GRACE", 0)
+    fake.pause = 0.05
+    with ServerThread(fake_served) as running, client_of(running) as client:
+        stream = client.completions.create(model="fake", prompt="x", max_tokens=2000, stream=True)
+        next(stream)
+        running.__exit__(None, None, None)
+        with pytest.raises(openai.APIError, match="stopping"):
+            list(stream)
+        with pytest.raises(openai.APIConnectionError):
+            client.completions.create(model="fake", prompt="x")
 
 
 def test_a_dead_engine_is_unhealthy(fake_server, fake):

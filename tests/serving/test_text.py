@@ -33,6 +33,22 @@ def byte_fallback() -> Spelling:
     return Spelling(PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>"))
 
 
+@pytest.mark.parametrize("spelling", [byte_level, byte_fallback])
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_text_is_the_tokenizers_but_for_the_tags(spelling, data):
+    size = 340 if spelling is byte_level else 263
+    tags = {12, 13} if spelling is byte_level else set()  # <think> and </think>
+    ids = data.draw(st.lists(st.integers(0, size - 1).filter(lambda id_: id_ not in tags), max_size=60))
+    assert spelling().decode(ids) == spelling()._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_reasoning_tags_are_text_even_where_they_are_special_tokens():
+    ids = byte_level()._tokenizer.encode("<think>\nthe state</think>the model<|im_end|>")
+    assert {12, 13, 11} <= set(ids)
+    assert byte_level().decode(ids) == "<think>\nthe state</think>the model"
+
+
 def chunked(ids: list[int], sizes: list[int]) -> list[list[int]]:
     """``ids`` cut into rounds of the given sizes, the last size repeated."""
     chunks, start = [], 0
@@ -53,7 +69,7 @@ def test_pieces_add_up_to_the_whole_text(spelling, data, sizes):
     size = 340 if spelling is byte_level else 263
     some = st.one_of(st.integers(0, size - 1), st.integers(0, 12))  # often special tokens and (second kind) words
     ids = data.draw(st.lists(some, max_size=90))
-    whole = spelling()._tokenizer.decode(ids, skip_special_tokens=True)
+    whole = spelling().decode(ids)
     stream, shown = Detokeniser(spelling()), ""
     for chunk in chunked(ids, sizes):
         shown += stream.push(chunk)
