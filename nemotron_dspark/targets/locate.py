@@ -78,7 +78,7 @@ def _download(repository: str, revision: str | None, weights: bool) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ").rstrip(".")
 
 
 def _near_miss(name: str) -> str:
