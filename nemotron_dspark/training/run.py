@@ -29,7 +29,6 @@ from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.batches import Plan
-from nemotron_dspark.training.display import Display
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import StepMetrics
 
@@ -61,7 +60,7 @@ def train_run(
     config: RunConfig,
     *,
     resume: bool = True,
-    display: bool = True,
+    watcher: Watcher | None = None,
 ) -> TrainReport:
     """Train a draft for ``target_name`` on ``cache_folder`` in ``run_folder``, from where an earlier call stopped.
 
@@ -95,13 +94,10 @@ def train_run(
     draft.attention = config.train.attention
     embeddings = read_embedding_and_head(folder, spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
-    if display:
-        with Display() as watcher:
-            for note in notes:
-                watcher.note(f"note: {note}")
-            result = train(cache, draft, config.train, run_folder, watcher=watcher)
-    else:
-        result = train(cache, draft, config.train, run_folder, watcher=Watcher())
+    watcher = watcher or Watcher()
+    for note in notes:
+        watcher.note(f"note: {note}")
+    result = train(cache, draft, config.train, run_folder, watcher=watcher)
     return TrainReport(
         str(run_folder),
         str(_publish(draft, run_folder / "draft")),

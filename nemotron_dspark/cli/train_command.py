@@ -1,0 +1,60 @@
+"""`nds train`: a draft for a target, from a target cache."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import typer
+from rich.table import Table
+
+from nemotron_dspark.cli import shell
+from nemotron_dspark.config import load_run_config
+from nemotron_dspark.errors import InputError
+
+
+def register(app: typer.Typer) -> None:
+    @app.command()
+    def train(
+        target: shell.TargetOption,
+        cache: Path | None = typer.Option(None, "--cache", help="Folder that `nds cache build` wrote."),
+        out: Path | None = typer.Option(None, "--out", "-o", help="Run folder; runs/<target> when not given."),
+        config_file: shell.ConfigOption = None,
+        assignments: shell.SetOption = None,
+        fresh: bool = typer.Option(False, "--fresh", help="Refuse to go on with a run that the folder holds."),
+        as_json: shell.JsonOption = False,
+    ) -> None:
+        """Train a draft. The same command again goes on where it stopped."""
+        config = load_run_config(config_file, assignments or (), target=target)
+        name = Path(target).name or "target"
+        if cache is None:
+            folder = f"caches/{name}"
+            raise InputError(
+                "Training reads the target's hidden states from a cache, and none was given.",
+                f"Build one with `nds cache build --target {shlex.quote(target)} --data conversations.jsonl "
+                f"--out {shlex.quote(folder)}`, then add `--cache {shlex.quote(folder)}`.",
+            )
+        shell.quiet_libraries()
+        from nemotron_dspark.training.display import Display
+        from nemotron_dspark.training.run import train_run
+
+        with Display() as watcher:
+            report = train_run(target, cache, out or Path("runs") / name, config, resume=not fresh, watcher=watcher)
+        if as_json:
+            shell.emit(dataclasses.asdict(report))
+            return
+        table = Table(title="Draft trained", show_header=False, title_justify="left")
+        for key, value in (
+            ("draft", report.draft_folder),
+            ("steps", f"{report.steps}" + (f" (from {report.resumed_from})" if report.resumed_from else "")),
+            ("samples", str(report.samples)),
+            ("trained parameters", f"{report.parameters:,}"),
+            ("time", f"{report.seconds:.0f} s"),
+        ):
+            table.add_row(key, value)
+        if report.final is not None:
+            table.add_row("loss", f"{report.final.loss:.4f}")
+            if report.final.tau is not None:
+                table.add_row("tau on the training data", f"{report.final.tau:.2f}")
+                rates = "  ".join(f"{rate:.2f}" for rate in report.final.accept_rate)
+                table.add_row("acceptance by slot", rates)
+        shell.out.print(table)

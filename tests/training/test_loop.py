@@ -1,0 +1,226 @@
+"""The loop: it learns, repeats itself exactly, stops cleanly, survives kills, and keeps what was good."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
+from nemotron_dspark.training.batches import Plan
+from nemotron_dspark.training.checkpoints import list_checkpoints
+from nemotron_dspark.training.loop import Watcher, train
+from nemotron_dspark.training.metrics import read_metrics
+
+TIMED = ("tokens_per_second", "memory_mb")
+
+
+def weights(draft):
+    return {name: parameter.detach().clone() for name, parameter in draft.trainable_parameters().items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def lines(folder):
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in read_metrics(folder)]
+
+
+class StopAt(Watcher):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self._step, self._number = step, number
+
+    def forward(self, step, done):
+        if (step, done) == (self._step, 2):
+            os.kill(os.getpid(), self._number)
+
+
+def test_loss_falls_and_acceptance_rises(make_cache, make_draft, make_settings, tmp_path):
+    cache = make_cache()
+    changes = {"max_steps": 60, "log_every": 1, "checkpoint_every": 60, "local_batch_size": 6, "lr": 3e-2}
+    train(cache, make_draft(cache=cache, markov_rank=24), make_settings(**changes), tmp_path)
+    written = read_metrics(tmp_path)
+    assert [line["step"] for line in written] == list(range(1, 61))
+    assert written[-1]["loss"] < 0.3 * written[0]["loss"]
+    assert written[-1]["tau"] > written[0]["tau"] + 1.5
+    assert len(written[-1]["accept_rate"]) == 4
+    assert {"ce", "l1", "confidence", "lr", "tokens_per_second", "memory_mb"} <= set(written[-1])
+
+
+def test_anchors_of_a_sample_do_not_depend_on_its_batch(make_cache, make_draft, make_settings, tmp_path):
+    """Six forwards of one sample and one of six: the same blocks, so the same slots count and are accepted alike."""
+    cache, rates = make_cache(), []
+    for local in (1, 6):
+        folder = tmp_path / str(local)
+        one_step = make_settings(local_batch_size=local, max_steps=1)
+        train(cache, make_draft(cache=cache, num_anchors=4), one_step, folder)
+        rates.append(read_metrics(folder)[-1]["accept_rate"])
+    assert rates[0] == pytest.approx(rates[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_the_resumed_run_equals_the_undisturbed_one(
+    make_cache, make_draft, make_settings, tmp_path, number
+):
+    cache, settings = make_cache(), make_settings()
+    whole = make_draft(cache=cache)
+    train(cache, whole, settings, tmp_path / "whole")
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(cache, make_draft(cache=cache), settings, tmp_path / "cut", watcher=StopAt(4, number))
+    assert signal.getsignal(number) is before
+    assert list_checkpoints(tmp_path / "cut" / "checkpoints")[-1].name == "step-00000004"
+    resumed = make_draft(seed=99, cache=cache)
+    result = train(cache, resumed, settings, tmp_path / "cut")
+    assert result.resumed_from == 4
+    assert_same(weights(resumed), weights(whole))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_signal_handling_leaves_other_threads_alone(make_cache, make_draft, make_settings, tmp_path):
+    cache, results = make_cache(), []
+    thread = threading.Thread(
+        target=lambda: results.append(train(cache, make_draft(cache=cache), make_settings(max_steps=1), tmp_path))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].steps == 1
+
+
+def test_bf16_weights_train_on_fp32_masters_and_resume_exactly(make_cache, make_draft, make_settings, tmp_path):
+    """At this rate one step moves a weight of 1 by less than bf16 can show; only masters add such steps up."""
+    cache, settings = make_cache(), make_settings(lr=4e-4, max_steps=20, warmup_ratio=0.0, checkpoint_every=100)
+    whole = make_draft(cache=cache).bfloat16()
+    train(cache, whole, settings, tmp_path / "whole")
+    assert whole.norm.weight.dtype == torch.bfloat16
+    assert (whole.norm.weight != 1).float().mean() > 0.5
+    with pytest.raises(KeyboardInterrupt):
+        train(cache, make_draft(cache=cache).bfloat16(), settings, tmp_path / "cut", watcher=StopAt(7))
+    resumed = make_draft(cache=cache).bfloat16()
+    train(cache, resumed, settings, tmp_path / "cut")
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_cross_entropy_alone_never_reads_last_hidden_states(make_cache, make_draft, make_settings, tmp_path):
+    cache = make_cache()
+    for sample in cache._samples:
+        sample.last = None
+    draft = make_draft(cache=cache, enable_confidence_head=False)
+    train(cache, draft, make_settings(l1_alpha=0.0, max_steps=2), tmp_path)
+    line = read_metrics(tmp_path)[-1]
+    assert line["ce"] > 0
+    assert line["l1"] is line["tau"] is line["accept_rate"] is None
+
+
+def test_draft_with_an_untrained_confidence_head_resumes(make_cache, make_draft, make_settings, tmp_path):
+    cache, settings = make_cache(), make_settings(confidence_alpha=0.0)
+    whole = make_draft(cache=cache)
+    train(cache, whole, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(cache, make_draft(cache=cache), settings, tmp_path / "cut", watcher=StopAt(5))
+    resumed = make_draft(cache=cache)
+    train(cache, resumed, settings, tmp_path / "cut")
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_loss_that_is_no_number_stops_before_it_reaches_a_weight(make_cache, make_draft, make_settings, tmp_path):
+    cache, settings = make_cache(), make_settings(checkpoint_every=1)
+    third_step = Plan.of(settings, len(cache)).micro_batches(2, settings, cache.lengths)
+    sample = cache[int(third_step[1][0])]  # epochs are four steps long, so it comes first in the third
+    sample.taps = torch.full_like(sample.taps, float("nan"))
+    draft = make_draft(cache=cache)
+    with pytest.raises(CheckError, match=r"at step 3.*step-00000002 is the last good"):
+        train(cache, draft, settings, tmp_path)
+    assert all(value.isfinite().all() for value in weights(draft).values())
+
+
+def test_damaged_checkpoint_is_passed_over(make_cache, make_draft, make_settings, tmp_path):
+    cache, settings = make_cache(), make_settings()
+    whole = make_draft(cache=cache)
+    train(cache, whole, settings, tmp_path)
+    last = list_checkpoints(tmp_path / "checkpoints")[-1]
+    path = last / "optimiser.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    notes = []
+    watcher = Watcher()
+    watcher.note = notes.append
+    again = make_draft(cache=cache)
+    result = train(cache, again, settings, tmp_path, watcher=watcher)
+    assert result.resumed_from == 6
+    assert "step-00000009 is passed over" in notes[0]
+    assert_same(weights(again), weights(whole))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6, 8, 9]
+
+
+def test_full_disk_keeps_the_checkpoints_before(make_cache, make_draft, make_settings, tmp_path, monkeypatch):
+    cache, settings = make_cache(), make_settings()
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 18:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EnvironmentFault, match="disk is full"):
+        train(cache, make_draft(cache=cache), settings, tmp_path)
+    kept = list_checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000003"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    monkeypatch.setattr(os, "fsync", real)
+    resumed, whole = make_draft(cache=cache), make_draft(cache=cache)
+    assert train(cache, resumed, settings, tmp_path).resumed_from == 3
+    train(cache, whole, settings, tmp_path / "whole")
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_batch_sizes_that_do_not_fit_are_named(make_cache, make_draft, make_settings, tmp_path):
+    cache = make_cache(8)
+    with pytest.raises(InputError, match="8 samples, but one optimiser step takes 9"):
+        train(cache, make_draft(), make_settings(local_batch_size=1, global_batch_size=9), tmp_path)
+    with pytest.raises(InputError, match="not a multiple"):
+        train(cache, make_draft(), make_settings(local_batch_size=4), tmp_path)
+
+
+def test_old_checkpoints_are_removed(make_cache, make_draft, make_settings, tmp_path):
+    cache = make_cache()
+    train(cache, make_draft(cache=cache), make_settings(checkpoint_every=1, keep_checkpoints=3), tmp_path)
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000007", "step-00000008", "step-00000009"]
+
+
+def test_run_killed_ten_times_at_random_moments_equals_the_undisturbed_one(
+    make_cache, make_draft, make_settings, tmp_path
+):
+    cache, same = make_cache(), make_settings(max_steps=36, checkpoint_every=1, log_every=3)  # as killed_runs.py has
+    whole = make_draft(cache=cache)
+    train(cache, whole, same, tmp_path / "whole")
+    program = Path(__file__).with_name("killed_runs.py")
+    killed = subprocess.run(
+        [sys.executable, program, tmp_path / "cut"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert killed.returncode == 0, killed.stderr
+    reached = json.loads(killed.stdout)
+    assert len(reached) == 10
+    assert len(set(reached)) > 3, "the kills did not fall into different steps"
+    final = make_draft(seed=7, cache=cache)
+    assert train(cache, final, same, tmp_path / "cut").resumed_from == reached[-1] < 36
+    assert_same(weights(final), weights(whole))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
