@@ -39,7 +39,8 @@ class DSparkDraft(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            # From an empty tensor: nn.Embedding would draw numbers, which on "meta" imports torch's compiler (seconds).
+            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
             self.fc = nn.Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
             self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))

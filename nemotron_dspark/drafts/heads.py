@@ -32,7 +32,7 @@ class VanillaHead(nn.Module):
     def __init__(self, config: DraftConfig):
         super().__init__()
         self.rank = config.markov_rank
-        self.markov_w1 = nn.Embedding(config.vocab_size, self.rank)
+        self.markov_w1 = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, self.rank), freeze=False)
         self.markov_w2 = nn.Linear(self.rank, config.vocab_size, bias=False)
 
     def latents(

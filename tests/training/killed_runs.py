@@ -55,8 +55,9 @@ def killed_run(folder: Path, forwards: int, delay: float) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch.utils.tensorboard")  # once, not in every child
+    for slow in ("torch._dynamo", "torch.utils.tensorboard"):  # imported once, not in every child
+        with contextlib.suppress(ImportError):
+            importlib.import_module(slow)
     folder, chance, reached = Path(sys.argv[1]), random.Random(5), []
     for _ in range(10):
         killed_run(folder, chance.randint(1, 9), chance.uniform(0, 0.03))
