@@ -65,6 +65,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def json_line(value: Any) -> str:
+    """``value`` as one line of a JSON-lines file, line feed included."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
 def read_json(path: Path) -> Any:
     """The parsed file; `InputError` when it is missing or not JSON."""
     try:

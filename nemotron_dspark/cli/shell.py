@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nemotron_dspark.errors import NdsError
 
@@ -32,6 +33,12 @@ def complain(error: NdsError) -> None:
 def emit(value: Any) -> None:
     """Print ``value`` as one JSON object on stdout."""
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def progress_bar(*, counts: bool = True) -> Progress:
+    """A bar on stderr with the time left, and with a count unless the steps have none; several tasks may be added."""
+    columns = [TextColumn("{task.description}"), BarColumn(), *([MofNCompleteColumn()] if counts else [])]
+    return Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal)
 
 
 def quiet_libraries() -> None:

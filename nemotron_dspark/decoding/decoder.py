@@ -32,6 +32,7 @@ class Generation:
     finished: str | None = None  # "stop", "length", or "dropped"
     accepted: list[int] = dataclasses.field(default_factory=list)  # tokens gained per round, the target's own included
     proposed: list[int] = dataclasses.field(default_factory=list)  # tokens drafted per round
+    survived: list[int] = dataclasses.field(default_factory=list)  # drafted tokens kept per round
     seconds: float = 0.0  # spent in rounds, prefill not counted; shared rounds count in full
     _generator: torch.Generator = dataclasses.field(default_factory=torch.Generator, repr=False)
     _state: TargetState | None = dataclasses.field(default=None, repr=False)
@@ -242,8 +243,9 @@ class Decoder:
     @staticmethod
     def _note(generation: Generation, proposed: int, new: list[int]) -> None:
         """Record a round. As in DeepSpec, a stop token ends the count of its round, the length limit does not."""
-        stop = next((at for at, token in enumerate(new) if token in generation.stop_ids), None)
-        generation.accepted.append(len(new) if stop is None else stop + 1)
+        stop = next((at for at, token in enumerate(new) if token in generation.stop_ids), len(new) - 1)
+        generation.accepted.append(stop + 1)
+        generation.survived.append(min(len(new) - 1, stop + 1))
         generation.proposed.append(proposed)
         generation.receive(new)
 

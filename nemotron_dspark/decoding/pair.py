@@ -1,10 +1,13 @@
-"""A saved draft, made ready to decode with a loaded target."""
+"""A target and a saved draft, loaded, fitted to each other and proven."""
 
 from pathlib import Path
 
+from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.decoding.decoder import check_fit
+from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.targets import Target
+from nemotron_dspark.targets.proofs import prove
 
 
 def load_draft(folder: Path, target: Target) -> DSparkDraft:
@@ -19,3 +22,19 @@ def load_draft(folder: Path, target: Target) -> DSparkDraft:
         head = target.model.get_submodule(target.spec.names.head)
         draft.set_embeddings(target.model.get_input_embeddings().weight, head.weight)
     return draft
+
+
+def load_pair(config: TargetConfig, draft_folder: Path | None) -> tuple[Target, DSparkDraft | None]:
+    """The target that ``config`` names and the draft for it (None: none), proven unless ``config.proofs`` is off.
+
+    Raises:
+        InputError: either cannot be loaded, or they do not fit.
+        CheckError: a proof failed.
+    """
+    if draft_folder is not None:
+        DraftConfig.from_folder(draft_folder)  # a wrong path is said before the target is loaded
+    target = Target.of(config)
+    draft = load_draft(draft_folder, target) if draft_folder is not None else None
+    if config.proofs:
+        prove(target, draft.config.target_layer_ids if draft is not None else ())
+    return target, draft

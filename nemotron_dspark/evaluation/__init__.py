@@ -1,0 +1,1 @@
+"""Accepted length and speed over prompt sets; tables and pictures."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.families import family_of
 from nemotron_dspark.targets.kv import RaggedKV
@@ -107,6 +108,17 @@ class Target:
                 f"{name} does not fit into the memory of {where}.", "Use a device with more memory."
             ) from None
         return Target(model, tokenizer, spec, folder)
+
+    @staticmethod
+    def of(config: TargetConfig) -> "Target":
+        """Load what the ``target`` section of a configuration names."""
+        return Target.load(
+            config.name,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+        )
 
     @property
     def device(self) -> torch.device:

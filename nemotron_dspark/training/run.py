@@ -90,10 +90,11 @@ def train_run(
     _claim_folder(run_folder, settings, resume)
     _describe(run_folder, settings, config, notes, cache_folder)
 
-    draft = DSparkDraft(draft_config, seed=config.train.seed).to(device=device, dtype=dtype)
-    draft.attention = config.train.attention
+    draft = DSparkDraft(draft_config, seed=config.train.seed)
     embeddings = read_embedding_and_head(folder, spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
+    draft = draft.to(device=device, dtype=dtype)
+    draft.attention = config.train.attention
     watcher = watcher or Watcher()
     for note in notes:
         watcher.note(f"note: {note}")

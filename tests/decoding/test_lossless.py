@@ -181,16 +181,17 @@ def exact_distribution(target: Target, prompt: list[int], sampling: Sampling, le
 
 
 def draw(decoder: Decoder, prompt: list[int], sampling: dict, draws: int) -> collections.Counter:
+    """Answers to one prompt under ``draws`` seeds. The prompt is prefilled once; every answer starts from a copy."""
+    state, verified = decoder.target.prefill(prompt, decoder._taps)
     counts: collections.Counter = collections.Counter()
-    for first in range(0, draws, 250):
-        batch = [
-            decoder.start(prompt, Sampling(seed=seed, **sampling), frozenset()) for seed in range(first, first + 250)
-        ]
-        while any(generation.finished is None for generation in batch):
-            decoder.step(batch)
-        counts.update(tuple(generation.tokens) for generation in batch)
-        for generation in batch:
-            decoder.drop(generation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder.target, "prefill", lambda *_: (state.select([0]), verified))
+        for first in range(0, draws, 250):
+            settings = [Sampling(seed=seed, **sampling) for seed in range(first, first + 250)]
+            batch = [decoder.start(prompt, each, frozenset()) for each in settings]
+            while any(generation.finished is None for generation in batch):
+                decoder.step(batch)
+            counts.update(tuple(generation.tokens) for generation in batch)
     return counts
 
 

@@ -1,0 +1,207 @@
+"""How much of what the draft proposes the target accepts, how much faster that is, and whether the output is the same.
+
+Accepted length is DeepSpec's: tokens gained per verification, the target's own included, averaged over all rounds. It
+does not depend on the machine. Speed does, so plain and speculative decoding take turns prompt by prompt.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron_dspark.chat.format import render_prompt
+from nemotron_dspark.config import EvalConfig
+from nemotron_dspark.data.prompts import Prompt, read_prompts
+from nemotron_dspark.decoding.decoder import Decoder, Generation
+from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets import Target
+
+Progress = Callable[[str, int, int], None]  # what is measured, prompts done, prompts in all
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Acceptance of one draft at one temperature."""
+
+    temperature: float
+    prompts: int
+    tokens: int  # generated
+    rounds: int  # verifications
+    accepted_length: float  # tokens gained per round, the target's own included; 1 = the draft is useless
+    per_position: tuple[float, ...]  # share of rounds in which the draft of slot k, and so all before it, was kept
+    given_previous: tuple[float, ...]  # share kept of slot k where all slots before it were kept
+    tokens_per_second: float | None  # one prompt at a time, prefill not counted; None when rows were batched
+
+
+@dataclasses.dataclass(frozen=True)
+class Lossless:
+    """Greedy speculative output against plain greedy output, token for token."""
+
+    prompts: int
+    identical: int
+    first_difference: str | None  # where, and how near the two tokens' logits were
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    measurements: tuple[Measurement, ...]
+    lossless: Lossless
+    plain_tokens_per_second: float
+    speculative_tokens_per_second: float  # both greedy, on the same prompts, in turns
+
+    @property
+    def speedup(self) -> float:
+        return self.speculative_tokens_per_second / self.plain_tokens_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "measurements": [dataclasses.asdict(measurement) for measurement in self.measurements],
+            "lossless": dataclasses.asdict(self.lossless),
+            "tokens_per_second": {
+                "plain": self.plain_tokens_per_second,
+                "speculative": self.speculative_tokens_per_second,
+                "speedup": self.speedup,
+            },
+        }
+
+
+def prompt_ids(
+    target: Target, file: Path, *, limit: int | None = None, new_tokens: int = 0, thinking: bool | None = None
+) -> list[list[int]]:
+    """First turns of the prompts in ``file``, rendered for ``target``; those that leave no room are left out.
+
+    Raises:
+        InputError: the file cannot be read, or no prompt of it fits.
+    """
+    room = target.spec.max_position_embeddings - new_tokens
+    rendered = [
+        render_prompt(target.tokenizer, prompt.first, thinking)
+        for prompt in read_prompts(file)
+        if isinstance(prompt, Prompt)
+    ]
+    fitting = [ids for ids in rendered if 0 < len(ids) <= room][:limit]
+    if not fitting:
+        raise InputError(
+            f"No prompt of {file} leaves room for {new_tokens} new tokens in {target.spec.max_position_embeddings}.",
+            "Use shorter prompts, or --set eval.max_new_tokens to a smaller number.",
+        )
+    return fitting
+
+
+def measure(
+    target: Target,
+    draft: DSparkDraft,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int = 0,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Acceptance of ``draft`` on ``prompts``; prompt i is sampled with seed ``seed + i``."""
+    decoder = Decoder(target, draft)
+    waiting = [
+        (ids, Sampling(temperature=temperature, seed=seed + at, max_new_tokens=max_new_tokens))
+        for at, ids in enumerate(prompts)
+    ]
+    waiting.reverse()
+    done: list[Generation] = []
+    active: list[Generation] = []
+    while waiting or active:
+        while waiting and len(active) < batch_size:
+            active.append(decoder.start(*waiting.pop()))
+        decoder.step(active)
+        done += [generation for generation in active if generation.finished]
+        active = [generation for generation in active if not generation.finished]
+        if progress:
+            progress(f"temperature {temperature:g}", len(done), len(prompts))
+    return summarise(done, temperature, draft.config.block_size, timed=batch_size == 1)
+
+
+def summarise(generations: Sequence[Generation], temperature: float, gamma: int, *, timed: bool) -> Measurement:
+    """A `Measurement` of finished speculative generations."""
+    survived = [count for generation in generations for count in generation.survived]
+    reached = [sum(count >= slot for count in survived) for slot in range(gamma + 1)]  # reached[0] = all rounds
+    rounds = max(len(survived), 1)
+    return Measurement(
+        temperature=temperature,
+        prompts=len(generations),
+        tokens=sum(len(generation.tokens) for generation in generations),
+        rounds=len(survived),
+        accepted_length=sum(sum(generation.accepted) for generation in generations) / rounds,
+        per_position=tuple(count / rounds for count in reached[1:]),
+        given_previous=tuple(after / before if before else 0.0 for before, after in itertools.pairwise(reached)),
+        tokens_per_second=_speed(generations) if timed else None,
+    )
+
+
+def evaluate(
+    target: Target,
+    draft: DSparkDraft,
+    prompts: Sequence[Sequence[int]],
+    config: EvalConfig,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Everything `nds eval` reports. Greedy is always measured, since speed and equality are."""
+    plain, speculative = Decoder(target), Decoder(target, draft)
+    greedy = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
+    warm = Sampling(temperature=0.0, max_new_tokens=min(16, config.max_new_tokens))
+    for decoder in (plain, speculative):
+        decoder.generate(prompts[0], warm)
+    pairs = []
+    for at, ids in enumerate(prompts):
+        pairs.append((plain.generate(ids, greedy), speculative.generate(ids, greedy)))
+        if progress:
+            progress("plain and speculative", at + 1, len(prompts))
+    measurements = [summarise([fast for _, fast in pairs], 0.0, draft.config.block_size, timed=True)]
+    for temperature in config.temperatures:
+        if temperature > 0:
+            measurements.append(
+                measure(
+                    target,
+                    draft,
+                    prompts,
+                    temperature=temperature,
+                    max_new_tokens=config.max_new_tokens,
+                    seed=config.seed,
+                    batch_size=config.batch_size,
+                    progress=progress,
+                )
+            )
+    return Evaluation(
+        tuple(measurements),
+        _compare(target, prompts, pairs),
+        _speed([slow for slow, _ in pairs]),
+        _speed([fast for _, fast in pairs]),
+    )
+
+
+def _speed(generations: Sequence[Generation]) -> float:
+    """Tokens per second of the rounds; the first token of an answer belongs to its prefill."""
+    seconds = sum(generation.seconds for generation in generations)
+    return sum(len(generation.tokens) - 1 for generation in generations) / seconds if seconds else 0.0
+
+
+def _compare(
+    target: Target, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[Generation, Generation]]
+) -> Lossless:
+    different = [at for at, (slow, fast) in enumerate(pairs) if slow.tokens != fast.tokens]
+    if not different:
+        return Lossless(len(pairs), len(pairs), None)
+    at = different[0]
+    slow, fast = (generation.tokens for generation in pairs[at])
+    where = next((i for i, (a, b) in enumerate(zip(slow, fast, strict=False)) if a != b), min(len(slow), len(fast)))
+    gap = ""
+    if where < min(len(slow), len(fast)):
+        captured = target.capture(torch.tensor([[*prompts[at], *slow[:where]]]), None, ())
+        logits = target.model.get_submodule(target.spec.names.head)(captured.last[0, -1]).float()
+        gap = f"; the two tokens' logits differ by {abs(float(logits[slow[where]] - logits[fast[where]])):.2g}"
+    return Lossless(
+        len(pairs), len(pairs) - len(different), f"prompt {at}, token {where} ({target.dtype} weights{gap})"
+    )

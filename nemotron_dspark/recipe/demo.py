@@ -1,0 +1,294 @@
+"""The whole recipe on one machine in minutes: a small hybrid target, and a draft that makes it faster.
+
+Every stage is the one a real target goes through; only the target, the budgets and the text are small.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemotron_dspark import files
+from nemotron_dspark.cache.build import build_cache
+from nemotron_dspark.chat.mask_token import choose_mask_token
+from nemotron_dspark.config import RunConfig, load_run_config
+from nemotron_dspark.data.regenerate import regenerate
+from nemotron_dspark.decoding.pair import load_pair
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import CheckError
+from nemotron_dspark.evaluation.measure import Evaluation, Measurement, evaluate, measure, prompt_ids
+from nemotron_dspark.evaluation.picture import draw_run
+from nemotron_dspark.recipe.corpus import HELD_OUT, MODULES, passages, sources
+from nemotron_dspark.recipe.demo_target import TargetTraining, train_target
+from nemotron_dspark.resources import resource_folder
+from nemotron_dspark.serving.background import ServerThread
+from nemotron_dspark.targets import Target
+from nemotron_dspark.targets.proofs import prove
+from nemotron_dspark.targets.taps import default_taps
+from nemotron_dspark.training.batches import Plan
+from nemotron_dspark.training.loop import Watcher
+from nemotron_dspark.training.metrics import StepMetrics
+from nemotron_dspark.training.run import train_run
+
+STAGES = ("target", "answers", "cache", "train", "eval", "serve")
+_CALIBRATION_STEPS = 8
+
+
+class Progress:
+    """What the demo tells while it runs; the command overrides what it shows."""
+
+    def stage(self, name: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def update(self, text: str, done: float, total: float) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What each stage may spend; ``scaled`` makes a shorter demo with worse figures."""
+
+    target_seconds: float = 90.0
+    train_seconds: float = 170.0
+    train_prompts: int = 1400
+    eval_prompts: int = 24
+    answer_tokens: int = 80
+
+    def scaled(self, scale: float) -> "Budget":
+        return Budget(
+            self.target_seconds * scale,
+            self.train_seconds * scale,
+            max(24, int(self.train_prompts * scale)),
+            max(4, int(self.eval_prompts * scale)),
+            self.answer_tokens,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    run_dir: Path
+    target: TargetTraining
+    evaluation: Evaluation
+    measurements: dict[str, Measurement]  # greedy, sampled, untrained_greedy, untrained_sampled
+    stages: dict[str, float]  # seconds by name
+    served: str  # what the `openai` client got from the speculative server
+    picture: Path
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "accepted_length": {name: found.accepted_length for name, found in self.measurements.items()},
+            "per_position": {name: found.per_position for name, found in self.measurements.items()},
+            "lossless": {
+                "prompts": self.evaluation.lossless.prompts,
+                "identical": self.evaluation.lossless.identical,
+            },
+            "tokens_per_second": {
+                "plain": self.evaluation.plain_tokens_per_second,
+                "speculative": self.evaluation.speculative_tokens_per_second,
+            },
+            "stages": self.stages,
+            "target": dataclasses.asdict(self.target),
+            "picture": str(self.picture),
+            "run_dir": str(self.run_dir),
+        }
+
+
+def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:
+    """Run all stages in ``run_dir``, a new folder. Raises whatever a stage raises; what was made before stays there."""
+    progress = progress or Progress()
+    run_dir.mkdir(parents=True)
+    clock = _Clock(progress)
+    folder = run_dir / "target"
+    config = load_run_config(resource_folder("configs") / "demo.yaml", target=str(folder))
+
+    with clock("target"):
+        trained = train_target(
+            folder,
+            budget.target_seconds,
+            seed=seed,
+            progress=lambda done, loss: progress.update(f"loss {loss:.2f}", done, 1.0),
+        )
+        progress.note(f"{trained.parameters / 1e6:.1f} M parameters, {trained.steps} steps, loss {trained.loss:.2f}")
+    prompts, held_out = _write_prompts(run_dir, budget, seed)
+
+    with clock("answers"):
+        target = Target.of(config.target)
+        prove(target)
+        _answer(target, prompts, run_dir / "conversations.jsonl", config, budget, progress)
+
+    with clock("cache"):
+        _cache(target, run_dir, config, progress)
+
+    with clock("train"):
+        run = _train(run_dir, config, budget, progress)
+
+    with clock("eval"):
+        target, draft = load_pair(config.target, run / "draft")
+        evaluation, measurements = _evaluate(target, draft, held_out, config, seed, progress)
+
+    with clock("serve"):
+        served = _serve(target, draft, held_out, config, progress)
+
+    picture = draw_run(run_dir / "demo.png", labelled(measurements), run / "metrics.jsonl")
+    result = DemoResult(run_dir, trained, evaluation, measurements, clock.seconds, served, picture)
+    files.write_json(run_dir / "demo.json", result.to_json())
+    return result
+
+
+def new_run_dir(parent: Path) -> Path:
+    """``parent/demo``, or ``parent/demo-N`` with the first N that is free: no earlier demo is touched."""
+    candidates = [parent / "demo", *(parent / f"demo-{number}" for number in range(2, 10_000))]
+    return next(folder for folder in candidates if not folder.exists())
+
+
+class _Steps(Watcher):
+    """Training steps as demo progress."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._text = "training"
+
+    def begin(self, plan: Plan, first_step: int) -> None:
+        self._total = plan.total_steps
+
+    def forward(self, step: int, done: int) -> None:
+        self._progress.update(self._text, step + 1, self._total)
+
+    def metrics(self, metrics: StepMetrics) -> None:
+        self._text = f"loss {metrics.loss:.3f}, tau {metrics.tau:.2f}"
+
+
+class _Clock:
+    """Seconds per stage, told as they pass."""
+
+    def __init__(self, progress: Progress):
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._progress.stage(name)
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+
+
+def _write_prompts(run_dir: Path, budget: Budget, seed: int) -> tuple[Path, Path]:
+    """Prompts to be answered for training, and prompts from modules that no earlier stage has seen."""
+    chosen = {
+        run_dir / "prompts.jsonl": (MODULES, budget.train_prompts, seed + 1),
+        run_dir / "held_out.jsonl": (HELD_OUT, budget.eval_prompts, seed + 2),
+    }
+    for path, (modules, count, with_seed) in chosen.items():
+        rows = [{"prompt": item.question} for item in passages(sources(modules), count, with_seed)]
+        files.write_text(path, "".join(files.json_line(row) for row in rows))
+    return tuple(chosen)
+
+
+def _answer(target: Target, prompts: Path, out: Path, config: RunConfig, budget: Budget, progress: Progress) -> None:
+    with ServerThread(target, None, config.serve) as server:
+        report = regenerate(
+            prompts,
+            out,
+            base_url=server.base_url,
+            model=server.model_id,
+            concurrency=config.serve.slots * 2,
+            temperature=1.0,
+            max_tokens=budget.answer_tokens,
+            progress=lambda now: progress.update(f"{now.done} answers", now.done, now.total),
+        )
+    progress.note(f"{report.answered} answers through {server.base_url}")
+
+
+def _cache(target: Target, run_dir: Path, config: RunConfig, progress: Progress) -> None:
+    taps = default_taps(target.spec, config.draft.num_taps)
+    prove(target, taps)
+    report = build_cache(
+        target,
+        run_dir / "conversations.jsonl",
+        run_dir / "cache",
+        taps=taps,
+        data=config.data,
+        cache=config.cache,
+        mask_token_id=choose_mask_token(target.tokenizer, target.spec).id,
+        progress=lambda now: progress.update(f"{now.samples} samples", now.samples, now.total_samples),
+    )
+    progress.note(f"{report.samples} samples, {report.tokens} tokens, {report.bytes / 1e6:.0f} MB, taps {list(taps)}")
+
+
+def _train(run_dir: Path, config: RunConfig, budget: Budget, progress: Progress) -> Path:
+    """Train for about the budget's seconds: a few steps first, thrown away, tell how many fit."""
+    target, cache, run = config.target.name, run_dir / "cache", run_dir / "run"
+
+    def with_steps(steps: int) -> RunConfig:
+        return config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
+
+    trial = run_dir / "calibration"
+    seconds = train_run(target, cache, trial, with_steps(_CALIBRATION_STEPS)).seconds
+    shutil.rmtree(trial)
+    steps = max(10, int(budget.train_seconds / (seconds / _CALIBRATION_STEPS)))
+    report = train_run(target, cache, run, with_steps(steps), watcher=_Steps(progress))
+    progress.note(f"{report.parameters / 1e6:.1f} M trained parameters, {report.steps} steps")
+    return run
+
+
+def _evaluate(
+    target: Target, draft: DSparkDraft, held_out: Path, config: RunConfig, seed: int, progress: Progress
+) -> tuple[Evaluation, dict[str, Measurement]]:
+    tokens = config.eval.max_new_tokens
+    prompts = prompt_ids(target, held_out, new_tokens=tokens)
+
+    def show(what: str, done: int, total: int) -> None:
+        progress.update(what, done, total)
+
+    evaluation = evaluate(target, draft, prompts, config.eval, show)
+    untrained = DSparkDraft(draft.config, seed=seed)
+    untrained.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight)
+    greedy, sampled = evaluation.measurements
+    measurements = {"greedy": greedy, "sampled": sampled}
+    for name, temperature in (("untrained_greedy", 0.0), ("untrained_sampled", 1.0)):
+        measurements[name] = measure(
+            target,
+            untrained.eval(),
+            prompts,
+            temperature=temperature,
+            max_new_tokens=tokens,
+            batch_size=len(prompts),
+            progress=lambda what, done, total: show(f"untrained, {what}", done, total),
+        )
+    return evaluation, measurements
+
+
+def _serve(target: Target, draft: DSparkDraft, held_out: Path, config: RunConfig, progress: Progress) -> str:
+    """One request by the `openai` client to a speculative server; `CheckError` if nothing was speculated."""
+    import openai
+
+    from nemotron_dspark.data.prompts import read_prompts
+
+    prompt = next(iter(read_prompts(held_out)))
+    messages = [{"role": message.role, "content": message.content} for message in prompt.first]
+    with ServerThread(target, draft, config.serve) as server:
+        client = openai.OpenAI(base_url=server.base_url, api_key="-")
+        answer = client.chat.completions.create(
+            model=server.model_id, messages=messages, temperature=0, max_tokens=config.eval.max_new_tokens
+        )
+    speculated = (answer.usage.model_extra or {}).get("speculative")
+    if speculated is None or speculated["accepted_length"] <= 1:
+        raise CheckError("The server answered without accepting a single drafted token.", "Look at the evaluation.")
+    progress.note(
+        f"{answer.usage.completion_tokens} tokens in {speculated['rounds']} rounds, "
+        f"{speculated['accepted_length']:.2f} a round"
+    )
+    return answer.choices[0].message.content
+
+
+def labelled(measurements: dict[str, Measurement]) -> dict[str, Measurement]:
+    """The demo's measurements under the names that people read."""
+    names = {
+        "greedy": "greedy",
+        "sampled": "temperature 1",
+        "untrained_greedy": "untrained, greedy",
+        "untrained_sampled": "untrained, temperature 1",
+    }
+    return {names[name]: found for name, found in measurements.items()}

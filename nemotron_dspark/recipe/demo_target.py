@@ -1,0 +1,74 @@
+"""The demo's target: a small Nemotron-H that is trained for a minute and a half and saved as an ordinary checkpoint."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemotron_dspark.recipe import tiny
+from nemotron_dspark.recipe.corpus import MODULES, Passage, passages, sources
+
+VOCAB = 1024
+PATTERN = "M-*-M-*-"
+HIDDEN = 128
+LENGTH = 128  # tokens of a training sequence
+BATCH = 16
+PEAK_LR = 4e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetTraining:
+    steps: int
+    tokens: int
+    loss: float  # smoothed, per token, nats
+    parameters: int
+
+
+def train_target(
+    folder: Path, seconds: float, *, seed: int = 0, progress: Callable[[float, float], None] | None = None
+) -> TargetTraining:
+    """Train a target for ``seconds`` and save it, its tokenizer and its generation config in ``folder``."""
+    texts = sources(MODULES)
+    tokenizer = tiny.make_tokenizer(texts, VOCAB)
+    config = tiny.nemotron_h_config(
+        PATTERN, VOCAB, HIDDEN, ssm_state_size=32, intermediate_size=4 * HIDDEN, max_position_embeddings=2048
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    stream = _token_stream(tokenizer, passages(texts, 12_000, seed))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    steps, smoothed, began = 0, None, time.monotonic()
+    while (done := (time.monotonic() - began) / seconds) < 1:
+        rate = min(1.0, (steps + 1) / 30) * max(1 - done, 0.02)
+        for group in optimiser.param_groups:
+            group["lr"] = PEAK_LR * rate
+        starts = torch.randint(0, len(stream) - LENGTH, (BATCH, 1), generator=generator)
+        batch = stream[starts + torch.arange(LENGTH)]
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        steps += 1
+        smoothed = loss.item() if smoothed is None else 0.97 * smoothed + 0.03 * loss.item()
+        if progress:
+            progress(done, smoothed)
+    tiny.save_target(folder, model.eval(), tokenizer)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return TargetTraining(steps, steps * BATCH * LENGTH, smoothed or float("nan"), parameters)
+
+
+def _token_stream(tokenizer, items: list[Passage]) -> torch.Tensor:
+    """All conversations rendered by the chat template, one after the other, as one row of tokens."""
+    rendered = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": item.question}, {"role": "assistant", "content": item.answer}], tokenize=False
+        )
+        for item in items
+    ]
+    ids = tokenizer(rendered, add_special_tokens=False).input_ids
+    return torch.tensor([token for row in ids for token in row])
