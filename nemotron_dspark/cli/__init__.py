@@ -60,8 +60,9 @@ def main() -> None:
             raise
         shell.complain(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        shell.err.print("[yellow]Stopped.[/] What was finished is saved; the same command goes on from there.")
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == 130:  # what typer makes of Ctrl-C, without a word
+            shell.err.print("[yellow]Stopped.[/] What was finished is saved; the same command goes on from there.")
+        raise
     except BrokenPipeError:
         sys.exit(141)

@@ -48,7 +48,7 @@ def build(
     from nemotron_dspark.targets import Target, proofs
     from nemotron_dspark.targets.taps import check_taps, default_taps
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = settings.target
     loaded = Target.load(
         target,
@@ -140,6 +140,7 @@ class _BuildDisplay:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=shell.err,
+            disable=not shell.err.is_terminal,
         )
         self._tasks: dict[str, int] = {}
         self._reused = 0
@@ -188,7 +189,10 @@ def _print_info(found: "CacheInfo") -> None:
     table.add_row("samples", f"{found.samples:,}")
     share = "" if found.loss_tokens is None else f", {_share(found.loss_tokens, found.tokens)} of them train the draft"
     table.add_row("tokens", f"{found.tokens:,}{share}")
-    table.add_row("size", f"{_size(found.bytes)} in {found.shards} shards, {found.bytes_per_token:,} bytes a token")
+    table.add_row(
+        "size",
+        f"{_size(found.bytes)} in {found.shards} shard{'s' * (found.shards != 1)}, {found.bytes_per_token:,} bytes a token",
+    )
     shell.out.print(table)
     most = max((bin_.samples for bin_ in found.lengths), default=1)
     lengths = Table("tokens", "samples", "", title="Lengths", title_justify="left", box=None)

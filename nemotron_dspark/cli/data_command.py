@@ -41,7 +41,7 @@ def regenerate(
     """Replace every answer by the target's own, through a server that runs it."""
     from nemotron_dspark.data import regenerate as room
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     bar = Progress(
         TextColumn("answers"),
         BarColumn(),
@@ -49,6 +49,7 @@ def regenerate(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=shell.err,
+        disable=not shell.err.is_terminal,
     )
     task = bar.add_task("", total=None, rate="")
 
