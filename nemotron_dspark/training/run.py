@@ -178,7 +178,8 @@ def _claim_folder(run_folder: Path, settings: Mapping[str, Any], resume: bool) -
     """Refuse a folder that holds a run with other settings, or any run when ``resume`` is False."""
     path = run_folder / RUN_FILE
     if not path.is_file():
-        if run_folder.is_dir() and any(run_folder.iterdir()):
+        # Temporary names, which a kill may leave, do not count.
+        if run_folder.is_dir() and any(not path.name.startswith(".") for path in run_folder.iterdir()):
             raise InputError(f"{run_folder} holds other files and no run.", "Give an empty or a new folder to --out.")
         return
     if not resume:
@@ -208,8 +209,10 @@ def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix:
 def _describe(
     run_folder: Path, settings: Mapping[str, Any], config: RunConfig, notes: list[str], cache_folder: Path
 ) -> None:
-    """The folder explains itself: what was asked, what was assumed, and what it ran with."""
-    files.write_text(run_folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """The folder explains itself: what was asked, what was assumed, and what it ran with.
+
+    ``config.yaml`` can be given to --config again.
+    """
     versions = {
         "nds": __version__,
         "torch": torch.__version__,
@@ -218,6 +221,7 @@ def _describe(
     }
     content = {"settings": settings, "cache_folder": str(cache_folder), "notes": notes, "versions": versions}
     files.write_json(run_folder / RUN_FILE, content)
+    files.write_text(run_folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _publish(draft: DSparkDraft, folder: Path) -> Path:

@@ -1,0 +1,182 @@
+"""A whole run from `nds train`: its folder, its refusals, its resumption."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nemotron_dspark.cache.reader import Sample
+from nemotron_dspark.cache.writer import write_cache
+from nemotron_dspark.cli import app
+from nemotron_dspark.config import load_run_config
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.weights import read_embedding_and_head
+from nemotron_dspark.training.metrics import read_metrics
+from nemotron_dspark.training.run import train_run
+
+TAPS = (1, 4)
+SETTINGS = (
+    "draft.num_layers=1",
+    "draft.block_size=3",
+    "draft.markov_rank=4",
+    "train.max_steps=4",
+    "train.local_batch_size=2",
+    "train.global_batch_size=4",
+    "train.log_every=2",
+    "train.num_anchors=8",
+    "train.device=cpu",
+)
+
+
+def samples(count=8, hidden=64, first_id=40, taps=TAPS):
+    generator = torch.Generator().manual_seed(1)
+    for index in range(count):
+        length = 14 + index
+        yield Sample(
+            torch.randint(first_id, 300, (length,), generator=generator),
+            torch.arange(length) > 4,
+            torch.randn(length, len(taps) * hidden, generator=generator).bfloat16(),
+            torch.randn(length, hidden, generator=generator).bfloat16(),
+        )
+
+
+@pytest.fixture
+def cache(tmp_path, tiny_hybrid):
+    extra = {"target_model_name_or_path": str(tiny_hybrid)}
+    write_cache(tmp_path / "cache", samples(), taps=TAPS, hidden_size=64, extra=extra)
+    return tmp_path / "cache"
+
+
+def config(*more):
+    return load_run_config(assignments=[*SETTINGS, *more])
+
+
+def nds(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_run_leaves_a_draft_of_the_target_and_explains_itself(tiny_hybrid, cache, tmp_path):
+    report = train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
+    assert (report.steps, report.resumed_from, report.samples) == (4, 0, 8)
+    draft = DSparkDraft.load(report.draft_folder)
+    spec = TargetSpec.from_folder(tiny_hybrid)
+    draft.config.check_target(spec)
+    assert draft.config.target_layer_ids == TAPS  # the cache's, without being asked for
+    embeddings = read_embedding_and_head(tiny_hybrid, spec)
+    assert torch.equal(draft.embed_tokens.weight, embeddings.embedding)
+    assert torch.equal(draft.lm_head.weight, embeddings.head)
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["versions"]["torch"] == torch.__version__
+    assert any("rope theta" in note for note in described["notes"])
+    assert any("mask token 31" in note for note in described["notes"])
+    assert load_run_config(tmp_path / "run" / "config.yaml") == config()
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [2, 4]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_finished_run_is_left_as_it_is(tiny_hybrid, cache, tmp_path):
+    train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
+    before = (tmp_path / "run" / "draft" / "model.safetensors").read_bytes()
+    report = train_run(str(tiny_hybrid), cache, tmp_path / "run", config("train.log_every=1"))
+    assert (report.resumed_from, report.final) == (4, None)
+    assert (tmp_path / "run" / "draft" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("train.lr=1e-3", "train.lr was 0.0006, now it is 0.001"),
+        ("draft.block_size=4", "draft.block_size was 3, now it is 4"),
+        ("train.precision=bf16", "draft.dtype was 'float32', now it is 'bfloat16'"),
+    ],
+)
+def test_other_settings_do_not_mix_into_a_run(tiny_hybrid, cache, tmp_path, change, key):
+    train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
+    with pytest.raises(InputError, match=key):
+        train_run(str(tiny_hybrid), cache, tmp_path / "run", config(change))
+
+
+def test_another_cache_does_not_mix_into_a_run(tiny_hybrid, cache, tmp_path):
+    train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
+    write_cache(tmp_path / "other", samples(9), taps=TAPS, hidden_size=64)
+    with pytest.raises(InputError, match="cache was"):
+        train_run(str(tiny_hybrid), tmp_path / "other", tmp_path / "run", config())
+
+
+def test_fresh_and_foreign_folders_are_refused(tiny_hybrid, cache, tmp_path):
+    train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
+    with pytest.raises(InputError, match="already holds a run"):
+        train_run(str(tiny_hybrid), cache, tmp_path / "run", config(), resume=False)
+    with pytest.raises(InputError, match="holds other files"):
+        train_run(str(tiny_hybrid), cache, cache, config())
+
+
+def test_cache_that_does_not_fit_is_named(tiny_hybrid, cache, tmp_path):
+    def refused(folder, *settings):
+        with pytest.raises(InputError) as error:
+            train_run(str(tiny_hybrid), folder, tmp_path / "run", config(*settings))
+        assert not (tmp_path / "run").exists()
+        return error.value.what
+
+    write_cache(tmp_path / "wide", samples(hidden=32), taps=TAPS, hidden_size=32)
+    assert "hidden size is 32" in refused(tmp_path / "wide")
+    assert "the cache holds [1, 4]" in refused(cache, "draft.taps=[1,3]")
+    write_cache(tmp_path / "last", samples(), taps=(1, 7), hidden_size=64)
+    assert "last layer" in refused(tmp_path / "last")
+    write_cache(tmp_path / "masked", samples(first_id=31), taps=TAPS, hidden_size=64)
+    refused(tmp_path / "masked", "draft.mask_token_id=45")
+    assert "takes 16" in refused(cache, "train.global_batch_size=16")
+    assert "not a target cache" in refused(tmp_path)
+    (cache / "shard-00000.bin").unlink()
+    assert "shard-00000.bin is missing" in refused(cache)
+
+
+def test_mask_token_that_the_data_uses_is_refused(tiny_hybrid, tmp_path):
+    used = list(samples())
+    used[3].input_ids[5] = 31
+    write_cache(tmp_path / "cache", used, taps=TAPS, hidden_size=64)
+    with pytest.raises(InputError, match="Sample 3 .* mask token 31"):
+        train_run(str(tiny_hybrid), tmp_path / "cache", tmp_path / "run", config())
+    assert (
+        train_run(str(tiny_hybrid), tmp_path / "cache", tmp_path / "run", config("draft.mask_token_id=30")).steps == 4
+    )
+
+
+def test_device_that_is_not_there_is_the_environments_fault(tiny_hybrid, cache, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(EnvironmentFault, match="'cuda' cannot be used"):
+        train_run(str(tiny_hybrid), cache, tmp_path / "run", config("train.device=cuda"))
+
+
+def test_command_without_a_cache_prints_the_command_that_makes_one(tiny_hybrid):
+    result = nds("train", "--target", tiny_hybrid)
+    assert isinstance(result.exception, InputError)
+    assert result.exception.exit_code == 2
+    assert f"nds cache build --target {tiny_hybrid} --data" in result.exception.do
+
+
+def test_command_prints_one_json_object(tiny_hybrid, cache, tmp_path):
+    options = [part for setting in SETTINGS for part in ("--set", setting)]
+    result = nds("train", "-t", tiny_hybrid, "--cache", cache, "--out", tmp_path / "run", "--json", *options)
+    assert result.exit_code == 0, result.exception
+    report = json.loads(result.stdout)
+    assert report["steps"] == 4
+    assert report["final"]["tau"] >= 1
+    assert "step 4/4" in result.stderr
+    table = nds("train", "-t", tiny_hybrid, "--cache", cache, "--out", tmp_path / "run", *options)
+    assert "from 4" in table.stdout
+
+
+def test_config_show_prints_yaml_that_it_reads_itself(tmp_path):
+    shown = nds("config", "show", "--set", "train.lr=1e-4", "--set", "draft.taps=[1, 2]")
+    assert "# peak learning rate" in shown.stdout
+    path = tmp_path / "config.yaml"
+    path.write_text(shown.stdout)
+    expected = load_run_config(assignments=["train.lr=1e-4", "draft.taps=[1,2]"])
+    assert load_run_config(path) == expected
+    as_json = nds("config", "show", "--config", path, "--json")
+    assert json.loads(as_json.stdout) == expected.model_dump(mode="json")
