@@ -142,15 +142,22 @@ def test_a_stop_string_is_cut_off_wherever_tokens_end(client, server, target, st
     assert reason == "stop"
 
 
-def test_a_stop_token_ends_the_answer_and_is_not_in_it(client, server, target, monkeypatch):
+@pytest.mark.parametrize("how", [{}, {"stream": True, "stream_options": {"include_usage": True}}, {"stop": "\0"}])
+def test_a_stop_token_ends_the_answer_and_is_not_in_it(client, server, target, monkeypatch, how):
     _, before, _ = expected(target, Sampling(max_new_tokens=30))
     monkeypatch.setattr(target, "stop_ids", frozenset({before.tokens[20]}))
     _, generation, text = expected(target, Sampling(max_new_tokens=30))
     assert generation.finished == "stop"
-    answer = client.chat.completions.create(model=server.model_id, messages=HELLO, temperature=0, max_tokens=30)
-    assert answer.choices[0].finish_reason == "stop"
-    assert answer.choices[0].message.content == text
-    assert answer.usage.completion_tokens == len(generation.tokens)  # the stop token was generated, too
+    answer = client.chat.completions.create(model=server.model_id, messages=HELLO, temperature=0, max_tokens=30, **how)
+    if "stream" in how:
+        *chunks, last = list(answer)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+        reason, usage = chunks[-1].choices[0].finish_reason, last.usage
+    else:
+        assert answer.choices[0].message.content == text
+        reason, usage = answer.choices[0].finish_reason, answer.usage
+    assert reason == "stop"
+    assert usage.completion_tokens == len(generation.tokens)  # the stop token was generated, too
 
 
 def test_parts_of_text_are_joined(client, server):
