@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from nemotron_dspark import __version__
 from nemotron_dspark.cache.format import MANIFEST, Layout
@@ -22,6 +23,7 @@ from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.tokens import Tally, TokenStore, store_tokens
 from nemotron_dspark.cache.writer import WORK, CacheWriter, lock, remove_leftovers
 from nemotron_dspark.chat.format import recognise
+from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.data.conversations import SkipTally
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
@@ -40,7 +42,7 @@ class CapturesStates(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def capture(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, taps: tuple[int, ...]) -> Any: ...
+    def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: tuple[int, ...]) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,27 +164,41 @@ def _capture(
     for batch in batches(writer.layout, batch_tokens):
         if not writer.written[batch].all():
             samples = [store[sample_id] for sample_id in batch]
-            lengths = [len(sample.input_ids) for sample in samples]
-            input_ids = torch.full((len(batch), max(lengths)), pad, dtype=torch.long)
-            for row, sample in enumerate(samples):
-                input_ids[row, : lengths[row]] = torch.from_numpy(sample.input_ids)
-            attention_mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-            captured = target.capture(
-                input_ids.to(target.device), attention_mask.to(target.device), writer.manifest.taps
-            )
-            all_taps = captured.taps.to(torch.bfloat16).cpu()  # [B, S, T·H]
-            all_last = captured.last.to(torch.bfloat16).cpu()  # [B, S, H]
-            for row, sample_id in enumerate(batch):
-                taps, last = all_taps[row, : lengths[row]], all_last[row, : lengths[row]]
-                if not (torch.isfinite(taps).all() and torch.isfinite(last).all()):
-                    raise CheckError(
-                        f"The target's hidden states of sample {sample_id} are not finite.",
-                        "Load the target in another type (target.dtype=bfloat16 or float32).",
-                    )
-                writer.write(sample_id, samples[row].input_ids, samples[row].loss_mask, taps, last)
+            input_ids, real = _padded(samples, pad)
+            captured = target.capture(input_ids.to(target.device), real.to(target.device), writer.manifest.taps)
+            taps, last = captured.taps.to(torch.bfloat16), captured.last.to(torch.bfloat16)
+            _check_finite(taps, last, real, batch)
+            taps, last = taps.cpu(), last.cpu()
+            for row, (sample_id, sample) in enumerate(zip(batch, samples, strict=True)):
+                length = len(sample.input_ids)
+                writer.write(sample_id, sample.input_ids, sample.loss_mask, taps[row, :length], last[row, :length])
             writer.commit()
         written = writer.written
         report(BuildProgress("capture", int(written.sum()), len(store), int(store.lengths[written].sum()), total))
+
+
+def _padded(samples: Sequence[Tokenised], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids [B, S] padded on the right, and which of them are real [B, S]."""
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+    input_ids = torch.full((len(samples), int(lengths.max())), pad, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        input_ids[row, : lengths[row]] = torch.from_numpy(sample.input_ids)
+    return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]
+
+
+def _check_finite(
+    taps: Tensor,  # bf16 [B, S, T·H]
+    last: Tensor,  # bf16 [B, S, H]
+    real: Tensor,  # bool [B, S]
+    batch: Sequence[int],
+) -> None:
+    sums = taps.sum(-1, dtype=torch.float32) + last.sum(-1, dtype=torch.float32)  # one number that is not finite shows
+    broken = (~torch.isfinite(sums).cpu() & real).any(dim=1)  # [B]
+    if broken.any():
+        raise CheckError(
+            f"The target's hidden states of sample {batch[int(broken.nonzero()[0])]} are not finite.",
+            "Load the target in another type (target.dtype=bfloat16 or float32).",
+        )
 
 
 def _tokenise(

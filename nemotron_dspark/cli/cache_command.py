@@ -189,10 +189,8 @@ def _print_info(found: "CacheInfo") -> None:
     table.add_row("samples", f"{found.samples:,}")
     share = "" if found.loss_tokens is None else f", {_share(found.loss_tokens, found.tokens)} of them train the draft"
     table.add_row("tokens", f"{found.tokens:,}{share}")
-    table.add_row(
-        "size",
-        f"{_size(found.bytes)} in {found.shards} shard{'s' * (found.shards != 1)}, {found.bytes_per_token:,} bytes a token",
-    )
+    shards = f"{found.shards} shard{'s' * (found.shards != 1)}"
+    table.add_row("size", f"{_size(found.bytes)} in {shards}, {found.bytes_per_token:,} bytes a token")
     shell.out.print(table)
     most = max((bin_.samples for bin_ in found.lengths), default=1)
     lengths = Table("tokens", "samples", "", title="Lengths", title_justify="left", box=None)

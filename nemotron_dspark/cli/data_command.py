@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
+from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.data.check import DataReport
@@ -106,7 +107,14 @@ def _tokenizer(target: str, revision: str | None):
 
     from nemotron_dspark.targets.locate import locate
 
-    return AutoTokenizer.from_pretrained(locate(target, revision=revision))
+    folder = locate(target, revision=revision)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} has no tokenizer that can be loaded: {str(error).splitlines()[0]}",
+            "Restore the tokenizer's files from the checkpoint's repository.",
+        ) from None
 
 
 def _print_regenerated(report: "RegenerateReport") -> None:
