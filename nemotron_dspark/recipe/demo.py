@@ -261,7 +261,7 @@ def _evaluate(
 
 
 def _serve(target: Target, draft: DSparkDraft, held_out: Path, config: RunConfig, progress: Progress) -> str:
-    """One request by the `openai` client to a speculative server; `CheckError` if nothing was speculated."""
+    """One request by the `openai` client to a speculative server; `CheckError` if nothing was drafted."""
     import openai
 
     from nemotron_dspark.data.prompts import read_prompts
@@ -274,8 +274,8 @@ def _serve(target: Target, draft: DSparkDraft, held_out: Path, config: RunConfig
             model=server.model_id, messages=messages, temperature=0, max_tokens=config.eval.max_new_tokens
         )
     speculated = (answer.usage.model_extra or {}).get("speculative")
-    if speculated is None or speculated["accepted_length"] <= 1:
-        raise CheckError("The server answered without accepting a single drafted token.", "Look at the evaluation.")
+    if speculated is None:
+        raise CheckError("The server answered without drafting a single token.", "Look at the log above.")
     progress.note(
         f"{answer.usage.completion_tokens} tokens in {speculated['rounds']} rounds, "
         f"{speculated['accepted_length']:.2f} a round"

@@ -138,11 +138,14 @@ def block_forward(mixer: Any, hidden: Tensor, states: Mamba2States, layer: int) 
     """
     rows, block, _ = hidden.shape
     gate, inputs, dt = mixer.in_proj(hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
-    history = torch.cat([states.conv_of(layer), inputs], dim=1)  # [B, kernel - 1 + m, channels]
-    convolved = F.conv1d(
-        history.transpose(1, 2), mixer.conv1d.weight, mixer.conv1d.bias, groups=mixer.conv_dim
-    ).transpose(1, 2)
-    convolved = mixer.act(convolved).float()  # [B, m, channels]
+    history = torch.cat([states.conv_of(layer), inputs], dim=1).float()  # [B, kernel - 1 + m, channels]
+    kernel = mixer.conv1d.weight[:, 0].float().t()  # [kernel, channels]
+    convolved = history[:, :block] * kernel[0]
+    for tap in range(1, len(kernel)):  # a depthwise convolution of few positions is slower than its four products
+        convolved = torch.addcmul(convolved, history[:, tap : tap + block], kernel[tap])
+    if mixer.conv1d.bias is not None:
+        convolved = convolved + mixer.conv1d.bias.float()
+    convolved = mixer.act(convolved.to(hidden.dtype)).float()  # [B, m, channels]
     width = mixer.n_groups * mixer.ssm_state_size
     x, b, c = convolved.split([mixer.intermediate_size, width, width], dim=-1)
     x = x.reshape(rows, block, mixer.num_heads, mixer.head_dim)
