@@ -11,7 +11,6 @@ from rich.markup import escape
 from nemotron_dspark.cli import shell
 
 if TYPE_CHECKING:
-    from nemotron_dspark.config import RunConfig
     from nemotron_dspark.serving.server import Served
 
 
@@ -44,39 +43,21 @@ def serve(
     with bound:
         _warn_if_reachable(bound.getsockname()[0])
         shell.quiet_libraries()
+        from nemotron_dspark.decoding.pair import load_pair
         from nemotron_dspark.serving.server import Served, make_app
 
-        served = Served.of(*_load(run, draft), section)
+        with shell.err.status("Loading and proving the target"):
+            served = Served.of(*load_pair(run.target, draft), section)
         url = listen.url_of(bound)
-        if json:
-            ready = lambda: shell.emit({"url": f"{url}/v1", "model": served.model_id})  # noqa: E731
-        else:
-            ready = lambda: _greet(url, served, draft)  # noqa: E731
+
+        def ready() -> None:
+            if json:
+                shell.emit({"url": f"{url}/v1", "model": served.model_id})
+            else:
+                _greet(url, served, draft)
+
         listen.serve(make_app(served, section), bound, ready)
     shell.err.print("Stopped.")
-
-
-def _load(run: "RunConfig", draft_folder: Path | None):
-    from nemotron_dspark.decoding.pair import load_draft
-    from nemotron_dspark.drafts.config import DraftConfig
-    from nemotron_dspark.targets import Target
-    from nemotron_dspark.targets.proofs import prove
-
-    if draft_folder is not None:
-        DraftConfig.from_folder(draft_folder)  # a wrong path is said before the target is loaded
-    with shell.err.status("Loading the target"):
-        target = Target.load(
-            run.target.name,
-            dtype=run.target.dtype,
-            device=run.target.device,
-            trust_remote_code=run.target.trust_remote_code,
-            revision=run.target.revision,
-        )
-        draft = load_draft(draft_folder, target) if draft_folder is not None else None
-    if run.target.proofs:
-        with shell.err.status("Proving it right"):
-            prove(target, tuple(draft.config.target_layer_ids) if draft is not None else ())
-    return target, draft
 
 
 def _warn_if_reachable(address: str) -> None:
@@ -90,7 +71,9 @@ def _warn_if_reachable(address: str) -> None:
 def _greet(url: str, served: "Served", draft: Path | None) -> None:
     body = {"model": served.model_id, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}
     how = f"speculatively with {draft}" if draft is not None else "plainly, without a draft"
-    shell.out.print(f"[bold]{escape(served.model_id)}[/] is served at [bold]{url}/v1[/], decoded {escape(how)}.")
-    shell.out.print(f"Health and counters: {url}/health, {url}/metrics. Ctrl-C stops.\n")
+    shell.out.print(
+        f"[bold]{escape(served.model_id)}[/] is served at [bold]{url}/v1[/], decoded {escape(how)}.", soft_wrap=True
+    )
+    shell.out.print(f"Health and counters: {url}/health, {url}/metrics. Ctrl-C stops.\n", soft_wrap=True)
     example = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json_.dumps(body)}'"
     shell.out.print(escape(example), soft_wrap=True)
