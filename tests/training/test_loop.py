@@ -78,12 +78,12 @@ def test_signal_saves_and_the_resumed_run_equals_the_undisturbed_one(
     train(cache, whole, settings, tmp_path / "whole")
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        train(cache, make_draft(cache=cache), settings, tmp_path / "cut", watcher=StopAt(4, number))
+        train(cache, make_draft(cache=cache), settings, tmp_path / "cut", watcher=StopAt(5, number))
     assert signal.getsignal(number) is before
-    assert list_checkpoints(tmp_path / "cut" / "checkpoints")[-1].name == "step-00000004"
+    assert list_checkpoints(tmp_path / "cut" / "checkpoints")[-1].name == "step-00000005"
     resumed = make_draft(seed=99, cache=cache)
     result = train(cache, resumed, settings, tmp_path / "cut")
-    assert result.resumed_from == 4
+    assert result.resumed_from == 5  # between two lines of metrics
     assert_same(weights(resumed), weights(whole))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
