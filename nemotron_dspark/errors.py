@@ -31,3 +31,8 @@ class EnvironmentFault(NdsError):
     """The machine cannot do it: a full disk, a port in use, a missing package or device."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's text, without its full stop, to be quoted in a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -50,13 +50,7 @@ def build(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = settings.target
-    loaded = Target.load(
-        target,
-        dtype=wanted.dtype,
-        device=wanted.device,
-        trust_remote_code=wanted.trust_remote_code,
-        revision=wanted.revision,
-    )
+    loaded = Target.of(wanted)
     layers = (
         check_taps(loaded.spec, settings.draft.taps)
         if settings.draft.taps

@@ -51,13 +51,7 @@ def inspect(
         from nemotron_dspark.targets.target import Target
 
         with shell.err.status("Loading the target and running the proofs"):
-            loaded = Target.load(
-                target,
-                dtype=run.target.dtype,
-                device=run.target.device,
-                trust_remote_code=run.target.trust_remote_code,
-                revision=run.target.revision,
-            )
+            loaded = Target.of(run.target)
             proofs = run_proofs(loaded, description.draft.target_layer_ids)
     if json:
         import dataclasses

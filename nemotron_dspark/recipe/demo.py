@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemotron_dspark import files
 from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.chat.mask_token import choose_mask_token
@@ -34,7 +36,10 @@ from nemotron_dspark.training.metrics import StepMetrics
 from nemotron_dspark.training.run import train_run
 
 STAGES = ("target", "answers", "cache", "train", "eval", "serve")
+_SMALL_TENSORS = ("answers", "eval", "serve")  # decoding a tiny model: a second thread would only be waited for
 _CALIBRATION_STEPS = 8
+# A draft is good at the temperatures it was trained on, and this one is measured at both.
+_TEMPERATURES = {"sampled": (1.0, 0.8), "greedy": (0.0, 0.2)}  # name: temperature, share of the prompts
 
 
 class Progress:
@@ -50,9 +55,9 @@ class Budget:
     """What each stage may spend; ``scaled`` makes a shorter demo with worse figures."""
 
     target_seconds: float = 90.0
-    train_seconds: float = 170.0
-    train_prompts: int = 1400
-    eval_prompts: int = 24
+    train_seconds: float = 200.0
+    train_prompts: int = 1600
+    eval_prompts: int = 32
     answer_tokens: int = 80
 
     def scaled(self, scale: float) -> "Budget":
@@ -110,12 +115,12 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
             progress=lambda done, loss: progress.update(f"loss {loss:.2f}", done, 1.0),
         )
         progress.note(f"{trained.parameters / 1e6:.1f} M parameters, {trained.steps} steps, loss {trained.loss:.2f}")
-    prompts, held_out = _write_prompts(run_dir, budget, seed)
+    held_out = _write_prompts(run_dir, budget, seed)
 
     with clock("answers"):
         target = Target.of(config.target)
         prove(target)
-        _answer(target, prompts, run_dir / "conversations.jsonl", config, budget, progress)
+        _answer(target, run_dir, config, budget, progress)
 
     with clock("cache"):
         _cache(target, run_dir, config, progress)
@@ -169,36 +174,51 @@ class _Clock:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._progress.stage(name)
+        threads = torch.get_num_threads()
+        if name in _SMALL_TENSORS:
+            torch.set_num_threads(1)
         began = time.monotonic()
-        yield
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
         self.seconds[name] = round(time.monotonic() - began, 1)
 
 
-def _write_prompts(run_dir: Path, budget: Budget, seed: int) -> tuple[Path, Path]:
-    """Prompts to be answered for training, and prompts from modules that no earlier stage has seen."""
-    chosen = {
-        run_dir / "prompts.jsonl": (MODULES, budget.train_prompts, seed + 1),
-        run_dir / "held_out.jsonl": (HELD_OUT, budget.eval_prompts, seed + 2),
-    }
-    for path, (modules, count, with_seed) in chosen.items():
+def _write_prompts(run_dir: Path, budget: Budget, seed: int) -> Path:
+    """`prompts.jsonl` for training, and the file it returns: prompts from modules that no earlier stage has seen."""
+    training, held_out = run_dir / "prompts.jsonl", run_dir / "held_out.jsonl"
+    for path, modules, count, with_seed in (
+        (training, MODULES, budget.train_prompts, seed + 1),
+        (held_out, HELD_OUT, budget.eval_prompts, seed + 2),
+    ):
         rows = [{"prompt": item.question} for item in passages(sources(modules), count, with_seed)]
         files.write_text(path, "".join(files.json_line(row) for row in rows))
-    return tuple(chosen)
+    return held_out
 
 
-def _answer(target: Target, prompts: Path, out: Path, config: RunConfig, budget: Budget, progress: Progress) -> None:
+def _answer(target: Target, run_dir: Path, config: RunConfig, budget: Budget, progress: Progress) -> None:
+    """`conversations.jsonl`: each prompt answered once, at one of the temperatures the draft will work at."""
+    rows = (run_dir / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    answered = []
     with ServerThread(target, None, config.serve) as server:
-        report = regenerate(
-            prompts,
-            out,
-            base_url=server.base_url,
-            model=server.model_id,
-            concurrency=config.serve.slots * 2,
-            temperature=1.0,
-            max_tokens=budget.answer_tokens,
-            progress=lambda now: progress.update(f"{now.done} answers", now.done, now.total),
-        )
-    progress.note(f"{report.answered} answers through {server.base_url}")
+        for name, (temperature, share) in _TEMPERATURES.items():
+            count = round(share * budget.train_prompts)
+            files.write_text(run_dir / "answers" / f"prompts-{name}.jsonl", "".join(rows[:count]))
+            rows = rows[count:]
+            report = regenerate(
+                run_dir / "answers" / f"prompts-{name}.jsonl",
+                run_dir / "answers" / f"{name}.jsonl",
+                base_url=server.base_url,
+                model=server.model_id,
+                concurrency=config.serve.slots * 2,
+                temperature=temperature,
+                max_tokens=budget.answer_tokens,
+                progress=lambda now, label=name: progress.update(f"{now.done} {label} answers", now.done, now.total),
+            )
+            answered.append(report.out_file.read_text(encoding="utf-8"))
+            progress.note(f"{report.answered} answers at temperature {temperature:g} through {server.base_url}")
+    files.write_text(run_dir / "conversations.jsonl", "".join(answered))
 
 
 def _cache(target: Target, run_dir: Path, config: RunConfig, progress: Progress) -> None:

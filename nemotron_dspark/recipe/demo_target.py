@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.recipe.corpus import MODULES, Passage, passages, sources
 
-VOCAB = 1024
+VOCAB = 512
 PATTERN = "M-*-M-*-"
 HIDDEN = 128
 LENGTH = 128  # tokens of a training sequence
-BATCH = 16
+BATCH = 8
 PEAK_LR = 4e-3
 
 
@@ -34,7 +34,13 @@ def train_target(
     texts = sources(MODULES)
     tokenizer = tiny.make_tokenizer(texts, VOCAB)
     config = tiny.nemotron_h_config(
-        PATTERN, VOCAB, HIDDEN, ssm_state_size=32, intermediate_size=4 * HIDDEN, max_position_embeddings=2048
+        PATTERN,
+        VOCAB,
+        HIDDEN,
+        mamba_num_heads=4,
+        mamba_head_dim=HIDDEN // 2,
+        n_groups=1,
+        max_position_embeddings=2048,
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()

@@ -10,7 +10,7 @@ from typing import Any
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.config.known import RESEARCH_ONLY, known_target
 from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.errors import InputError
+from nemotron_dspark.errors import InputError, first_line
 from nemotron_dspark.files import read_json
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
@@ -110,7 +110,7 @@ def _tokenizer(folder: Path, warnings: list[str]) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever the library raises on damaged files
-        warnings.append(f"The tokenizer cannot be loaded: {_first_line(error)}.")
+        warnings.append(f"The tokenizer cannot be loaded: {first_line(error)}.")
         return None
 
 
@@ -201,7 +201,7 @@ def _built_parameters(folder: Path, warnings: list[str]) -> int | None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except Exception as error:  # whatever the library raises on a config it does not like
-        warnings.append(f"transformers cannot build a model from this config: {_first_line(error)}.")
+        warnings.append(f"transformers cannot build a model from this config: {first_line(error)}.")
         return None
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -229,7 +229,3 @@ def _draft_parameters(config: DraftConfig) -> int:
     with torch.device("meta"):
         draft = DSparkDraft(config)
     return sum(parameter.numel() for parameter in draft.trainable_parameters().values())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

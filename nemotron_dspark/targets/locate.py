@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from nemotron_dspark.config.known import ALIASES, KNOWN
-from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 
 # Everything but the weights. Python files stay on the hub: no remote code.
 _SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md")
@@ -72,13 +72,9 @@ def _download(repository: str, revision: str | None, weights: bool) -> Path:
     except OSError as error:  # no connection, offline mode, a server error, a full disk: all derive from OSError
         raise EnvironmentFault(
             f"{repository}{at} is no folder here, is not in the local hub cache, and could not be downloaded "
-            f"({_first_line(error)}).",
+            f"({first_line(error)}).",
             f"{_near_miss(repository)} Check the connection and HF_HUB_OFFLINE, or give a local folder.".strip(),
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ").rstrip(".")
 
 
 def _near_miss(name: str) -> str:

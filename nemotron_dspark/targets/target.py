@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemotron_dspark.config import TargetConfig
-from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 from nemotron_dspark.targets.families import family_of
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.locate import locate
@@ -92,7 +92,7 @@ class Target:
             ) from None
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise InputError(
-                f"{folder} cannot be loaded as a target: {_first_line(error)}.",
+                f"{folder} cannot be loaded as a target: {first_line(error)}.",
                 "Check that the folder holds config.json, safetensors weights and the tokenizer's files.",
             ) from None
         absent = sorted(report["missing_keys"])
@@ -247,7 +247,3 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         if ids is not None:
             return frozenset(ids if isinstance(ids, list | tuple) else [ids])
     return frozenset()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
