@@ -47,7 +47,7 @@ def _draw_loss(axis, metrics_file: Path) -> None:
     other.set_ylabel("expected accepted length")
     other.set_ylim(bottom=1)
     lines = [*axis.get_lines(), *other.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines], loc="center right", fontsize=8)
+    axis.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize=8)
     axis.grid(alpha=0.25)
 
 

@@ -11,9 +11,12 @@ def acceptance_table(measurements: Mapping[str, Measurement], title: str = "Acce
     """One row per measurement: accepted length, then the share of rounds in which each position was kept."""
     slots = max(len(measurement.per_position) for measurement in measurements.values())
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "accepted length: tokens gained a round, the target's own included; 1…γ: share of rounds kept"
-    table.add_column("")
-    table.add_column("accepted length", justify="right")
+    table.caption = (
+        "accepted length: tokens gained a round, the target's own included\n"
+        "1…γ: share of rounds that kept the draft at this position"
+    )
+    table.add_column("", no_wrap=True)
+    table.add_column("accepted\nlength", justify="right")
     for slot in range(1, slots + 1):
         table.add_column(str(slot), justify="right")
     for label, measurement in measurements.items():

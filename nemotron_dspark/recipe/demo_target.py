@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.recipe.corpus import MODULES, Passage, passages, sources
 
-VOCAB = 512
-PATTERN = "M-*-M-*-"
+VOCAB = 1024
+PATTERN = "M-*-M-"
 HIDDEN = 128
 LENGTH = 128  # tokens of a training sequence
 BATCH = 8
