@@ -46,16 +46,12 @@ def build(
     from nemotron_dspark.cache.build import build_cache
     from nemotron_dspark.chat.mask_token import choose_mask_token
     from nemotron_dspark.targets import Target, proofs
-    from nemotron_dspark.targets.taps import check_taps, default_taps
+    from nemotron_dspark.targets.taps import chosen_taps
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = settings.target
     loaded = Target.of(wanted)
-    layers = (
-        check_taps(loaded.spec, settings.draft.taps)
-        if settings.draft.taps
-        else default_taps(loaded.spec, settings.draft.num_taps)
-    )
+    layers = chosen_taps(loaded.spec, settings.draft)
     if wanted.proofs:
         proofs.prove(loaded, layers)
     mask = choose_mask_token(loaded.tokenizer, loaded.spec, override=settings.draft.mask_token_id)

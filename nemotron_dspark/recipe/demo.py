@@ -29,7 +29,7 @@ from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.serving.background import ServerThread
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.proofs import prove
-from nemotron_dspark.targets.taps import default_taps
+from nemotron_dspark.targets.taps import chosen_taps
 from nemotron_dspark.training.batches import Plan
 from nemotron_dspark.training.loop import Watcher
 from nemotron_dspark.training.metrics import StepMetrics
@@ -222,7 +222,7 @@ def _answer(target: Target, run_dir: Path, config: RunConfig, budget: Budget, pr
 
 
 def _cache(target: Target, run_dir: Path, config: RunConfig, progress: Progress) -> None:
-    taps = default_taps(target.spec, config.draft.num_taps)
+    taps = chosen_taps(target.spec, config.draft)
     prove(target, taps)
     report = build_cache(
         target,

@@ -8,6 +8,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 
+from nemotron_dspark.config import DraftSection
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import TargetSpec
 
@@ -61,6 +62,11 @@ def check_taps(spec: TargetSpec, taps: Sequence[int]) -> tuple[int, ...]:
     if any(a >= b for a, b in itertools.pairwise(chosen)):
         raise InputError(f"Taps {_listed(chosen)} are not strictly ascending.", do)
     return chosen
+
+
+def chosen_taps(spec: TargetSpec, section: DraftSection) -> tuple[int, ...]:
+    """The taps that the ``draft`` section names, checked, or the default choice of ``section.num_taps``."""
+    return default_taps(spec, section.num_taps) if section.taps is None else check_taps(spec, section.taps)
 
 
 def _listed(taps: Sequence[int]) -> str:
