@@ -16,7 +16,7 @@ def acceptance_table(measurements: Mapping[str, Measurement], title: str = "Acce
         "1…γ: share of rounds that kept the draft at this position"
     )
     table.add_column("", no_wrap=True)
-    table.add_column("accepted\nlength", justify="right")
+    table.add_column("accepted\nlength", justify="right", min_width=8)
     for slot in range(1, slots + 1):
         table.add_column(str(slot), justify="right")
     for label, measurement in measurements.items():

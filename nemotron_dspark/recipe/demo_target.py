@@ -12,7 +12,7 @@ from nemotron_dspark.recipe import tiny
 from nemotron_dspark.recipe.corpus import MODULES, Passage, passages, sources
 
 VOCAB = 1024
-PATTERN = "M-*-M-"
+PATTERN = "M-*-M-*-"
 HIDDEN = 128
 LENGTH = 128  # tokens of a training sequence
 BATCH = 8
