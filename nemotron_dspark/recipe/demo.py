@@ -39,7 +39,7 @@ STAGES = ("target", "answers", "cache", "train", "eval", "serve")
 _SMALL_TENSORS = ("answers", "eval", "serve")  # decoding a tiny model: a second thread would only be waited for
 _CALIBRATION_STEPS = 8
 # A draft is good at the temperatures it was trained on, and this one is measured at both.
-_TEMPERATURES = {"sampled": (1.0, 0.75), "greedy": (0.0, 0.25)}  # name: temperature, share of the prompts
+_TEMPERATURES = {"sampled": (1.0, 2 / 3), "greedy": (0.0, 1 / 3)}  # name: temperature, share of the prompts
 
 
 class Progress:
@@ -55,10 +55,10 @@ class Budget:
     """What each stage may spend; ``scaled`` makes a shorter demo with worse figures."""
 
     target_seconds: float = 90.0
-    train_seconds: float = 220.0
-    train_prompts: int = 1700
+    train_seconds: float = 230.0
+    train_prompts: int = 1800
     eval_prompts: int = 32
-    answer_tokens: int = 72
+    answer_tokens: int = 80
 
     def scaled(self, scale: float) -> "Budget":
         return Budget(
