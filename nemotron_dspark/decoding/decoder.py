@@ -17,7 +17,6 @@ from nemotron_dspark.decoding.accept import accept_greedy, accept_sampled
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
 from nemotron_dspark.drafts.context import DraftContext
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target, TargetState
 
 
@@ -84,7 +83,7 @@ class Decoder:
         self.confidence_threshold = confidence_threshold
         self._taps: tuple[int, ...] = ()
         if draft is not None:
-            check_fit(target, draft)
+            draft.config.check_target(target.spec)
             self._taps = tuple(draft.config.target_layer_ids)
         self._rows: list[Generation] = []  # whose state is in the shared batch below, in row order
         self._state: TargetState | None = None
@@ -248,18 +247,3 @@ class Decoder:
         generation.survived.append(min(len(new) - 1, stop + 1))
         generation.proposed.append(proposed)
         generation.receive(new)
-
-
-def check_fit(target: Target, draft: DSparkDraft) -> None:
-    """`InputError` when ``draft`` was made for another target: other hidden size, vocabulary, or number of layers."""
-    config, spec = draft.config, target.spec
-    for what, ours, theirs in (
-        ("hidden size", config.hidden_size, spec.hidden_size),
-        ("vocabulary", config.vocab_size, spec.vocab_size),
-        ("number of target layers", config.num_target_layers, spec.num_layers),
-    ):
-        if ours != theirs:
-            raise InputError(
-                f"The draft was made for another target: its {what} is {ours}, {spec.name} has {theirs}.",
-                "Give the draft that was trained for this target.",
-            )

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from nemotron_dspark.config import TargetConfig
-from nemotron_dspark.decoding.decoder import check_fit
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.targets import Target
@@ -17,7 +16,7 @@ def load_draft(folder: Path, target: Target) -> DSparkDraft:
         InputError: no whole draft there, or one for another target.
     """
     draft = DSparkDraft.load(folder, device=target.device, dtype=target.dtype)
-    check_fit(target, draft)
+    draft.config.check_target(target.spec)
     if not draft.has_embeddings:
         head = target.model.get_submodule(target.spec.names.head)
         draft.set_embeddings(target.model.get_input_embeddings().weight, head.weight)

@@ -3,7 +3,7 @@
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.targets.spec import TargetSpec
-from nemotron_dspark.targets.taps import check_taps, default_taps
+from nemotron_dspark.targets.taps import chosen_taps
 
 ASSUMED_ROPE_THETA = 10_000.0
 
@@ -29,10 +29,8 @@ def build_draft_config(
             "rope theta 10000: the target has no rotary embedding, and drafts published for such targets use 10000 "
             "(draft.rope_theta sets it)."
         )
-    if section.taps is not None:
-        taps = check_taps(spec, section.taps)
-    else:
-        taps = default_taps(spec, section.num_taps)
+    taps = chosen_taps(spec, section)
+    if section.taps is None:
         notes.append(f"taps {', '.join(map(str, taps))}: the default choice for {spec.layout} (draft.taps sets them).")
     with_markov = section.confidence_with_markov
     if section.confidence_head and with_markov and not section.markov_rank:
