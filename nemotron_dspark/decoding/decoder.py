@@ -165,7 +165,7 @@ class Decoder:
         parts = [self._rows_of(staying)] if staying else []
         parts += [(generation._state, generation._context) for generation in joining]
         self._rows = [self._rows[row] for row in staying] + joining
-        self._state = TargetState.cat([state for state, _ in parts])
+        self._state = type(parts[0][0]).cat([state for state, _ in parts])
         self._context = DraftContext.cat([context for _, context in parts]) if self.draft is not None else None
         for generation in joining:
             generation._state = generation._context = None

@@ -18,8 +18,7 @@ def load_draft(folder: Path, target: Target) -> DSparkDraft:
     draft = DSparkDraft.load(folder, device=target.device, dtype=target.dtype)
     draft.config.check_target(target.spec)
     if not draft.has_embeddings:
-        head = target.model.get_submodule(target.spec.names.head)
-        draft.set_embeddings(target.model.get_input_embeddings().weight, head.weight)
+        draft.set_embeddings(target.model.get_input_embeddings().weight, target.head.weight)
     return draft
 
 

@@ -200,7 +200,7 @@ def _compare(
     gap = ""
     if where < min(len(slow), len(fast)):
         captured = target.capture(torch.tensor([[*prompts[at], *slow[:where]]]), None, ())
-        logits = target.model.get_submodule(target.spec.names.head)(captured.last[0, -1]).float()
+        logits = target.logits(captured.last[0, -1])
         gap = f"; the two tokens' logits differ by {abs(float(logits[slow[where]] - logits[fast[where]])):.2g}"
     return Lossless(
         len(pairs), len(pairs) - len(different), f"prompt {at}, token {where} ({target.dtype} weights{gap})"

@@ -167,7 +167,7 @@ def install_block_forward(mixer: Any, layer: int) -> None:
     own_forward = mixer.forward
 
     def forward(hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any):
-        states = getattr(cache_params, "mamba", None)
+        states = getattr(cache_params, "recurrent", None)
         if isinstance(states, Mamba2States):
             return block_forward(mixer, hidden_states, states, layer)
         return own_forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)

@@ -86,8 +86,7 @@ def _taps(target: Target, ids: Tensor, taps: Sequence[int]) -> float:
 def _head(target: Target, ids: Tensor, taps: Sequence[int]) -> float:
     with torch.no_grad():
         logits = target.model(input_ids=ids, use_cache=False).logits
-        last = target.capture(ids, None, ()).last
-        return _relative(target.model.get_submodule(target.spec.names.head)(last).float(), logits.float())
+    return _relative(target.logits(target.capture(ids, None, ()).last), logits.float())
 
 
 def _padding(target: Target, ids: Tensor, taps: Sequence[int]) -> float:
@@ -107,7 +106,6 @@ def _padding(target: Target, ids: Tensor, taps: Sequence[int]) -> float:
 def _rollback(target: Target, ids: Tensor, taps: Sequence[int]) -> float:
     prompt = _chunk(target) + 5
     fresh = target.capture(ids, None, taps).last
-    head = target.model.get_submodule(target.spec.names.head)
     state, _ = target.prefill(ids[0, :prompt].tolist(), taps)
     worst = 0.0
     at = prompt
@@ -118,9 +116,7 @@ def _rollback(target: Target, ids: Tensor, taps: Sequence[int]) -> float:
         target.commit(state, [kept])
         at += kept
         again = target.verify(state, ids[:, at : at + _BLOCK])
-        with torch.no_grad():
-            expected = head(fresh[:, at : at + _BLOCK]).float()
-        worst = max(worst, _relative(again.logits, expected))
+        worst = max(worst, _relative(again.logits, target.logits(fresh[:, at : at + _BLOCK])))
     return worst
 
 

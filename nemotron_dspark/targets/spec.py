@@ -10,6 +10,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
 
@@ -17,21 +20,25 @@ from nemotron_dspark.files import read_json
 class LayerKind(Enum):
     """What one decoder layer computes; the value is its character in a drawn layout."""
 
-    MAMBA2 = "M"
+    MAMBA2 = "M"  # in most families followed by an MLP in the same layer
     ATTENTION = "*"
     MLP = "-"
     MOE = "E"
     DECODER = "D"  # attention and MLP in one layer, as in ordinary decoders
+    MAMBA1 = "m"
+    DELTA = "G"  # gated delta net
+    CONV = "C"  # short convolution
+    PARALLEL = "P"  # attention and Mamba-2 in one layer
 
     @property
     def attends(self) -> bool:
         """True when the layer keeps keys and values."""
-        return self in (LayerKind.ATTENTION, LayerKind.DECODER)
+        return self in (LayerKind.ATTENTION, LayerKind.DECODER, LayerKind.PARALLEL)
 
     @property
     def recurrent(self) -> bool:
         """True when the layer keeps a state that cannot be rewound by forgetting positions."""
-        return self is LayerKind.MAMBA2
+        return self in (LayerKind.MAMBA2, LayerKind.MAMBA1, LayerKind.DELTA, LayerKind.CONV, LayerKind.PARALLEL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,8 @@ class TargetSpec:
     max_position_embeddings: int
     tie_word_embeddings: bool
     names: WeightNames
+    logit_multiplier: float = 1.0  # what the LM head's output is multiplied by
+    logit_softcap: float | None = None  # then logits become cap·tanh(logits / cap)
     assumed: tuple[str, ...] = ()  # sentences on every value the config did not give
 
     @property
@@ -75,6 +84,14 @@ class TargetSpec:
     def layout(self) -> str:
         """The layers as one string, e.g. ``M-*-M-*-``."""
         return "".join(kind.value for kind in self.layers)
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """The target's logits [..., V] from the bare output of its LM head."""
+        if self.logit_multiplier != 1.0:
+            logits = logits * self.logit_multiplier
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
 
     @staticmethod
     def from_config(config: Any, name: str = "") -> "TargetSpec":
@@ -89,9 +106,14 @@ class TargetSpec:
         return family_of(values).spec(values, name or str(values.get("_name_or_path") or "target"))
 
     @staticmethod
-    def from_folder(folder: Path, name: str = "") -> "TargetSpec":
-        """Spec of a folder that holds at least a ``config.json``."""
-        return TargetSpec.from_config(read_json(Path(folder) / "config.json"), name or str(folder))
+    def from_folder(folder: Path, name: str = "", *, trust_remote_code: bool = False) -> "TargetSpec":
+        """Spec of a folder that holds at least a ``config.json``; code in it runs only when that is trusted."""
+        from nemotron_dspark.targets.families import general, needs_remote_code
+
+        values = read_json(Path(folder) / "config.json")
+        if trust_remote_code and isinstance(values, dict) and needs_remote_code(values):
+            return general.remote_spec(Path(folder), name or str(folder))
+        return TargetSpec.from_config(values, name or str(folder))
 
 
 def require(config: Mapping[str, Any], *keys: str) -> Any:

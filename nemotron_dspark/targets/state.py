@@ -1,17 +1,34 @@
 """The decoding state of a target for B rows of different lengths: what is committed, and the block in flight.
 
 It is handed to the model in place of its cache. Attention layers write their keys and values behind the committed
-ones, where nobody reads them until the length says so; Mamba-2 layers record their block (see `mamba2`). Committing
+ones, where nobody reads them until the length says so; recurrent layers record their block (see `mamba2`). Committing
 moves the lengths and advances the recurrent states; anything not committed is forgotten by not being counted.
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from nemotron_dspark.targets.kv import RaggedKV
-from nemotron_dspark.targets.mamba2 import Mamba2States
+
+
+class Recurrent(Protocol):
+    """The committed states of all recurrent layers for B rows, and their records of the block in flight."""
+
+    def commit(self, kept: Sequence[int]) -> None:
+        """Advance every layer by the first ``kept[b]`` tokens of the block last recorded."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """A copy of ``rows`` in that order."""
+        ...
+
+    @staticmethod
+    def cat(parts: Sequence[Any]) -> Any:
+        """The rows of ``parts`` one after the other."""
+        ...
 
 
 class TargetState:
@@ -22,12 +39,12 @@ class TargetState:
         lengths: Sequence[int],
         taps: tuple[int, ...],
         attention: dict[int, RaggedKV],
-        mamba: Mamba2States | None,
+        recurrent: Recurrent | None,
     ):
         self.lengths = list(lengths)  # committed tokens per row
         self.taps = taps
         self.attention = attention  # by layer id
-        self.mamba = mamba
+        self.recurrent = recurrent
         self.block: int | None = None  # length of the block that waits for a commit
 
     @property
@@ -47,14 +64,21 @@ class TargetState:
         starts = torch.tensor(self.lengths, device=device)
         return starts[:, None] + torch.arange(block, device=device)
 
-    def mask(self, block: int, device: torch.device) -> Tensor:
-        """Which stored positions each token of the next block may see: bool [B, 1, m, max(lengths) + m]."""
+    def mask(self, block: int, device: torch.device, window: int | None = None) -> Tensor:
+        """Which stored positions each token of the next block may see: bool [B, 1, m, max(lengths) + m].
+
+        With ``window`` a token sees itself and the ``window - 1`` positions before it.
+        """
         stored = torch.arange(max(self.lengths) + block, device=device)
-        return (stored <= self.positions(block, device)[:, :, None])[:, None]
+        positions = self.positions(block, device)[:, :, None]
+        seen = stored <= positions
+        if window is not None:
+            seen &= stored > positions - window
+        return seen[:, None]
 
     def commit(self, kept: Sequence[int]) -> None:
-        if self.mamba is not None:
-            self.mamba.commit(kept)
+        if self.recurrent is not None:
+            self.recurrent.commit(kept)
         self.lengths = [length + count for length, count in zip(self.lengths, kept, strict=True)]
         self.block = None
 
@@ -62,7 +86,8 @@ class TargetState:
         """A state of ``rows`` in that order; a copy, so the old one stays usable."""
         lengths = [self.lengths[row] for row in rows]
         attention = {layer: kv.select(rows, max(lengths)) for layer, kv in self.attention.items()}
-        return TargetState(lengths, self.taps, attention, self.mamba.select(rows) if self.mamba else None)
+        recurrent = self.recurrent.select(rows) if self.recurrent is not None else None
+        return TargetState(lengths, self.taps, attention, recurrent)
 
     @staticmethod
     def cat(states: Sequence["TargetState"]) -> "TargetState":
@@ -70,9 +95,10 @@ class TargetState:
         first = states[0]
         if len(states) == 1:
             return first
+        recurrent = [state.recurrent for state in states]
         return TargetState(
             [length for state in states for length in state.lengths],
             first.taps,
             {layer: RaggedKV.cat([state.attention[layer] for state in states]) for layer in first.attention},
-            Mamba2States.cat([state.mamba for state in states]) if first.mamba else None,
+            first.recurrent.cat(recurrent) if first.recurrent is not None else None,
         )

@@ -1,6 +1,7 @@
 """A loaded, frozen target: hidden states for training, and verify / commit for speculative decoding."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
-from nemotron_dspark.targets.families import family_of
+from nemotron_dspark.targets.families import FAMILIES
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.locate import locate
-from nemotron_dspark.targets.mamba2 import Mamba2States
+from nemotron_dspark.targets.replay import ReplayState
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.state import TargetState
 
@@ -47,9 +48,9 @@ class Target:
         self.stop_ids = _stop_ids(model, tokenizer)
         self._base = model.get_submodule(spec.names.layers.rpartition(".")[0])
         self._layers = model.get_submodule(spec.names.layers)
-        self._head = model.get_submodule(spec.names.head)
-        self._family = family_of({"model_type": spec.model_type})
-        self._mixers = self._family.prepare(model, spec)  # Mamba-2 mixers by layer id
+        self.head = model.get_submodule(spec.names.head)
+        self._family = FAMILIES.get(spec.model_type)  # None: the general path
+        self._new_recurrent = self._family.prepare(model, spec) if self._family else None
 
     @staticmethod
     def load(
@@ -74,7 +75,7 @@ class Target:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = locate(str(name), revision=revision, weights=True)
-        spec = TargetSpec.from_folder(folder, str(name))
+        spec = TargetSpec.from_folder(folder, str(name), trust_remote_code=trust_remote_code)
         where = resolve_device(device)
         kind = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
         try:
@@ -122,11 +123,11 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        return self._head.weight.device
+        return self.head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._head.weight.dtype
+        return self.head.weight.dtype
 
     @torch.no_grad()
     def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured:
@@ -140,7 +141,7 @@ class Target:
         return Captured(_joined(collected, taps, output.last_hidden_state), output.last_hidden_state)
 
     @torch.no_grad()
-    def prefill(self, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[TargetState, Verified]:
+    def prefill(self, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[TargetState | ReplayState, Verified]:
         """A state of one row that has committed ``ids``, and what the target says after the last of them.
 
         Returns:
@@ -148,27 +149,22 @@ class Target:
         """
         if len(ids) == 0:
             raise InputError("The prompt has no tokens.", "Give at least one token.")
-        state = TargetState(
-            [0],
-            tuple(taps),
-            {layer: RaggedKV() for layer, kind in enumerate(self.spec.layers) if kind.attends},
-            Mamba2States.zeros(self._mixers, self.device, self.dtype) if self._mixers else None,
-        )
+        state = self._new_state(tuple(taps))
         tokens = torch.as_tensor(ids, dtype=torch.long, device=self.device)[None]
         seen = []
-        for piece in tokens.split(PREFILL_BLOCK, dim=1):
+        for piece in tokens.split(PREFILL_BLOCK if self._family else len(ids), dim=1):
             hidden, tapped = self._block(state, piece)
             state.commit([piece.shape[1]])
             seen.append(tapped)
-        return state, Verified(self._logits(hidden[:, -1:]), torch.cat(seen, dim=1))
+        return state, Verified(self.logits(hidden[:, -1:]), torch.cat(seen, dim=1))
 
     @torch.no_grad()
-    def verify(self, state: TargetState, ids: Tensor) -> Verified:
+    def verify(self, state: TargetState | ReplayState, ids: Tensor) -> Verified:
         """What the target says of ``ids`` [B, m] behind each row's committed tokens. Nothing is committed."""
         hidden, tapped = self._block(state, ids.to(self.device))
-        return Verified(self._logits(hidden), tapped)
+        return Verified(self.logits(hidden), tapped)
 
-    def commit(self, state: TargetState, kept: Sequence[int]) -> None:
+    def commit(self, state: TargetState | ReplayState, kept: Sequence[int]) -> None:
         """Keep the first ``kept[b]`` tokens of the block last verified in each row and forget the rest, exactly."""
         block = state.block
         if block is None or len(kept) != state.rows or min(kept) < 0 or max(kept) > block:
@@ -176,22 +172,38 @@ class Target:
         with torch.no_grad():
             state.commit(kept)
 
-    def _block(self, state: TargetState, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(self, state: TargetState | ReplayState, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Final-norm hidden states [B, m, H] and taps [B, m, T·H] of a block behind ``state``."""
         block = ids.shape[1]
         state.block = block
-        with self._tapped(state.taps) as collected:
-            output = self._base(
-                input_ids=ids,
-                attention_mask=self._family.block_mask(state.mask(block, ids.device)),
-                position_ids=state.positions(block, ids.device),
-                past_key_values=state,
-                use_cache=True,
-            )
-        return output.last_hidden_state, _joined(collected, state.taps, output.last_hidden_state)
+        if isinstance(state, ReplayState):
+            return state.run(ids)
+        mask = self._family.block_mask(self.model, state, block)
+        return self._forward(ids, state.positions(block, ids.device), state, state.taps, mask)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden).float()
+    def _forward(
+        self, ids: Tensor, positions: Tensor, cache: Any, taps: Sequence[int], mask: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        with self._tapped(taps) as collected:
+            output = self._base(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        return output.last_hidden_state, _joined(collected, taps, output.last_hidden_state)
+
+    def _new_state(self, taps: tuple[int, ...]) -> TargetState | ReplayState:
+        if self._family is None:
+            from transformers import DynamicCache
+
+            forward = functools.partial(self._forward, taps=taps)
+            return ReplayState([0], taps, [DynamicCache(config=self.model.config)], forward)
+        attention = {layer: RaggedKV() for layer, kind in enumerate(self.spec.layers) if kind.attends}
+        recurrent = self._new_recurrent(self.device, self.dtype) if self._new_recurrent else None
+        return TargetState([0], taps, attention, recurrent)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] fp32 of hidden states [..., H] after the final norm."""
+        return self.spec.finish_logits(self.head(hidden).float())
 
     def _tapped(self, taps: Sequence[int]) -> "_Taps":
         modules = {tap: self.model.get_input_embeddings() if tap == -1 else self._layers[tap] for tap in taps}

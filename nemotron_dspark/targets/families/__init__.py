@@ -1,14 +1,17 @@
-"""One small module per family, found by ``model_type``. A new family is one file and one line here."""
+"""One small module per family, found by ``model_type``: a new one is a file and a line here. Others are `general`."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
 
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets.families import decoders, nemotron_h
+from nemotron_dspark.targets.families import decoders, general, nemotron_h
 from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.state import Recurrent, TargetState
+
+NewRecurrent = Callable[[torch.device, torch.dtype], Recurrent]  # the states of one row before any token
 
 
 class Family(Protocol):
@@ -20,13 +23,13 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def prepare(model: Any, spec: TargetSpec) -> dict[int, Any]:
-        """Make a loaded model ready for `TargetState`; its Mamba-2 mixers by layer id."""
+    def prepare(model: Any, spec: TargetSpec) -> NewRecurrent | None:
+        """Make a loaded model ready for `TargetState`; how to make the recurrent states, None without such layers."""
         ...
 
     @staticmethod
-    def block_mask(mask: Tensor) -> Any:
-        """The model's ``attention_mask`` argument for a block mask [B, 1, m, stored]."""
+    def block_mask(model: Any, state: TargetState, block: int) -> Any:
+        """The model's ``attention_mask`` argument for the next ``block`` tokens behind ``state``."""
         ...
 
 
@@ -36,25 +39,46 @@ FAMILIES: dict[str, Any] = {
     "qwen3": decoders,
 }
 
-REFUSED = {  # known, and why there is no family
-    "nemotron-nas": "every layer has its own shape (block_configs), which only code from its repository builds",
+REMOTE = {  # known, and why only the checkpoint's own code builds it
+    "nemotron-nas": "every layer has its own shape (block_configs)",
 }
 
 
+def needs_remote_code(config: Mapping[str, Any]) -> bool:
+    """True when neither this project nor transformers has the model's code and the checkpoint brings it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if model_type in REMOTE:
+        return True
+    known = model_type in FAMILIES or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return not known and "AutoModelForCausalLM" in (config.get("auto_map") or {})
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family module for a parsed config; `InputError` when there is none."""
+    """The family module for a parsed config: `general` for a type that only transformers knows.
+
+    Raises:
+        InputError: transformers does not know the type either, or its model is code that comes with the checkpoint.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     model_type = config.get("model_type")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in REMOTE:
+        return general
     if model_type is None:
         raise InputError("The target's config.json has no model_type.", "Restore it from the checkpoint's repository.")
-    if model_type in REFUSED:
+    if needs_remote_code(config):
+        why = REMOTE.get(str(model_type), "transformers does not know this type")
         raise InputError(
-            f"Targets of type {model_type!r} are not supported: {REFUSED[model_type]}.",
-            "Choose another target; code from a checkpoint is not run for it.",
+            f"A target of type {model_type!r} is built by code that comes with its checkpoint: {why}.",
+            "Read that code, then allow it with --trust-remote-code; or choose another target.",
         )
     close = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
     hint = f" The nearest known one is {close[0]}." if close else ""
     raise InputError(
-        f"Targets of type {model_type!r} are not supported.{hint}", f"Supported types: {', '.join(sorted(FAMILIES))}."
+        f"Targets of type {model_type!r} are not supported.{hint}",
+        f"Types with a family of their own: {', '.join(sorted(FAMILIES))}; others must be known to transformers.",
     )

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
+from nemotron_dspark.targets.state import TargetState
 
 NAMES = WeightNames(
     layers="model.layers",
@@ -46,11 +45,10 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     )
 
 
-def prepare(model: Any, spec: TargetSpec) -> dict[int, Any]:
+def prepare(model: Any, spec: TargetSpec) -> None:
     """Nothing to prepare: there is no recurrent layer."""
-    return {}
 
 
-def block_mask(mask: Tensor) -> Any:
-    """The ``attention_mask`` argument for a block with attention mask [B, 1, m, stored]."""
-    return mask
+def block_mask(model: Any, state: TargetState, block: int) -> Any:
+    """The ``attention_mask`` argument for the next ``block`` tokens behind ``state``."""
+    return state.mask(block, model.device)

@@ -1,13 +1,13 @@
 """Nemotron-H, Nano v2, Nemotron 3: every layer is one mixer, Mamba-2, attention without rope, MLP or experts."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets.mamba2 import install_block_forward
+from nemotron_dspark.targets.mamba2 import Mamba2States, install_block_forward
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
+from nemotron_dspark.targets.state import TargetState
 
 NAMES = WeightNames(
     layers="model.layers",
@@ -84,8 +84,8 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     )
 
 
-def prepare(model: Any, spec: TargetSpec) -> dict[int, Any]:
-    """Make a loaded model ready for `TargetState`; returns its Mamba-2 mixers by layer id.
+def prepare(model: Any, spec: TargetSpec) -> Any:
+    """Make a loaded model ready for `TargetState`; how to make its Mamba-2 states.
 
     The step size keeps the limits that the config states, [0, inf] in every published one. transformers clamps it at
     ``time_step_min`` in its chunked form and not in its one-token form; engines and NVIDIA's kernels never do.
@@ -96,9 +96,9 @@ def prepare(model: Any, spec: TargetSpec) -> dict[int, Any]:
     for layer, mixer in mixers.items():
         mixer.time_step_limit = (float(low), float(high))
         install_block_forward(mixer, layer)
-    return mixers
+    return functools.partial(Mamba2States.zeros, mixers) if mixers else None
 
 
-def block_mask(mask: Tensor) -> Any:
-    """The ``attention_mask`` argument for a block with attention mask [B, 1, m, stored]; Mamba layers need none."""
-    return {"full_attention": mask, "linear_attention": None}
+def block_mask(model: Any, state: TargetState, block: int) -> Any:
+    """The ``attention_mask`` argument for the next ``block`` tokens behind ``state``; Mamba layers need none."""
+    return {"full_attention": state.mask(block, model.device), "linear_attention": None}

@@ -1,0 +1,99 @@
+"""Any other decoder that `transformers` can build: parts found on the built model, state by copy and replay.
+
+Nothing is known of the layers, so nothing is assumed of them either: the proofs decide whether such a target is right.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemotron_dspark.errors import InputError, first_line
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames
+
+_DO = "Support for this type needs a family module (docs/targets.md tells how to write one)."
+
+
+def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+    """Spec of a config whose type `transformers` itself knows."""
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
+    return _spec(AutoConfig.for_model(config["model_type"], **values), name, trusted=False)
+
+
+def remote_spec(folder: Path, name: str) -> TargetSpec:
+    """Spec of a checkpoint whose model is code in its own folder, which this runs."""
+    from transformers import AutoConfig
+
+    return _spec(AutoConfig.from_pretrained(folder, trust_remote_code=True), name, trusted=True)
+
+
+def _spec(config: Any, name: str, *, trusted: bool) -> TargetSpec:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    except Exception as error:  # whatever the library or the checkpoint's code raises on this config
+        raise InputError(
+            f"transformers cannot build a causal language model from the config of {name}: {first_line(error)}.",
+            "Check that the target is a text model; one of several modalities needs its language model alone.",
+        ) from None
+    names = _names(model, name)
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    heads_kv = getattr(text, "num_key_value_heads", None)
+    intermediate = getattr(text, "intermediate_size", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    theta = getattr(text, "rope_theta", None) or rope.get("rope_theta")
+    eps = getattr(text, "rms_norm_eps", None) or getattr(text, "layer_norm_epsilon", None)
+    return TargetSpec(
+        name=name,
+        model_type=str(config.model_type),
+        layers=(LayerKind.DECODER,) * len(model.get_submodule(names.layers)),
+        hidden_size=int(text.hidden_size),
+        vocab_size=int(text.vocab_size),
+        num_attention_heads=heads,
+        num_key_value_heads=int(heads_kv) if isinstance(heads_kv, int) else heads,
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        mlp="gated" if isinstance(intermediate, int) else "moe",
+        intermediate_size=intermediate if isinstance(intermediate, int) else None,
+        norm_eps=float(eps or 1e-6),
+        rope_theta=float(theta) if theta else None,
+        max_position_embeddings=int(text.max_position_embeddings),
+        tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        names=names,
+        logit_softcap=getattr(text, "final_logit_softcapping", None),
+        assumed=(
+            f"No family module knows {config.model_type!r}: every layer is drawn as a decoder layer, the general path "
+            "(copy, restore, replay) rolls it back, and the proofs decide.",
+        ),
+    )
+
+
+def _names(model: nn.Module, name: str) -> WeightNames:
+    """Layers, final norm, embedding and head, found by what they are."""
+    modules = {id(module): path for path, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [path for path in lists if len(model.get_submodule(path)) == depth]
+    if embedding is None or head is None or not lists:
+        raise InputError(f"{name} has no list of {depth} layers between an embedding and an LM head.", _DO)
+    layers = min(lists, key=lambda path: path.count("."))
+    base = layers.rpartition(".")[0]
+    norms = [path for path, _ in model.get_submodule(base).named_children() if "norm" in path or path.startswith("ln_")]
+    if not norms:
+        raise InputError(f"{name} has no norm between its layers and its LM head.", _DO)
+    embedding_path, head_path = modules[id(embedding)], modules[id(head)]
+    return WeightNames(
+        layers=layers,
+        final_norm=f"{base}.{norms[-1]}" if base else norms[-1],
+        embedding=embedding_path,
+        head=head_path,
+        embedding_tensors=(f"{embedding_path}.weight",),
+        head_tensors=(f"{head_path}.weight",),
+    )
