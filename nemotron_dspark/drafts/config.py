@@ -11,6 +11,9 @@ from nemotron_dspark.targets.spec import TargetSpec
 
 ARCHITECTURE = "Qwen3DSparkModel"
 SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
+_OPTIONAL = (
+    "max_position_embeddings", "num_anchors", "head_dim", "target_logit_multiplier", "target_logit_softcap"
+)  # fmt: skip
 _RESTORE = "Use the config.json that was saved with the draft."
 
 
@@ -37,6 +40,8 @@ class DraftConfig:
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
+    target_logit_multiplier: float = 1.0  # from the bare output of the target's LM head to its logits
+    target_logit_softcap: float | None = None
     dtype: str = "float32"  # of the saved weights
 
     def __post_init__(self) -> None:
@@ -74,23 +79,18 @@ class DraftConfig:
         """The contents of ``config.json``: DeepSpec's keys and the Qwen3 keys that engines read."""
         values: dict[str, Any] = {
             "architectures": [ARCHITECTURE],
-            "model_type": "qwen3",
+            **qwen3_keys(self.rope_theta, self.num_hidden_layers),
             **dataclasses.asdict(self),
             "target_layer_ids": list(self.target_layer_ids),
-            "layer_types": ["full_attention"] * self.num_hidden_layers,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "tie_word_embeddings": False,
-            "initializer_range": 0.02,
-            "use_sliding_window": False,
-            "sliding_window": None,
         }
         if not self.markov_rank:
             del values["markov_head_type"]
         if not self.enable_confidence_head:
             del values["confidence_head_with_markov"]
+        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these two keys
+            del values["target_logit_multiplier"]
+        if self.target_logit_softcap is None:
+            del values["target_logit_softcap"]
         return values
 
     @staticmethod
@@ -111,7 +111,7 @@ class DraftConfig:
         rank = int(_need(values, "markov_rank", origin))
         confident = bool(_need(values, "enable_confidence_head", origin))
         given = {
-            **{key: values[key] for key in ("max_position_embeddings", "num_anchors", "head_dim") if key in values},
+            **{key: values[key] for key in _OPTIONAL if key in values},
             "rope_theta": values.get("rope_theta") or rope.get("rope_theta") or 10000.0,
             "markov_rank": rank,
             "markov_head_type": _need(values, "markov_head_type", origin) if rank else "vanilla",
@@ -150,6 +150,22 @@ class DraftConfig:
                     f"The draft was made for another target: its {what} is {mine}, that of {spec.name} is {its}.",
                     "Give the target the draft was trained for, or train a draft for this target.",
                 )
+
+
+def qwen3_keys(rope_theta: float, num_layers: int) -> dict[str, Any]:
+    """What every draft's ``config.json`` says beside its own fields, so that transformers and engines read a Qwen3."""
+    return {
+        "model_type": "qwen3",
+        "layer_types": ["full_attention"] * num_layers,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
 
 
 def _refuse_unlike_qwen3(values: Mapping[str, Any], origin: str) -> None:

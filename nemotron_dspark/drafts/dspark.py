@@ -23,6 +23,7 @@ from nemotron_dspark.drafts.heads import ConfidenceHead, build_sequential_head
 from nemotron_dspark.drafts.layers import Layer, RMSNorm, Rotary, rotate
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.kv import RaggedKV
+from nemotron_dspark.targets.spec import finish_logits
 
 WEIGHTS_FILE = "model.safetensors"
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # the target's own, frozen; a slim copy leaves them out
@@ -177,6 +178,10 @@ class DSparkDraft(nn.Module):
         """[..., H] to [..., V], before the sequential head."""
         return self.lm_head(hidden)
 
+    def target_logits(self, last: Tensor) -> Tensor:
+        """The target's logits [..., V] from its last hidden states [..., H], with its multiplier and its soft cap."""
+        return finish_logits(self.lm_head(last), self.config.target_logit_multiplier, self.config.target_logit_softcap)
+
     def confidence(
         self,
         hidden: Tensor,  # [..., H]
@@ -280,6 +285,8 @@ class DSparkDraft(nn.Module):
                 value = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, nn.Parameter(value))
+        # The LM head is the target's and is not multiplied here: the last norm gives its logits the target's scale.
+        self.norm.weight.data.mul_(self.config.target_logit_multiplier)
 
 
 def _check_tensors(file: safe_open, expected: dict[str, Tensor], path: Path, do: str) -> None:

@@ -53,6 +53,13 @@ class WeightNames:
     head_tensors: tuple[str, ...]  # likewise for the LM head
 
 
+def finish_logits(logits: Tensor, multiplier: float, softcap: float | None) -> Tensor:
+    """Logits from the bare output of an LM head: multiplied (Granite, Falcon-H1), then soft-capped (Gemma)."""
+    if multiplier != 1.0:
+        logits = logits * multiplier
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 @dataclasses.dataclass(frozen=True)
 class TargetSpec:
     """Everything a stage needs to know of a target without loading a weight."""
@@ -87,11 +94,7 @@ class TargetSpec:
 
     def finish_logits(self, logits: Tensor) -> Tensor:
         """The target's logits [..., V] from the bare output of its LM head."""
-        if self.logit_multiplier != 1.0:
-            logits = logits * self.logit_multiplier
-        if self.logit_softcap is not None:
-            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-        return logits
+        return finish_logits(logits, self.logit_multiplier, self.logit_softcap)
 
     @staticmethod
     def from_config(config: Any, name: str = "") -> "TargetSpec":

@@ -4,7 +4,7 @@ With w_k = exp(-k/γ_decay) for the slots that count and 0 for all others, every
 slots of one forward:
 
     CE   = -log p(token)                 p: the draft's distribution in the slot
-    L1   = Σ_v |p_v - q_v|               q: the target's, softmax(lm_head(last hidden state)); this is 2 x TV
+    L1   = Σ_v |p_v - q_v|               q: the target's, softmax(logits of its last hidden state); this is 2 x TV
     BCE  of the confidence logit against the acceptance rate 1 - L1/2, which carries no gradient
 
     loss = α_ce·CE + α_l1·L1 + α_conf·BCE
@@ -111,7 +111,7 @@ def dspark_loss(
     target_logits = None
     if weights.needs_target:
         with torch.no_grad():
-            target_logits = draft.base_logits(batch.last[rows, at].to(draft.dtype))
+            target_logits = draft.target_logits(batch.last[rows, at].to(draft.dtype))
     ce, l1 = slot_losses(logits, batch.input_ids[rows, at + 1], target_logits)
 
     weight = torch.ones_like(ce) if weights.decay is None else torch.exp(-slots.to(ce.dtype) / weights.decay)

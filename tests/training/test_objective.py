@@ -22,6 +22,8 @@ CASES = [
     pytest.param({}, LossWeights(l1=0.0), id="ce-and-confidence"),
     pytest.param({"markov_head_type": "rnn"}, LossWeights(l1=0.0, confidence=0.0), id="ce"),
     pytest.param({"markov_head_type": "gated"}, LossWeights(ce=0.0, confidence=0.0), id="l1"),
+    pytest.param({"target_logit_multiplier": 0.25}, LossWeights(), id="target-multiplies-its-logits"),
+    pytest.param({"target_logit_softcap": 1.5}, LossWeights(), id="target-caps-its-logits"),
 ]
 
 
@@ -124,7 +126,10 @@ def plain_loss(draft, samples, anchors, weights):
                 numerators["ce"] = numerators["ce"] - w * torch.log(p[tokens[k + 1]])
                 if weights.l1 == 0 and weights.confidence == 0:
                     continue
-                q = torch.exp(weight["lm_head.weight"] @ sample.last[anchor + k])
+                q = weight["lm_head.weight"] @ sample.last[anchor + k] * config.target_logit_multiplier
+                if config.target_logit_softcap is not None:
+                    q = torch.tanh(q / config.target_logit_softcap) * config.target_logit_softcap
+                q = torch.exp(q)
                 l1 = (p - q / q.sum()).abs().sum()
                 numerators["l1"] = numerators["l1"] + w * l1
                 rate = 1 - float(l1.detach()) / 2
