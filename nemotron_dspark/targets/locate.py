@@ -7,14 +7,17 @@ from pathlib import Path
 from nemotron_dspark.config.known import ALIASES, KNOWN
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 
-# Everything but the weights. Python files stay on the hub: no remote code.
+# Everything but the weights and the code.
 _SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md")
 _WEIGHT_FILES = ("*.safetensors",)
+_CODE_FILES = ("*.py",)  # stay on the hub unless remote code is allowed
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def locate(name: str, *, revision: str | None = None, weights: bool = False) -> Path:
-    """A local folder that holds the target's config.json, and its safetensors too when ``weights`` is set.
+def locate(name: str, *, revision: str | None = None, weights: bool = False, code: bool = False) -> Path:
+    """A local folder that holds the target's config.json.
+
+    Its safetensors come too when ``weights`` is set, its Python files when ``code`` is.
 
     ``name`` is a folder (returned as it is), an alias, or a hub id, which is downloaded or found in the hub cache.
 
@@ -28,7 +31,7 @@ def locate(name: str, *, revision: str | None = None, weights: bool = False) -> 
     repository = ALIASES.get(name, name)
     if not _HUB_ID.fullmatch(repository):
         raise InputError(f"There is no folder {name}, and {name!r} is not a hub id.", _suggestion(name))
-    return _checked(_download(repository, revision, weights), repository, weights)
+    return _checked(_download(repository, revision, weights, code), repository, weights)
 
 
 def _checked(folder: Path, name: str, weights: bool) -> Path:
@@ -46,10 +49,10 @@ def _checked(folder: Path, name: str, weights: bool) -> Path:
     return folder
 
 
-def _download(repository: str, revision: str | None, weights: bool) -> Path:
+def _download(repository: str, revision: str | None, weights: bool, code: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    wanted = [*_SMALL_FILES, *_WEIGHT_FILES] if weights else list(_SMALL_FILES)
+    wanted = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ()), *(_CODE_FILES if code else ())]
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
@@ -79,16 +82,26 @@ def _download(repository: str, revision: str | None, weights: bool) -> Path:
 
 def _near_miss(name: str) -> str:
     """``Did you mean …?`` when ``name`` resembles, but is not, a known target; else an empty text."""
-    names = {known.repository.lower(): known.repository for known in KNOWN}
-    names |= {alias.lower(): alias for alias in ALIASES}
-    asked = name.lower()
-    if asked in names and names[asked] == name:
+    full_names = [known.repository for known in KNOWN] + list(ALIASES)
+    if name in full_names:
         return ""
-    if "/" not in asked:  # an owner left out
-        names = {key.split("/", 1)[1]: full for key, full in names.items()}
-    close = difflib.get_close_matches(asked, names, n=1, cutoff=0.75)
-    return f"Did you mean {names[close[0]]}?" if close else ""
+    owner, _, last = name.lower().rpartition("/")
+    words = _words(last)
+    if owner in ("", "nvidia") and "nemotron" in words and len(words) > 1:
+        # a name that leaves words out: the known one with the fewest more, the shortest of those
+        fuller = [full for full in full_names if words <= _words(full)]
+        if fuller:
+            return f"Did you mean {min(fuller, key=lambda full: (len(_words(full) - words), len(full)))}?"
+    keys = {(full if owner else full.partition("/")[2]).lower(): full for full in full_names}
+    close = difflib.get_close_matches(f"{owner}/{last}" if owner else last, keys, n=1, cutoff=0.75)
+    return f"Did you mean {keys[close[0]]}?" if close else ""
+
+
+def _words(name: str) -> set[str]:
+    """The parts of a repository's name, without the owner and the maker's name."""
+    return set(re.split(r"[-_ ]", name.rpartition("/")[2].lower())) - {"nvidia", ""}
 
 
 def _suggestion(name: str) -> str:
-    return _near_miss(name) or "Give a folder that exists, or a hub id such as nvidia/Nemotron-H-8B."
+    generic = "Give a folder that exists or a hub id such as nvidia/Nemotron-H-8B; `nds inspect --list` names more."
+    return _near_miss(name) or generic
