@@ -1,7 +1,7 @@
-"""From a data file to tokenised samples: the one place that decides which conversation becomes a sample."""
+"""From a data file to tokenised samples: the one place that decides which conversation becomes which samples."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ class LinedSample:
     tokens: Tokenised
 
 
-def read_samples(file: Path | str, tokenizer: Any, data: DataConfig) -> Iterator[LinedSample | Skipped]:
-    """Every conversation of ``file`` as a sample, or skipped with the reason; errors as in `conversations.read`."""
-    for item in read(file):
+def samples_of(
+    items: Iterable[Conversation | Skipped], tokenizer: Any, data: DataConfig
+) -> Iterator[LinedSample | Skipped]:
+    """Every conversation of ``items``, as `conversations.read` gives them, as a sample, or skipped with the reason."""
+    for item in items:
         if isinstance(item, Skipped):
             yield item
             continue
@@ -34,3 +36,8 @@ def read_samples(file: Path | str, tokenizer: Any, data: DataConfig) -> Iterator
             yield Skipped(line, f"fewer than {data.min_loss_tokens} loss tokens")
         else:
             yield LinedSample(line, item, tokens)
+
+
+def read_samples(file: Path | str, tokenizer: Any, data: DataConfig) -> Iterator[LinedSample | Skipped]:
+    """`samples_of` the conversations of ``file``; errors as in `conversations.read`."""
+    yield from samples_of(read(file), tokenizer, data)
