@@ -36,7 +36,7 @@ class KnownTarget:
         return next((other.repository for other in KNOWN if other.repository in (stem, f"{stem}-BF16")), None)
 
 
-# <SPECIAL_990>, one of the reserved tokens that every Nemotron tokenizer of 131072 ids has, is what NVIDIA's own drafts use.
+# <SPECIAL_990>, reserved in every Nemotron tokenizer of 131072 ids, is what NVIDIA's own drafts use.
 _Nemotron = functools.partial(KnownTarget, mask_token=990)
 _H = functools.partial(_Nemotron, licence=RESEARCH_ONLY, chat_format="plain")
 _H_REASONING = functools.partial(_Nemotron, licence=RESEARCH_ONLY, chat_format="nemotron_h_reasoning")

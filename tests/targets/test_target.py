@@ -207,3 +207,15 @@ def test_a_damaged_checkpoint_is_refused_in_two_sentences(tmp_path, damage):
         Target.load(str(folder))
     assert caught.value.what.endswith(".")
     assert caught.value.do.endswith(".")
+
+
+@pytest.mark.parametrize("upper", [float("inf"), 1e308], ids=["Infinity", "1e308"])
+def test_an_open_step_size_limit_may_be_spelt_as_the_largest_double(tmp_path, upper):
+    """Ultra's config writes the infinity of the others as 1e308, which does not fit into fp32."""
+    target = Target.load(str(tiny.random_target(tmp_path, pattern="M*M", time_step_limit=[0.0, upper])))
+    ids = random_ids(torch.Generator().manual_seed(3), 40)
+    state, _ = target.prefill(ids[:-1])
+    assert torch.isfinite(target.capture(torch.tensor([ids]), None, (0,)).last).all()
+    assert (
+        target.verify(state, torch.tensor([ids[-1:]])).logits - fresh_logits(target, [ids])[0][-1]
+    ).abs().max() < 1e-4

@@ -1,11 +1,12 @@
 """Nemotron-H, Nano v2, Nemotron 3: every layer is one mixer, Mamba-2, attention without rope, MLP or experts."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets.mamba2 import Mamba2States, install_block_forward
+from nemotron_dspark.targets import mamba2
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
 from nemotron_dspark.targets.state import TargetState
 
@@ -88,15 +89,12 @@ def prepare(model: Any, spec: TargetSpec) -> Any:
     """Make a loaded model ready for `TargetState`; how to make its Mamba-2 states.
 
     The step size keeps the limits that the config states, [0, inf] in every published one. transformers clamps it at
-    ``time_step_min`` in its chunked form and not in its one-token form; engines and NVIDIA's kernels never do.
+    ``time_step_min`` in its chunked form and not in its one-token form; engines and NVIDIA's kernels never do. Ultra's
+    config spells infinity 1e308, which no fp32 tensor can be clamped at.
     """
-    low, high = model.config.time_step_limit or (0.0, float("inf"))
     layers = model.get_submodule(spec.names.layers)
     mixers = {layer: layers[layer].mixer for layer, kind in enumerate(spec.layers) if kind is LayerKind.MAMBA2}
-    for layer, mixer in mixers.items():
-        mixer.time_step_limit = (float(low), float(high))
-        install_block_forward(mixer, layer)
-    return functools.partial(Mamba2States.zeros, mixers) if mixers else None
+    return mamba2.prepare(mixers, model.config.time_step_limit)
 
 
 def block_mask(model: Any, state: TargetState, block: int) -> Any:
