@@ -14,7 +14,8 @@ copied back, and no weight is read a second time.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,13 +132,32 @@ def scan_block(
     return y + inner.transpose(1, 2) + x * skip[:, None]
 
 
-def block_forward(mixer: Any, hidden: Tensor, states: Mamba2States, layer: int) -> Tensor:
-    """A Mamba-2 mixer of `transformers` on a block [B, m, H] after the committed tokens; records, commits nothing.
+Project = Callable[[Any, Tensor], Tensor]  # mixer, hidden [B, m, H] -> gate, convolution inputs and dt side by side
+GatedNorm = Callable[[Any, Tensor, Tensor], Tensor]  # mixer, y [B, m, heads·head_dim] fp32, gate -> the same shape
+
+
+def _in_proj(mixer: Any, hidden: Tensor) -> Tensor:
+    return mixer.in_proj(hidden)
+
+
+def _norm(mixer: Any, y: Tensor, gate: Tensor) -> Tensor:
+    return mixer.norm(y, gate)
+
+
+def block_forward(
+    mixer: Any,
+    hidden: Tensor,  # [B, m, H]
+    states: Mamba2States,
+    layer: int,
+    project: Project = _in_proj,
+    gated_norm: GatedNorm = _norm,
+) -> Tensor:
+    """A Mamba-2 mixer of `transformers` on a block after the committed tokens [B, m, H]; records, commits nothing.
 
     Same computation as the mixer's own forward: in_proj, causal convolution, scan, gated norm, out_proj.
     """
     rows, block, _ = hidden.shape
-    gate, inputs, dt = mixer.in_proj(hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
+    gate, inputs, dt = project(mixer, hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
     history = torch.cat([states.conv_of(layer), inputs], dim=1).float()  # [B, kernel - 1 + m, channels]
     kernel = mixer.conv1d.weight[:, 0].float().t()  # [kernel, channels]
     convolved = history[:, :block] * kernel[0]
@@ -158,18 +178,39 @@ def block_forward(mixer: Any, hidden: Tensor, states: Mamba2States, layer: int) 
     decay = (dt * -torch.exp(mixer.A_log.float())).cumsum(1)
     y = scan_block(x, dt, decay, b, c, mixer.D.float(), states.ssm_of(layer))
     states.record(layer, _BlockRecord(inputs, x, b, dt, decay))
-    normed = mixer.norm(y.reshape(rows, block, -1).to(hidden.dtype), gate)
+    normed = gated_norm(mixer, y.reshape(rows, block, -1), gate)
     return mixer.out_proj(normed.to(hidden.dtype))
 
 
-def install_block_forward(mixer: Any, layer: int) -> None:
+def prepare(
+    mixers: dict[int, Any],
+    limit: Sequence[float] | None,
+    project: Project = _in_proj,
+    gated_norm: GatedNorm = _norm,
+) -> Callable[[torch.device, torch.dtype], Mamba2States] | None:
+    """Let ``mixers``, by layer id, run on a `TargetState`; how to make their states, None if there are no mixers.
+
+    ``limit`` is the config's lower and upper bound of the step size, None for [0, inf]. It holds for blocks of any
+    length and, set on the mixer, for its own forward on whole sequences, so that all agree. What no fp32 can hold, as
+    the 1e308 of one Nemotron, means no bound: torch refuses to clamp at it.
+    """
+    low, high = map(float, limit or (0.0, float("inf")))
+    if high > torch.finfo(torch.float32).max:
+        high = float("inf")
+    for layer, mixer in mixers.items():
+        mixer.time_step_limit = (low, high)
+        _install(mixer, layer, project, gated_norm)
+    return functools.partial(Mamba2States.zeros, mixers) if mixers else None
+
+
+def _install(mixer: Any, layer: int, project: Project, gated_norm: GatedNorm) -> None:
     """Let ``mixer`` use `block_forward` when it is given a `TargetState`, and its own forward otherwise."""
     own_forward = mixer.forward
 
     def forward(hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any):
         states = getattr(cache_params, "recurrent", None)
         if isinstance(states, Mamba2States):
-            return block_forward(mixer, hidden_states, states, layer)
+            return block_forward(mixer, hidden_states, states, layer, project, gated_norm)
         return own_forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
     mixer.forward = forward

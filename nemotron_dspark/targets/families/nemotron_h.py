@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import mamba2
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
