@@ -133,7 +133,7 @@ class Target:
     def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured:
         """Hidden states of right-padded sequences ``input_ids`` [B, S]; ``attention_mask`` [B, S] is true on tokens.
 
-        Tap i is the raw output of layer i, -1 the embedding output; ``last`` is after the final norm.
+        Tap i is the raw output of layer i, -1 what enters layer 0; ``last`` is after the final norm.
         """
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(self.device).long()
         with self._tapped(taps) as collected:
@@ -206,12 +206,14 @@ class Target:
         return self.spec.finish_logits(self.head(hidden).float())
 
     def _tapped(self, taps: Sequence[int]) -> "_Taps":
-        modules = {tap: self.model.get_input_embeddings() if tap == -1 else self._layers[tap] for tap in taps}
-        return _Taps(modules)
+        return _Taps({tap: self._layers[max(tap, 0)] for tap in taps})
 
 
 class _Taps:
-    """Hooks that collect the outputs of some layers while the model runs."""
+    """Hooks that collect the outputs of some layers while the model runs; tap -1 is what enters its layer.
+
+    That is the embedding as the residual stream has it: some families scale it after looking it up.
+    """
 
     def __init__(self, modules: dict[int, Any]):
         self._modules = modules
@@ -220,12 +222,18 @@ class _Taps:
 
     def __enter__(self) -> dict[int, Tensor]:
         for tap, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(tap)))
+            if tap == -1:
+                self._handles.append(module.register_forward_pre_hook(self._keep_input, with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(self._hook(tap)))
         return self._collected
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _keep_input(self, _module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._collected[-1] = args[0] if args else kwargs["hidden_states"]
 
     def _hook(self, tap: int):
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
