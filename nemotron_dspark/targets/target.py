@@ -78,11 +78,12 @@ class Target:
         spec = TargetSpec.from_folder(folder, str(name), trust_remote_code=trust_remote_code)
         where = resolve_device(device)
         kind = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
+        attention = getattr(FAMILIES.get(spec.model_type), "ATTENTION", None)  # None: SDPA where the model has it
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=kind if kind == "auto" else getattr(torch, kind),
-                attn_implementation="sdpa",
+                attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )

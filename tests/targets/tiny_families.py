@@ -6,6 +6,7 @@ from typing import Any
 from nemotron_dspark.recipe import tiny
 
 VOCAB = 384
+WINDOW = 11  # of sliding attention: shorter than every sequence of the tests
 IDS = {"bos_token_id": 1, "eos_token_id": 11, "pad_token_id": 0}
 
 
@@ -25,9 +26,43 @@ def _olmo2() -> Any:
     )
 
 
+def _decoder(model_type: str, **special: Any) -> Any:
+    """An ordinary decoder with what ``special`` says; head_dim is not hidden size / heads."""
+    from transformers import AutoConfig
+
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        **IDS,
+    }
+    return AutoConfig.for_model(model_type, **(values | special))
+
+
+def _gemma(model_type: str, **special: Any) -> Any:
+    """Larger weights, so that scores and logits reach their soft caps."""
+    return _decoder(model_type, tie_word_embeddings=True, initializer_range=0.1, sliding_window=WINDOW, **special)
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
-    "qwen3": lambda: tiny.decoder_config("qwen3", VOCAB),
+    "nemotron": lambda: _decoder("nemotron", partial_rotary_factor=0.5),
+    "mistral": lambda: _decoder("mistral", sliding_window=WINDOW),
+    "qwen3": lambda: _decoder("qwen3", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "qwen3_moe": lambda: _decoder(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[1]
+    ),
+    "gemma2": lambda: _gemma("gemma2", final_logit_softcapping=2.0, attn_logit_softcapping=1.5),
+    "gemma3_text": lambda: _gemma("gemma3_text", layer_types=["sliding_attention"] * 3 + ["full_attention"] * 2),
+    "gpt_oss": lambda: _decoder(
+        "gpt_oss", num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW, intermediate_size=32
+    ),
     "olmo2": _olmo2,
 }

@@ -7,7 +7,18 @@ from typing import Any, Protocol
 import torch
 
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets.families import decoders, general, nemotron_h
+from nemotron_dspark.targets.families import (
+    gemma2,
+    gemma3_text,
+    general,
+    gpt_oss,
+    llama,
+    mistral,
+    nemotron,
+    nemotron_h,
+    qwen3,
+    qwen3_moe,
+)
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.state import Recurrent, TargetState
 
@@ -15,7 +26,7 @@ NewRecurrent = Callable[[torch.device, torch.dtype], Recurrent]  # the states of
 
 
 class Family(Protocol):
-    """What a family module provides."""
+    """What a family module provides. Where SDPA would be wrong, also ``ATTENTION``: the implementation to load."""
 
     @staticmethod
     def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
@@ -35,8 +46,14 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Any] = {
     "nemotron_h": nemotron_h,
-    "llama": decoders,
-    "qwen3": decoders,
+    "nemotron": nemotron,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "gpt_oss": gpt_oss,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it

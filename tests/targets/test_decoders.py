@@ -1,0 +1,88 @@
+"""Specs of ordinary decoders from files as the hub has them, and attention that only one implementation computes."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.recipe import tiny
+from nemotron_dspark.targets import Target, TargetSpec
+from tests.targets.tiny_families import TINY, VOCAB
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 384,
+    "max_position_embeddings": 4096,
+}
+
+
+def spec_of(model_type: str, **values: Any) -> TargetSpec:
+    return TargetSpec.from_config({"model_type": model_type, **SIZES, **values})
+
+
+def test_minitron_as_published():
+    """The fields of nvidia/Nemotron-Mini-4B-Instruct: norm_eps, no head_dim, no gate in the MLP."""
+    spec = spec_of("nemotron", num_key_value_heads=2, norm_eps=1e-5, rope_theta=10000, partial_rotary_factor=0.5)
+    assert (spec.mlp, spec.intermediate_size, spec.head_dim, spec.num_key_value_heads) == ("plain", 128, 16, 2)
+    assert (spec.norm_eps, spec.rope_theta, spec.tie_word_embeddings, spec.assumed) == (1e-5, 10000.0, False, ())
+
+
+def test_gemma_files_leave_out_what_is_the_default():
+    """Published Gemma files have no tie_word_embeddings; the first Gemma 2 ones have no soft caps either."""
+    spec = spec_of("gemma2", rope_theta=10000.0)
+    assert (spec.tie_word_embeddings, spec.logit_softcap, spec.head_dim, spec.num_key_value_heads) == (True, 30, 256, 4)
+    assert spec_of("gemma2", final_logit_softcapping=None, rope_theta=10000.0).logit_softcap is None
+
+
+def test_the_global_rope_of_gemma3_is_the_one():
+    spec = spec_of("gemma3_text", rope_theta=500_000.0, rope_local_base_freq=20_000.0, sliding_window_pattern=3)
+    assert (spec.rope_theta, spec.logit_softcap, spec.tie_word_embeddings) == (500_000.0, None, True)
+    assert spec.assumed == ("rope theta 500000: of the layers that see everything; those with a window use 20000.",)
+
+
+def test_experts_everywhere_or_only_here_and_there():
+    assert (spec_of("gpt_oss").mlp, spec_of("gpt_oss").intermediate_size) == ("moe", None)
+    assert spec_of("qwen3_moe").mlp == "moe"
+    mixed = spec_of("qwen3_moe", mlp_only_layers=[0])
+    assert (mixed.mlp, mixed.intermediate_size) == ("gated", 128)
+    assert spec_of("qwen3_moe", decoder_sparse_step=2).mlp == "gated"
+
+
+def test_a_default_that_matters_is_said():
+    assert spec_of("mistral").assumed == (
+        "rope theta 10000: the config gives none and that is the transformers default.",
+    )
+    assert "rope theta 150000" in spec_of("gpt_oss").assumed[0]
+
+
+@pytest.mark.parametrize("key", list(SIZES))
+def test_a_missing_size_is_named(key):
+    values = {name: value for name, value in SIZES.items() if name != key}
+    with pytest.raises(InputError, match=key):
+        TargetSpec.from_config({"model_type": "mistral", **values})
+
+
+def test_a_config_that_transformers_refuses_is_two_sentences():
+    with pytest.raises(InputError, match="transformers refuses") as caught:
+        spec_of("gemma2", hidden_size=66)
+    assert caught.value.do.endswith(".")
+
+
+@pytest.mark.parametrize(("model_type", "part"), [("gemma2", "attn_logit_softcapping"), ("gpt_oss", "sinks")])
+def test_what_sdpa_leaves_out_of_attention_takes_part(tmp_path, model_type, part):
+    """Soft-capped scores and attention sinks: without them the logits are others."""
+    model = tiny.random_model(TINY[model_type]())
+    target = Target.load(str(tiny.save_target(tmp_path, model, tiny.make_tokenizer(tiny._SENTENCES, VOCAB))))
+    ids = torch.randint(32, VOCAB, (1, 40), generator=torch.Generator().manual_seed(0))
+    before = target.logits(target.capture(ids, None, ()).last)
+    for layer in target.model.model.layers:
+        if part == "sinks":
+            layer.self_attn.sinks.fill_(-1e4)
+        else:
+            layer.self_attn.attn_logit_softcapping = None
+    after = target.logits(target.capture(ids, None, ()).last)
+    assert float((after - before).abs().max()) > 0.01
