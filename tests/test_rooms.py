@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "nemotron_dspark"
 ROOMS = (
     "cli",
     "recipe",
+    "deepspec",
     "serving",
     "evaluation",
     "decoding",

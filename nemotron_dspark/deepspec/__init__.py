@@ -1,0 +1,27 @@
+"""The bridge to DeepSpec: our template, builders, trainers, evaluators and configs for a checkout nobody edits.
+
+Importing this package needs no checkout. Names that are subclasses of DeepSpec's own classes are made when they are
+first asked for, and need the checkout on Python's path then.
+"""
+
+import importlib
+from typing import Any
+
+from nemotron_dspark.deepspec.builders import dspark_config, eagle3_config
+from nemotron_dspark.deepspec.folders import finalize_cfg
+
+_FROM_CHECKOUT = {
+    "NemotronDSparkTrainer": "trainers",
+    "NemotronEagle3Trainer": "trainers",
+    "NemotronDSparkEvaluator": "evaluators",
+    "NemotronEagle3Evaluator": "evaluators",
+    "register_templates": "templates",
+}
+
+__all__ = ["dspark_config", "eagle3_config", "finalize_cfg", *_FROM_CHECKOUT]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM_CHECKOUT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FROM_CHECKOUT[name]}"), name)

@@ -1,0 +1,70 @@
+"""DeepSpec's third extension point: its trainers, for any target, without ever loading one.
+
+Importing this module needs a checkout on Python's path. Every rank reads the target's config, its embedding and its LM
+head, and nothing else of the checkpoint; whether the cache fits is settled before that.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from nemotron_dspark.deepspec import fit
+from nemotron_dspark.deepspec.builders import dspark_config, eagle3_config
+from nemotron_dspark.deepspec.checkout import deepspec_module
+from nemotron_dspark.deepspec.templates import register_templates
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.weights import read_embedding_and_head
+
+_trainer = deepspec_module("deepspec.trainer")
+_dspark = deepspec_module("deepspec.modeling.dspark.qwen3")
+_eagle3 = deepspec_module("deepspec.modeling.eagle3.qwen3")
+
+register_templates()
+
+
+class _FromCheckpoint:
+    """`build_models` of both trainers."""
+
+    def build_models(self) -> tuple[Any, Any]:
+        """The draft on this rank's device with the target's frozen embedding and head, and the tokenizer.
+
+        Raises:
+            InputError: the cache does not fit the config, or the checkpoint lacks or damages one of the two tensors.
+        """
+        name = self.args.model.target_model_name_or_path
+        folder = locate(name, weights=True)
+        spec = TargetSpec.from_folder(folder, name)
+        fit.check_cache(self.args, spec)
+        draft = self._build_draft_model(target_config=spec, model_args=self.args.model)
+        draft = draft.to(device=self.device, dtype=self.precision_dtype)
+        found = read_embedding_and_head(folder, spec)
+        draft.initialize_embeddings_and_head(
+            embed_tokens=SimpleNamespace(weight=found.embedding),
+            lm_head=SimpleNamespace(weight=found.head),
+            freeze=True,
+        )
+        return draft, AutoTokenizer.from_pretrained(folder)
+
+
+class NemotronDSparkTrainer(_FromCheckpoint, _trainer.Qwen3DSparkTrainer):
+    """Trains a DSpark draft for a target of any family."""
+
+    def _build_draft_model(self, *, target_config: Any, model_args: Any) -> Any:
+        return _dspark.Qwen3DSparkModel(dspark_config(_spec(target_config), model_args))
+
+
+class NemotronEagle3Trainer(_FromCheckpoint, _trainer.Qwen3Eagle3Trainer):
+    """Trains an EAGLE-3 draft for a target of any family."""
+
+    def _build_draft_model(self, *, target_config: Any, model_args: Any) -> Any:
+        return _eagle3.Qwen3Eagle3Model(eagle3_config(_spec(target_config), model_args))
+
+
+def _spec(target_config: Any) -> TargetSpec:
+    """DeepSpec hands its hook a transformers config; our `build_models` a spec."""
+    if target_config is None:
+        raise InputError("There is no target config.", "Set model.target_model_name_or_path.")
+    return target_config if isinstance(target_config, TargetSpec) else TargetSpec.from_config(target_config)
