@@ -1,6 +1,6 @@
 """A small config per model type: what `test_families` runs every promise on. A new family adds one function here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemotron_dspark.recipe import tiny
@@ -50,6 +50,47 @@ def _gemma(model_type: str, **special: Any) -> Any:
     return _decoder(model_type, tie_word_embeddings=True, initializer_range=0.1, sliding_window=WINDOW, **special)
 
 
+_MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 32,
+}
+
+
+def granitemoehybrid(layer_types: Sequence[str] = ("mamba", "mamba", "attention", "mamba", "mamba"), **changes: Any):
+    """Experts, a bias where one is possible, rope, and all four multipliers."""
+    from transformers import GraniteMoeHybridConfig
+
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 96,
+        "num_hidden_layers": len(layer_types),
+        "layer_types": list(layer_types),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "position_embedding_type": "rope",
+        "rope_theta": 5000.0,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+        "mamba_proj_bias": True,
+        "attention_bias": True,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        **_MAMBA2,
+        **IDS,
+    }
+    return GraniteMoeHybridConfig(**(values | changes))
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
@@ -65,4 +106,5 @@ TINY: dict[str, Callable[[], Any]] = {
         "gpt_oss", num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW, intermediate_size=32
     ),
     "olmo2": _olmo2,
+    "granitemoehybrid": granitemoehybrid,
 }

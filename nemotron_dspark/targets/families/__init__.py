@@ -12,6 +12,7 @@ from nemotron_dspark.targets.families import (
     gemma3_text,
     general,
     gpt_oss,
+    granitemoehybrid,
     llama,
     mistral,
     nemotron,
@@ -54,6 +55,7 @@ FAMILIES: dict[str, Any] = {
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "gpt_oss": gpt_oss,
+    "granitemoehybrid": granitemoehybrid,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it
