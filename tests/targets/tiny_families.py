@@ -91,6 +91,30 @@ def granitemoehybrid(layer_types: Sequence[str] = ("mamba", "mamba", "attention"
     return GraniteMoeHybridConfig(**(values | changes))
 
 
+def bamba(**changes: Any):
+    """Attention with rope on half of each head in two of six layers, biases, bounds on the step size."""
+    from transformers import BambaConfig
+
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "attn_layer_indices": [2, 4],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "mamba_proj_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_theta": 5000.0,
+        "time_step_limit": [0.5, 1.5],
+        "max_position_embeddings": 4096,
+        **_MAMBA2,
+        **IDS,
+    }
+    return BambaConfig(**(values | changes))
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
@@ -107,4 +131,5 @@ TINY: dict[str, Callable[[], Any]] = {
     ),
     "olmo2": _olmo2,
     "granitemoehybrid": granitemoehybrid,
+    "bamba": bamba,
 }

@@ -8,6 +8,7 @@ import torch
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.families import (
+    bamba,
     gemma2,
     gemma3_text,
     general,
@@ -56,6 +57,7 @@ FAMILIES: dict[str, Any] = {
     "gemma3_text": gemma3_text,
     "gpt_oss": gpt_oss,
     "granitemoehybrid": granitemoehybrid,
+    "bamba": bamba,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it
