@@ -115,6 +115,40 @@ def bamba(**changes: Any):
     return BambaConfig(**(values | changes))
 
 
+def falcon_h1(**changes: Any):
+    """Every multiplier other than one, heads wider than hidden / heads, no norm after the scan, as most checkpoints."""
+    from transformers import FalconH1Config
+
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mamba_d_ssm": 96,
+        "mamba_rms_norm": False,
+        "projectors_bias": True,
+        "mamba_proj_bias": True,
+        "rope_theta": 1e11,
+        "embedding_multiplier": 5.6,
+        "lm_head_multiplier": 0.4,
+        "key_multiplier": 0.7,
+        "attention_in_multiplier": 1.3,
+        "attention_out_multiplier": 0.9,
+        "ssm_in_multiplier": 1.2,
+        "ssm_out_multiplier": 0.8,
+        "ssm_multipliers": [0.9, 0.7, 1.4, 0.6, 1.1],
+        "mlp_multipliers": [0.8, 0.6],
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        **_MAMBA2,
+        **IDS,
+    }
+    return FalconH1Config(**(values | changes))
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
@@ -132,4 +166,5 @@ TINY: dict[str, Callable[[], Any]] = {
     "olmo2": _olmo2,
     "granitemoehybrid": granitemoehybrid,
     "bamba": bamba,
+    "falcon_h1": falcon_h1,
 }

@@ -9,6 +9,7 @@ import torch
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.families import (
     bamba,
+    falcon_h1,
     gemma2,
     gemma3_text,
     general,
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Any] = {
     "gpt_oss": gpt_oss,
     "granitemoehybrid": granitemoehybrid,
     "bamba": bamba,
+    "falcon_h1": falcon_h1,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it
