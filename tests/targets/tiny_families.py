@@ -149,6 +149,35 @@ def falcon_h1(**changes: Any):
     return FalconH1Config(**(values | changes))
 
 
+def zamba2(**changes: Any):
+    """Two shared blocks in four places, with adapters and rope; Mamba-2 layers between, before and behind."""
+    from transformers import Zamba2Config
+
+    plain, hybrid = "mamba", "hybrid"
+    kinds = [plain, hybrid, plain, hybrid, hybrid, plain, hybrid, plain]
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": len(kinds),
+        "layers_block_type": kinds,
+        "num_attention_heads": 4,
+        "num_mem_blocks": 2,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 8,
+        "use_mem_rope": True,
+        "rope_theta": 5000.0,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 2,
+        "mamba_d_state": 16,
+        "add_bias_linear": True,
+        "chunk_size": 32,
+        "max_position_embeddings": 4096,
+        **IDS,
+    }
+    return Zamba2Config(**(values | changes))
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
@@ -167,4 +196,5 @@ TINY: dict[str, Callable[[], Any]] = {
     "granitemoehybrid": granitemoehybrid,
     "bamba": bamba,
     "falcon_h1": falcon_h1,
+    "zamba2": zamba2,
 }

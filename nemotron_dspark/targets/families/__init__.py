@@ -21,6 +21,7 @@ from nemotron_dspark.targets.families import (
     nemotron_h,
     qwen3,
     qwen3_moe,
+    zamba2,
 )
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.state import Recurrent, TargetState
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Any] = {
     "granitemoehybrid": granitemoehybrid,
     "bamba": bamba,
     "falcon_h1": falcon_h1,
+    "zamba2": zamba2,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it

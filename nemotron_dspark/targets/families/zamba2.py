@@ -1,0 +1,54 @@
+"""Zamba2: Mamba-2 layers, before some of which one of a few shared transformer blocks runs on input and embedding.
+
+The shared blocks' weights repeat in turn, with small adapters per use; keys and values belong to the use, so the layer
+id addresses them, not the block. Their attention is twice as wide as the model: a head has 2 · hidden / heads
+channels. Rope only with ``use_mem_rope``. Embedding and LM head are one tensor unless the config says otherwise.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemotron_dspark.targets import mamba2
+from nemotron_dspark.targets.families import hybrids
+from nemotron_dspark.targets.families.hybrids import block_mask
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
+
+__all__ = ["block_mask", "prepare", "spec"]
+
+_KINDS = {
+    "mamba": LayerKind.MAMBA2,
+    "linear_attention": LayerKind.MAMBA2,
+    "hybrid": LayerKind.PARALLEL,
+}
+
+
+def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+    theta, assumed = hybrids.rope_theta(config) if config.get("use_mem_rope") else (None, ())
+    hidden = int(require(config, "hidden_size"))
+    return hybrids.spec(
+        config,
+        name,
+        layers=hybrids.listed_layers(config, _KINDS, "layers_block_type", "layer_types"),
+        final_norm="final_layernorm",
+        head_dim=2 * hidden // int(require(config, "num_attention_heads")),
+        intermediate_size=int(config.get("intermediate_size") or 4 * hidden),
+        rope_theta=theta,
+        max_position_embeddings=16384 if config.get("use_long_context") else int(config["max_position_embeddings"]),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        assumed=assumed,
+    )
+
+
+def prepare(model: Any, spec: TargetSpec) -> Any:
+    """Make a loaded model ready for `TargetState`; how to make its Mamba-2 states.
+
+    The step size keeps the config's ``time_step_limit``, none where there is none. transformers clamps it at
+    ``time_step_min``, a value for initialisation, in its chunked form and not in its one-token form; the kernels that
+    the checkpoints were trained with never do.
+    """
+    layers = model.get_submodule(spec.names.layers)
+    mixers = {
+        index: layers[index].mamba_decoder.mamba if kind is LayerKind.PARALLEL else layers[index].mamba
+        for index, kind in enumerate(spec.layers)
+    }
+    return mamba2.prepare(mixers, getattr(model.config, "time_step_limit", None))
