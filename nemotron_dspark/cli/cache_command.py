@@ -10,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
-from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.cache.build import BuildProgress, BuildReport
@@ -33,7 +32,7 @@ def build(
     target: shell.TargetOption,
     data: Annotated[Path, typer.Option("--data", "-d", help="JSON lines of conversations with the target's answers.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache; an unfinished one is continued.")],
-    taps: Annotated[str | None, typer.Option(help="Target layers to keep, as 1,3,5; default: spread.")] = None,
+    taps: shell.TapsOption = None,
     config: shell.ConfigOption = None,
     set_: shell.SetOption = None,
     as_json: shell.JsonOption = False,
@@ -41,7 +40,7 @@ def build(
     """Run the target over conversations and keep the hidden states a draft trains on."""
     from nemotron_dspark.config.run import load_run_config
 
-    settings = load_run_config(config, [*(set_ or []), *_taps_setting(taps)], target=target)
+    settings = load_run_config(config, [*(set_ or []), *shell.taps_setting(taps)], target=target)
     shell.quiet_libraries()
     from nemotron_dspark.cache.build import build_cache
     from nemotron_dspark.chat.mask_token import choose_mask_token
@@ -108,15 +107,6 @@ def verify(folder: FolderArgument, as_json: shell.JsonOption = False) -> None:
             shell.out.print(f"[green]✓[/] {escape(str(folder))}: {report.samples} samples, {checked}", soft_wrap=True)
     if not report.whole:
         raise typer.Exit(1)
-
-
-def _taps_setting(taps: str | None) -> list[str]:
-    if taps is None:
-        return []
-    parts = [part.strip() for part in taps.split(",")]
-    if not all(part.lstrip("-").isdigit() for part in parts):
-        raise InputError(f"--taps {taps!r} is not a list of layer ids.", "Write for example --taps 1,9,17.")
-    return [f"draft.taps=[{', '.join(parts)}]"]
 
 
 class _BuildDisplay:

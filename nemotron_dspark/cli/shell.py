@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from nemotron_dspark.errors import NdsError
+from nemotron_dspark.errors import InputError, NdsError
 
 out = Console(highlight=False)  # results; nothing but one JSON object under --json
 err = Console(stderr=True, highlight=False)  # progress, warnings, complaints
@@ -30,9 +31,37 @@ def complain(error: NdsError) -> None:
     err.print(f"  [bold]do:[/] {escape(error.do)}", soft_wrap=True)
 
 
+def remark(console: Console, label: str, text: str, style: str) -> None:
+    """``label: text``, wrapped under itself on a terminal and in one line elsewhere, where it may be searched for."""
+    if not console.is_terminal:
+        console.print(f"[{style}]{label}:[/] {escape(text)}", soft_wrap=True)
+        return
+    columns = Table.grid(padding=(0, 1))
+    columns.add_column(no_wrap=True)
+    columns.add_column(overflow="fold")
+    columns.add_row(f"[{style}]{label}:[/]", escape(text))
+    console.print(columns)
+
+
 def emit(value: Any) -> None:
     """Print ``value`` as one JSON object on stdout."""
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def taps_setting(taps: str | None) -> list[str]:
+    """``--taps`` as assignments for the configuration.
+
+    Raises:
+        InputError: neither a known choice nor a list of layers.
+    """
+    from nemotron_dspark.config.run import read_taps
+
+    if taps is None:
+        return []
+    try:
+        return [f"draft.taps={read_taps(taps)}"]
+    except ValueError as error:
+        raise InputError(f"--taps {taps!r} is {error}.", "Leave it out for the default choice.") from None
 
 
 def progress_bar(*, counts: bool = True) -> Progress:
@@ -55,4 +84,8 @@ def quiet_libraries() -> None:
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="Hub id, local folder or alias of the target.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with sections of keys.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be given several times.")]
+TapsOption = Annotated[
+    str | None,
+    typer.Option("--taps", help="Target layers the draft reads: even, attention or a list as 1,5,19 (draft.taps)."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]

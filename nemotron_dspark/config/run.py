@@ -8,10 +8,11 @@ import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from nemotron_dspark.config.presets import preset_for
 from nemotron_dspark.errors import InputError
@@ -19,6 +20,28 @@ from nemotron_dspark.errors import InputError
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+TAP_CHOICES = ("even", "attention")  # names that stand for a list of taps; `targets.taps` knows which
+
+
+def read_taps(value: Any) -> Any:
+    """What ``draft.taps`` and ``--taps`` accept: a name in `TAP_CHOICES`, layers as a list or as "1,5,19", or null.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in TAP_CHOICES:
+            return text
+        parts = [part.strip() for part in text.split(",")]
+        value = [int(part) if part.removeprefix("-").isdecimal() else part for part in parts]
+    elif isinstance(value, int):
+        value = [value]
+    if value is None or (isinstance(value, list | tuple) and all(type(layer) is int for layer in value)):
+        return value
+    raise PydanticCustomError("taps", f"neither {' nor '.join(TAP_CHOICES)} nor a list of layers such as 1,9,17")
 
 
 class TargetConfig(_Section):
@@ -39,8 +62,10 @@ class DraftSection(_Section):
 
     num_layers: int = Field(5, ge=1, description="decoder layers of the draft")
     block_size: int = Field(7, ge=1, le=64, description="γ, tokens drafted per round")
-    taps: list[int] | None = Field(None, description="target layers whose raw outputs the draft reads (DeepSpec ids)")
-    num_taps: int = Field(5, ge=1, description="how many taps the default choice takes when taps is null")
+    taps: Annotated[list[int] | Literal["even", "attention"] | None, BeforeValidator(read_taps)] = Field(
+        None, description="layers the draft reads (DeepSpec ids), or even, or attention; null = the default choice"
+    )
+    num_taps: int = Field(5, ge=1, description="how many taps a choice takes that is not a list")
     markov_rank: int = Field(256, ge=0, description="rank of the sequential head; 0 = DeepSpec's DFlash")
     markov_head: Literal["vanilla", "gated", "rnn"] = Field("vanilla", description="kind of sequential head")
     confidence_head: bool = Field(True, description="predict each slot's acceptance rate")
