@@ -83,7 +83,7 @@ KNOWN = (
         52,
         8.101,
         aliases=("nvidia/Nemotron-H-8B-Reasoning",),
-        preset="nemotron_h_8b.yaml",
+        preset="nemotron_h_8b_reasoning.yaml",
     ),
     _H("nvidia/Nemotron-H-47B-Base-8K", 98, 46.792, aliases=("nvidia/Nemotron-H-47B",)),
     _H_REASONING("nvidia/Nemotron-H-47B-Reasoning-128K", 98, 46.792, aliases=("nvidia/Nemotron-H-47B-Reasoning",)),

@@ -1,14 +1,36 @@
-"""A target's name finds its preset, every file in configs/ loads, and what the user sets goes over it."""
+"""A target's name finds its preset, what the user sets goes over it, and the figures in its comments are right."""
+
+import re
 
 import pytest
 
-from nemotron_dspark.config import load_run_config
-from nemotron_dspark.config.known import KNOWN
+from nemotron_dspark.config import DraftSection, load_run_config
+from nemotron_dspark.config.known import KNOWN, known_target
 from nemotron_dspark.config.presets import preset_for
+from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.recipe.describe import cache_bytes_per_token
 from nemotron_dspark.resources import resource_folder
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from tests.recipe.nemotrons import NEMOTRONS
 
 FILES = sorted(resource_folder("configs").glob("*.yaml"))
+PRESETS = [path for path in FILES if path.stem != "demo"]
+LABELS = (
+    "Target",
+    "Licence",
+    "Chats",
+    "Stop ids",
+    "Sampling",
+    "Draft",
+    "Disk",
+    "Memory",
+    "DGX Spark",
+    "8 GPUs",
+    "Not run",
+)
+TYPICAL_TOKENS = 40_000_000
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -19,9 +41,97 @@ def test_every_file_in_configs_loads(path):
 @pytest.mark.parametrize("known", [known for known in KNOWN if known.preset], ids=lambda known: known.repository)
 def test_repository_alias_and_folder_find_the_same_preset(known):
     path = preset_for(known.repository)
-    assert path in FILES
+    assert path in PRESETS
     assert {preset_for(name) for name in known.aliases} <= {path}
     assert preset_for(f"/models/{known.repository.split('/')[1]}") == path
+
+
+def test_every_preset_is_some_target_s():
+    assert {path.name for path in PRESETS} == {known.preset for known in KNOWN if known.preset}
+
+
+def page(path) -> dict[str, str]:
+    """The comment at the head of a preset: the text under each label."""
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    found: dict[str, str] = {}
+    label = ""
+    for line in head.splitlines():
+        if match := re.match(r"# (\w[\w ]{0,9}?) {2,}(?=\S)(.*)", line):
+            label = match.group(1)
+            found[label] = match.group(2)
+        elif label:
+            found[label] += " " + line.removeprefix("#").strip()
+    return found
+
+
+def shape_of(path):
+    """The row of `NEMOTRONS` that a preset's own target, or one of the same preset, has."""
+    name = load_run_config(path).target.name
+    rows = [row for row in NEMOTRONS if known_target(row.repository).preset == path.name]
+    return next((row for row in rows if row.repository == name), rows[0])
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_a_page_with_the_right_figures(path):
+    row, said, known = shape_of(path), page(path), known_target(load_run_config(path).target.name)
+    assert tuple(said) == LABELS
+    spec = TargetSpec.from_config(row.config())
+    draft, _ = build_draft_config(spec, DraftSection(), mask_token_id=990)
+
+    import torch
+
+    with torch.device("meta"):
+        trainable = sum(p.numel() for p in DSparkDraft(draft).trainable_parameters().values())
+    embedding = spec.vocab_size * spec.hidden_size
+    bytes_per_token = cache_bytes_per_token(spec.hidden_size, len(draft.target_layer_ids))
+    count = {kind: spec.layers.count(kind) for kind in LayerKind}
+    heads, width, state = row.mamba
+    for label, texts in {
+        "Target": (
+            f"{spec.num_layers} layers: {count[LayerKind.MAMBA2]} Mamba-2",
+            f"{count[LayerKind.ATTENTION]} attention ({', '.join(map(str, row.attention))})",
+            f"Hidden {spec.hidden_size}, {spec.num_attention_heads} heads, {spec.num_key_value_heads} of keys",
+            f"{spec.head_dim} wide; vocabulary {spec.vocab_size}; {spec.max_position_embeddings} positions",
+            f"{row.billions:.3f} billion parameters, {2 * row.billions:.1f} GB in bf16",
+        ),
+        "Licence": (known.licence.removesuffix(" (research only)"),),
+        "Draft": (
+            f"{draft.num_hidden_layers} layers, block {draft.block_size}",
+            f"{trainable / 1e9:.3f} billion trainable",
+            f"SwiGLU {draft.intermediate_size}",
+            f"Taps {', '.join(map(str, draft.target_layer_ids))}",
+        ),
+        "Disk": (
+            f"{bytes_per_token:,} bytes of cache a token".replace(",", " "),
+            f"{bytes_per_token * TYPICAL_TOKENS / 1e12:.2f} TB for 40 million",
+            f"{3 * 14 * trainable / 1e9:.1f} GB of checkpoints",
+            f"the draft itself {2 * (trainable + 2 * embedding) / 1e9:.2f} GB",
+        ),
+        "Memory": (
+            f"{2 * row.billions:.1f} GB of target",
+            f"Training: {(20 * trainable + 4 * embedding + 32 * 512 * 7 * spec.vocab_size) / 1e9:.1f} GB",
+            f"{4 * embedding / 1e9:.1f} of frozen embedding",
+            f"{4 * count[LayerKind.MAMBA2] * heads * width * state / 1e6:.0f} MB of state a request",
+            f"{4 * count[LayerKind.ATTENTION] * spec.num_key_value_heads * spec.head_dim / 1e3:.1f} kB of keys",
+        ),
+    }.items():
+        for text in texts:
+            assert text in said[label], label
+    on_attention = [tap for tap in row.taps if tap in row.attention]
+    assert (
+        f"{' and '.join(map(str, on_attention))} are attention layers" if on_attention else "no attention layer"
+    ) in said["Draft"]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_what_a_preset_sets_of_the_draft_is_what_the_target_would_give_anyway(path):
+    """The values stand there to be read and changed; they must not drift away from the rules."""
+    spec = TargetSpec.from_config(shape_of(path).config())
+    preset = load_run_config(path).draft
+    worked, notes = build_draft_config(spec, preset, mask_token_id=preset.mask_token_id)
+    plain, _ = build_draft_config(spec, DraftSection(), mask_token_id=990)
+    assert worked == plain
+    assert not [note for note in notes if "SwiGLU" in note or "rope" in note]
 
 
 def test_a_target_without_a_preset_keeps_the_defaults():

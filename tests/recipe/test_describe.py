@@ -2,72 +2,20 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from nemotron_dspark.chat.format import bundled_formats
 from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config.known import KNOWN, RESEARCH_ONLY, known_target
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.describe import describe
+from tests.recipe.nemotrons import LLAMA_8B, MINI, NEMOTRONS, NEW_NAMES, OLD_NAMES, SUPER_49B, listed
 
-# The fields of the published configs that shape the model; parameter counts as published by building them.
-NEMOTRON_H = {
-    "model_type": "nemotron_h",
-    "vocab_size": 131072,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "ssm_state_size": 128,
-    "n_groups": 8,
-    "conv_kernel": 4,
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 2,
-    "time_step_limit": [0.0, float("inf")],
-}
-H_8B = NEMOTRON_H | {
-    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "intermediate_size": 21504,
-    "mamba_num_heads": 128,
-    "mamba_head_dim": 64,
-    "max_position_embeddings": 8192,
-}
-H_4B = H_8B | {"hidden_size": 3072, "intermediate_size": 12288, "mamba_num_heads": 112}
-NANO_9B_V2 = NEMOTRON_H | {
-    "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-    "hidden_size": 4480,
-    "num_attention_heads": 40,
-    "intermediate_size": 15680,
-    "mamba_num_heads": 128,
-    "mamba_head_dim": 80,
-    "max_position_embeddings": 131072,
-}
-NANO_12B_V2 = NANO_9B_V2 | {
-    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    "hidden_size": 5120,
-    "intermediate_size": 20480,
-}
-NANO_3_4B = NANO_9B_V2 | {
-    "hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-",
-    "hidden_size": 3136,
-    "intermediate_size": 12544,
-    "mamba_num_heads": 96,
-}
-NANO_3_30B = NEMOTRON_H | {
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "hidden_size": 2688,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "intermediate_size": 1856,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "max_position_embeddings": 262144,
-    "n_routed_experts": 128,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-}
+H_8B = next(row for row in NEMOTRONS if row.name == "Nemotron-H-8B-Base-8K")
 
 
 def bare(folder, config, name="target"):
@@ -92,41 +40,183 @@ def copied(tiny_hybrid, tmp_path):
     return tmp_path / "target"
 
 
-@pytest.mark.parametrize(
-    ("config", "billions", "width", "taps", "bytes_per_token"),
-    [
-        (H_4B, 4.489, 8192, (1, 13, 25, 37, 49), 36_870),
-        (H_8B, 8.101, 14336, (1, 13, 25, 37, 49), 49_158),
-        (NANO_9B_V2, 8.888, 10496, (1, 14, 27, 39, 53), 53_766),
-        (NANO_12B_V2, 12.310, 13824, (1, 16, 30, 43, 59), 61_446),
-        (NANO_3_4B, 3.974, 8448, (1, 12, 20, 32, 39), 37_638),
-        (NANO_3_30B, 31.578, 6144, (1, 12, 26, 37, 49), 32_262),
-    ],
-    ids=["H-4B", "H-8B", "Nano-9B-v2", "Nano-12B-v2", "3-Nano-4B", "3-Nano-30B"],
-)
-def test_a_config_alone_gives_size_draft_taps_and_cache(tmp_path, config, billions, width, taps, bytes_per_token):
-    found = described(bare(tmp_path, config))
-    assert found.parameters / 1e9 == pytest.approx(billions, rel=1e-3)
-    assert found.draft.intermediate_size == width
-    assert found.draft.target_layer_ids == taps
-    assert found.draft.head_dim == 128
-    assert found.draft.rope_theta == 10000.0
-    assert found.cache_bytes_per_token == bytes_per_token
+@pytest.mark.parametrize("row", NEMOTRONS, ids=lambda row: row.name)
+def test_a_known_target_s_config_alone_gives_everything(tmp_path, row):
+    found = described(bare(tmp_path, row.config(), row.name))
+    known = known_target(row.repository)
+    assert found.spec.layout == row.pattern
+    assert tuple(layer for layer, kind in enumerate(found.spec.layers) if kind.attends) == row.attention
+    assert found.parameters / 1e9 == pytest.approx(row.billions, rel=1e-3)
+    assert known.billions == row.billions
+    assert (found.known, found.preset, found.licence) == (row.repository, known.preset, known.licence)
+    assert found.draft.target_layer_ids == row.taps
+    assert found.draft.intermediate_size == row.swiglu
+    shape = (found.draft.num_attention_heads, found.draft.num_key_value_heads, found.draft.head_dim)
+    assert shape == (row.heads, row.kv_heads, 128)
+    assert (found.draft.rope_theta, found.draft.rms_norm_eps) == (10000.0, 1e-5)
+    assert found.spec.rope_theta is None
+    assert found.cache_bytes_per_token == 12 * row.hidden + 6
+    assert (found.mask_token, found.draft.mask_token_id) == (990, 990)
+    assert "not checked" in found.mask_reason
+    assert found.chat_format == known.chat_format
+    assert ("not checked" if known.chat_format else "unknown") in found.chat_reason
     assert (found.tokens, found.stored_parameters, found.has_chat_template) == (None, None, None)
-    assert "990" in found.mask_reason
-    assert found.mask_token is None
-    assert found.stop_ids == (2,)
     assert warned(found, "no tokenizer files")
-    assert warned(found, "generation_config.json")
+    assert bool(warned(found, "research only")) == (known.licence == RESEARCH_ONLY)
+    assert bool(warned(found, "quantised")) == (known.weights != "BF16")
+    assert bool(found.multi_token_layers) == ("Super" in row.name or "Ultra" in row.name or "3.5" in row.name)
+    assert not warned(found, "cannot build")
     json.dumps(found.to_json())
 
 
-def test_the_licence_is_known_by_name_and_research_only_is_said(tmp_path):
-    found = described(bare(tmp_path, H_8B, "Nemotron-H-8B-Base-8K"))
-    assert "research only" in found.licence
-    assert warned(found, "research only")
-    assert found.mask_token == 990  # from the preset
-    assert described(bare(tmp_path, H_8B, "mine")).licence is None
+def test_every_known_target_is_in_the_table_or_has_the_shape_of_one_that_is():
+    shapes = {(len(row.pattern), row.billions) for row in NEMOTRONS} | {(32, 4.191), (32, 8.030), (80, 49.867)}
+    assert {(known.layers, known.billions) for known in KNOWN} == shapes
+
+
+def test_every_known_chat_format_is_bundled():
+    assert {known.chat_format for known in KNOWN} - {None} <= set(bundled_formats())
+
+
+def test_a_config_of_no_known_name_leaves_unknown_what_it_cannot_say(tmp_path):
+    found = described(bare(tmp_path, H_8B.config()))
+    assert (found.known, found.preset, found.licence, found.chat_format) == (None, None, None, None)
+    assert found.mask_token is None
+    assert "990 if it is Nemotron's" in found.mask_reason
+    assert "unknown" in found.chat_reason
+    assert found.parameters / 1e9 == pytest.approx(8.101, rel=1e-3)
+    assert found.draft.intermediate_size == 14336
+
+
+def test_a_fine_tune_is_known_by_the_name_its_config_came_from(tmp_path):
+    found = described(bare(tmp_path, H_8B.config() | {"_name_or_path": H_8B.repository}))
+    assert (found.known, found.preset) == (H_8B.repository, None)
+    assert found.mask_token == 990
+
+
+def test_a_folder_named_like_a_target_it_is_not_is_said_to_be_another(tmp_path):
+    pruned = H_8B.config() | {"hybrid_override_pattern": H_8B.pattern[:40]}
+    found = described(bare(tmp_path, pruned, H_8B.name))
+    assert (found.known, found.licence, found.chat_format) == (None, None, None)
+    assert warned(found, "its size is another one")
+    assert warned(found, "configs/nemotron_h_8b.yaml applies all the same")
+
+
+@pytest.mark.parametrize("override", [31, 990])
+def test_a_mask_token_that_was_set_is_shown_as_set_unless_it_is_the_documented_one(tmp_path, override):
+    found = described(bare(tmp_path, H_8B.config(), H_8B.name), f"draft.mask_token_id={override}")
+    assert found.mask_token == override
+    assert ("set by draft.mask_token_id" in found.mask_reason) == (override == 31)
+
+
+def test_published_stop_tokens_are_named_where_the_file_that_holds_them_is_missing(tmp_path):
+    row = next(row for row in NEMOTRONS if "Lightning" in row.name)
+    found = described(bare(tmp_path, row.config(), row.name))
+    assert found.stop_ids == (2,)
+    assert warned(found, "names 2 and 11")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "(fp8)"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "(NVFP4)"),
+        ({"hf_quant_config.json": {"quantization": {"quant_algo": "FP8"}}}, "(FP8)"),
+    ],
+    ids=["fp8", "modelopt", "hf_quant_config"],
+)
+def test_a_quantised_checkpoint_is_said_to_be_by_whichever_file_tells(tmp_path, files, words):
+    folder = bare(tmp_path, H_8B.config() | {key: value for key, value in files.items() if "." not in key})
+    for name, value in files.items():
+        if "." in name:
+            (Path(folder) / name).write_text(json.dumps(value))
+    found = described(folder)
+    assert warned(found, f"quantised {words}")
+    assert warned(found, "the BF16 checkpoint does not")
+    assert found.parameters / 1e9 == pytest.approx(8.101, rel=1e-3)
+
+
+def test_the_full_precision_checkpoint_of_a_quantised_one_is_named(tmp_path):
+    row = next(row for row in NEMOTRONS if row.name.endswith("Lightning-30B-A3B-NVFP4"))
+    assert warned(described(bare(tmp_path, row.config(), row.name)), "Lightning-30B-A3B-BF16 does not")
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"hybrid_override_pattern": H_8B.pattern},
+        {"hybrid_override_pattern": H_8B.pattern, "num_hidden_layers": 52},
+        listed(H_8B.pattern, OLD_NAMES),
+        listed(H_8B.pattern, NEW_NAMES),
+        listed(H_8B.pattern, NEW_NAMES) | {"hybrid_override_pattern": "M*"},  # the list goes first, as in transformers
+        {"layer_types": [NEW_NAMES[kind] for kind in H_8B.pattern]},
+    ],
+    ids=["pattern", "pattern and count", "old list", "new list", "list over pattern", "layer_types"],
+)
+def test_every_spelling_of_the_layers_is_the_same_target(tmp_path, spelling):
+    config = {key: value for key, value in H_8B.config().items() if key != "hybrid_override_pattern"}
+    found = described(bare(tmp_path, config | {key: value for key, value in spelling.items() if value}))
+    assert found.spec.layout == H_8B.pattern
+    assert found.parameters / 1e9 == pytest.approx(8.101, rel=1e-3)
+
+
+@pytest.mark.parametrize("spelling", [{"head_dim": 128}, {"attention_head_dim": 128}, {}], ids=str)
+def test_every_spelling_of_the_head_dim_is_the_same_target(tmp_path, spelling):
+    config = {key: value for key, value in H_8B.config().items() if "head_dim" not in key or "mamba" in key}
+    found = described(bare(tmp_path, config | spelling))
+    assert (found.spec.head_dim, found.draft.head_dim) == (128, 128)
+    assert found.parameters / 1e9 == pytest.approx(8.101, rel=1e-3)
+
+
+def test_nemotron_mini_is_an_ordinary_decoder_without_a_gate(tmp_path):
+    found = described(bare(tmp_path, MINI, "Nemotron-Mini-4B-Instruct"))
+    assert found.spec.layout == "D" * 32
+    assert found.parameters / 1e9 == pytest.approx(4.191, rel=1e-3)
+    assert (found.spec.mlp, found.draft.intermediate_size) == ("plain", 6144)
+    assert (found.spec.rope_theta, found.draft.head_dim) == (10000.0, 128)
+    assert found.known == "nvidia/Nemotron-Mini-4B-Instruct"
+    assert (found.mask_token, found.stop_ids) == (None, (3,))
+
+
+def test_llama_nemotron_nano_is_plain_llama(tmp_path):
+    found = described(bare(tmp_path, LLAMA_8B, "Llama-3.1-Nemotron-Nano-8B-v1"))
+    assert found.parameters / 1e9 == pytest.approx(8.030, rel=1e-3)
+    assert (found.draft.intermediate_size, found.draft.rope_theta) == (14336, 500000.0)
+    assert (found.chat_format, found.stop_ids) == ("llama3", (128001, 128008, 128009))
+
+
+def test_super_49b_is_refused_unless_its_own_code_is_allowed(tmp_path):
+    folder = bare(tmp_path, SUPER_49B, "Llama-3_3-Nemotron-Super-49B-v1")
+    with pytest.raises(InputError, match="block_configs") as refused:
+        described(folder)
+    assert "--trust-remote-code" in refused.value.do
+    with pytest.raises(InputError) as without_code:  # the folder holds a config and no code
+        described(folder, "target.trust_remote_code=true")
+    assert "configuration_decilm.py" in f"{without_code.value}"
+
+
+def test_super_49b_s_own_code_builds_it_when_it_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
+    folder = Path(bare(tmp_path, SUPER_49B | shape | {"num_key_value_heads": 2, "max_position_embeddings": 4096}))
+    (folder / "configuration_decilm.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass DeciLMConfig(LlamaConfig):\n    model_type = 'nemotron-nas'\n"
+    )
+    (folder / "modeling_decilm.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_decilm import DeciLMConfig\n\n\n"
+        "class DeciLMForCausalLM(LlamaForCausalLM):\n    config_class = DeciLMConfig\n"
+    )
+    found = described(folder, "target.trust_remote_code=true")
+    assert (found.spec.model_type, found.spec.layout) == ("nemotron-nas", "DDDDDD")
+    assert found.parameters == 2 * 128256 * 64 + 6 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96 + 2 * 64) + 64
+    assert found.draft.num_key_value_heads == 2
+
+
+def test_code_is_run_only_for_a_target_that_needs_it(tmp_path):
+    """nemotron_h checkpoints bring code too; transformers has its own, and that is what runs."""
+    found = described(bare(tmp_path, H_8B.config()), "target.trust_remote_code=true")
+    assert found.parameters / 1e9 == pytest.approx(8.101, rel=1e-3)
 
 
 def test_a_whole_checkpoint_has_nothing_unknown(tiny_hybrid):
@@ -195,8 +285,3 @@ def test_a_base_model_without_a_template_is_plain_text(copied):
     found = described(copied)
     assert (found.has_chat_template, found.chat_format) == (False, "plain")
     assert warned(found, "no chat template")
-
-
-def test_a_target_that_only_its_own_code_can_build_is_refused(tmp_path):
-    with pytest.raises(InputError, match="block_configs"):
-        described(bare(tmp_path, {"model_type": "nemotron-nas", "block_configs": []}))

@@ -3,7 +3,7 @@
 Nothing is known of the layers, so nothing is assumed of them either: the proofs decide whether such a target is right.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,21 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     from transformers import AutoConfig
 
     values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
-    return _spec(AutoConfig.for_model(config["model_type"], **values), name, trusted=False)
+    return _spec(lambda: AutoConfig.for_model(config["model_type"], **values), name, trusted=False)
 
 
 def remote_spec(folder: Path, name: str) -> TargetSpec:
     """Spec of a checkpoint whose model is code in its own folder, which this runs."""
     from transformers import AutoConfig
 
-    return _spec(AutoConfig.from_pretrained(folder, trust_remote_code=True), name, trusted=True)
+    return _spec(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=True), name, trusted=True)
 
 
-def _spec(config: Any, name: str, *, trusted: bool) -> TargetSpec:
+def _spec(read_config: Callable[[], Any], name: str, *, trusted: bool) -> TargetSpec:
     from transformers import AutoModelForCausalLM
 
     try:
+        config = read_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except Exception as error:  # whatever the library or the checkpoint's code raises on this config
