@@ -178,6 +178,60 @@ def zamba2(**changes: Any):
     return Zamba2Config(**(values | changes))
 
 
+def lfm2(model_type: str = "lfm2", **changes: Any):
+    """Convolutions over three positions with a bias, an MLP whose stated width is adjusted, tied by default."""
+    from transformers import AutoConfig
+
+    kinds = ["conv", "full_attention", "conv", "conv", "full_attention", "conv"]
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 150,
+        "num_hidden_layers": len(kinds),
+        "layer_types": kinds,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "conv_bias": True,
+        "rope_theta": 5000.0,
+        "max_position_embeddings": 4096,
+        **IDS,
+    }
+    return AutoConfig.for_model(model_type, **(values | changes))
+
+
+def qwen3_next(model_type: str = "qwen3_next", **changes: Any):
+    """Delta nets with two value heads to a key head, gated attention with rope on half of each head."""
+    from transformers import AutoConfig
+
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_hidden_layers": 6,
+        "full_attention_interval": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 5000.0,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 20,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        **IDS,
+    }
+    return AutoConfig.for_model(model_type, **(values | changes))
+
+
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
@@ -197,4 +251,11 @@ TINY: dict[str, Callable[[], Any]] = {
     "bamba": bamba,
     "falcon_h1": falcon_h1,
     "zamba2": zamba2,
+    "lfm2": lambda: lfm2(block_ffn_dim_multiplier=1.5, block_multiple_of=32),
+    "lfm2_moe": lambda: lfm2(
+        "lfm2_moe", num_dense_layers=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "qwen3_next": lambda: qwen3_next(intermediate_size=96, mlp_only_layers=[1], **_EXPERTS),
+    "qwen3_5_text": lambda: qwen3_next("qwen3_5_text", intermediate_size=96, tie_word_embeddings=True),
+    "qwen3_5_moe_text": lambda: qwen3_next("qwen3_5_moe_text", **_EXPERTS),
 }

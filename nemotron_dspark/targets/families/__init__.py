@@ -15,12 +15,14 @@ from nemotron_dspark.targets.families import (
     general,
     gpt_oss,
     granitemoehybrid,
+    lfm2,
     llama,
     mistral,
     nemotron,
     nemotron_h,
     qwen3,
     qwen3_moe,
+    qwen3_next,
     zamba2,
 )
 from nemotron_dspark.targets.spec import TargetSpec
@@ -58,10 +60,15 @@ FAMILIES: dict[str, Any] = {
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "gpt_oss": gpt_oss,
+    "lfm2": lfm2,
+    "lfm2_moe": lfm2,
     "granitemoehybrid": granitemoehybrid,
     "bamba": bamba,
     "falcon_h1": falcon_h1,
     "zamba2": zamba2,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_text": qwen3_next,
+    "qwen3_5_moe_text": qwen3_next,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it

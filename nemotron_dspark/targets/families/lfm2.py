@@ -1,0 +1,59 @@
+"""LFM2, with experts too: every layer is a short convolution or attention, then an MLP or experts; tied embeddings.
+
+The last norm is called ``embedding_norm``. Checkpoints say which layers attend by a list of kinds or by
+``full_attn_idxs``, and the MLP's width before an adjustment that the model makes.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from nemotron_dspark.targets import shortconv
+from nemotron_dspark.targets.families import hybrids
+from nemotron_dspark.targets.families.decoders import as_built
+from nemotron_dspark.targets.recurrent import install_block_forward
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.targets.state import TargetState
+
+_KINDS = {"conv": LayerKind.CONV, "full_attention": LayerKind.DECODER}
+
+
+def _mlp_width(built: Mapping[str, Any]) -> int:
+    """The width of the MLPs that the model builds: two thirds of the stated one, rounded up, if it says so."""
+    width = int(built["intermediate_size"])
+    if not built.get("block_auto_adjust_ff_dim"):
+        return width
+    width = int(2 * width / 3)
+    if built.get("block_ffn_dim_multiplier") is None:
+        return width
+    multiple = int(built["block_multiple_of"])
+    return -(-int(built["block_ffn_dim_multiplier"] * width) // multiple) * multiple
+
+
+def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+    built = as_built(config, name)
+    dense = int(built.get("num_dense_layers", built["num_hidden_layers"]))
+    return hybrids.spec(
+        config,
+        name,
+        layers=hybrids.listed_layers(built, _KINDS, "layer_types"),
+        final_norm="embedding_norm",
+        mlp="gated" if dense else "moe",
+        intermediate_size=_mlp_width(built) if dense else None,
+        rope_theta=float(built["rope_parameters"]["rope_theta"]),
+        tie_word_embeddings=bool(built["tie_word_embeddings"]),
+    )
+
+
+def prepare(model: Any, spec: TargetSpec) -> Any:
+    """Make a loaded model ready for `TargetState`; how to make the states of its convolutions."""
+    layers = model.get_submodule(spec.names.layers)
+    mixers = {layer: layers[layer].conv for layer, kind in enumerate(spec.layers) if kind is LayerKind.CONV}
+    for layer, mixer in mixers.items():
+        install_block_forward(mixer, layer, shortconv.ConvStates, shortconv.block_forward)
+    return functools.partial(shortconv.ConvStates.zeros, mixers) if mixers else None
+
+
+def block_mask(model: Any, state: TargetState, block: int) -> Any:
+    """The ``attention_mask`` argument for the next ``block`` tokens behind ``state``; convolutions need none."""
+    return {"full_attention": state.mask(block, model.device), "conv": None}

@@ -1,0 +1,54 @@
+"""Qwen3-Next and the text models of Qwen3.5: gated delta nets and gated attention, each with an MLP or experts behind.
+
+Every fourth layer attends unless the config says otherwise. The attention's query projection is twice as wide as its
+heads: the other half gates the output. Rope turns a quarter of each head. The norms' weights are kept minus one.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from nemotron_dspark.targets import delta
+from nemotron_dspark.targets.families import hybrids
+from nemotron_dspark.targets.families.decoders import as_built
+from nemotron_dspark.targets.families.hybrids import block_mask
+from nemotron_dspark.targets.recurrent import install_block_forward
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+
+__all__ = ["block_mask", "prepare", "spec"]
+
+_KINDS = {"linear_attention": LayerKind.DELTA, "full_attention": LayerKind.DECODER}
+
+
+def _has_dense_layer(built: Mapping[str, Any]) -> bool:
+    """True when at least one layer holds an MLP instead of experts."""
+    if "mlp_only_layers" not in built:  # Qwen3.5: all layers are of one sort, and only dense ones state a width
+        return "intermediate_size" in built
+    step, dense = int(built["decoder_sparse_step"]), built["mlp_only_layers"] or ()
+    layers = range(int(built["num_hidden_layers"]))
+    return not built["num_experts"] or any(layer in dense or (layer + 1) % step for layer in layers)
+
+
+def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+    built = as_built(config, name)
+    dense = _has_dense_layer(built)
+    return hybrids.spec(
+        config,
+        name,
+        layers=hybrids.listed_layers(built, _KINDS, "layer_types"),
+        final_norm="norm",
+        head_dim=int(built["head_dim"]),
+        mlp="gated" if dense else "moe",
+        intermediate_size=int(built["intermediate_size"]) if dense else None,
+        rope_theta=float(built["rope_parameters"]["rope_theta"]),
+        tie_word_embeddings=bool(built["tie_word_embeddings"]),
+    )
+
+
+def prepare(model: Any, spec: TargetSpec) -> Any:
+    """Make a loaded model ready for `TargetState`; how to make the states of its delta nets."""
+    layers = model.get_submodule(spec.names.layers)
+    mixers = {layer: layers[layer].linear_attn for layer, kind in enumerate(spec.layers) if kind is LayerKind.DELTA}
+    for layer, mixer in mixers.items():
+        install_block_forward(mixer, layer, delta.DeltaStates, delta.block_forward)
+    return functools.partial(delta.DeltaStates.zeros, mixers) if mixers else None

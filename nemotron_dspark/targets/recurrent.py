@@ -1,0 +1,130 @@
+"""What recurrent layers of every kind share: states that a block reads, and prefixes of it that advance them.
+
+A block writes no state. Every layer leaves a record of the block's own inputs, which are small; a commit advances all
+layers together by the accepted prefix, whose length may differ from row to row.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class LayerStates:
+    """The committed states of every layer of one kind, for B rows, and the records of the block in flight.
+
+    A kind adds one field per tensor [L, B, …] that its layers keep, and ``commit``.
+    """
+
+    layers: tuple[int, ...]  # layer ids; the first dimension of every tensor
+
+    def __post_init__(self) -> None:
+        self._index = {layer: position for position, layer in enumerate(self.layers)}
+        self._records: dict[int, Any] = {}
+
+    def of(self, layer: int) -> list[Tensor]:
+        """The committed tensors [B, …] of one layer, in the order of the fields."""
+        return [tensor[self._index[layer]] for tensor in self._tensors()]
+
+    def record(self, layer: int, record: Any) -> None:
+        """Keep what ``layer`` leaves of its block: a dataclass of tensors [B, m, …]."""
+        self._records[layer] = record
+
+    def take_records(self) -> Any:
+        """One record whose tensors are those of all layers, stacked [L, B, m, …]; none is left in flight."""
+        records = [self._records[layer] for layer in self.layers]
+        self._records = {}
+        names = [field.name for field in dataclasses.fields(records[0])]
+        return type(records[0])(*(torch.stack([getattr(record, name) for record in records]) for name in names))
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """A copy of ``rows`` in that order."""
+        index = torch.tensor(rows, device=self._tensors()[0].device)
+        return type(self)(self.layers, *(tensor.index_select(1, index) for tensor in self._tensors()))
+
+    @staticmethod
+    def cat(parts: Sequence[Any]) -> Any:
+        """The rows of ``parts`` one after the other."""
+        tensors = zip(*(part._tensors() for part in parts), strict=True)
+        return type(parts[0])(parts[0].layers, *(torch.cat(same, dim=1) for same in tensors))
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)[1:]]
+
+
+def advance_window(window: Tensor, inputs: Tensor, kept: Sequence[int]) -> Tensor:
+    """The last inputs of a convolution after ``kept[b]`` more.
+
+    Args:
+        window: [L, B, w, C], the last inputs before the block.
+        inputs: [L, B, m, C], the block's.
+
+    Returns:
+        [L, B, w, C].
+    """
+    width = window.shape[2]
+    history = torch.cat([window, inputs], dim=2)  # [L, B, w + m, C]
+    if min(kept) == max(kept):  # all rows keep the same prefix: a plain slice
+        return history[:, :, kept[0] : kept[0] + width].contiguous()
+    at = torch.tensor(kept, device=window.device)[:, None] + torch.arange(width, device=window.device)  # [B, w]
+    return history.gather(2, at[None, :, :, None].expand(history.shape[0], -1, -1, history.shape[3]))
+
+
+def convolve(window: Tensor, inputs: Tensor, convolution: Any) -> Tensor:
+    """A causal depthwise ``nn.Conv1d`` on a block's ``inputs`` [B, m, C] behind ``window`` [B, w, C]; [B, m, C] fp32."""
+    block = inputs.shape[1]
+    history = torch.cat([window, inputs], dim=1).float()  # [B, w + m, C]
+    kernel = convolution.weight[:, 0].float().t()  # [w + 1, C]
+    convolved = history[:, :block] * kernel[0]
+    for tap in range(1, len(kernel)):  # a depthwise convolution of few positions is slower than its few products
+        convolved = torch.addcmul(convolved, history[:, tap : tap + block], kernel[tap])
+    return convolved if convolution.bias is None else convolved + convolution.bias.float()
+
+
+def prefix_decay(decay: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log decays after the first ``kept[b]`` tokens of a block, of the state before it and of each token's addition.
+
+    Args:
+        decay: [L, B, m, heads], summed log decay up to and with each token.
+
+    Returns:
+        [L, B, heads] for the state, and [L, B, n, heads] for the first n = max(kept) tokens, -inf for those that a row
+        does not keep.
+    """
+    count = max(kept)
+    if count == 0:
+        return torch.zeros_like(decay[:, :, 0]), decay[:, :, :0]
+    if min(kept) == count:
+        total = decay[:, :, count - 1]
+        return total, total[:, :, None] - decay[:, :, :count]
+    counts = torch.tensor(kept, device=decay.device)
+    padded = F.pad(decay, (0, 0, 1, 0))  # 0 for rows that keep nothing
+    last = counts[None, :, None, None].expand(decay.shape[0], -1, 1, decay.shape[3])
+    total = padded.gather(2, last)[:, :, 0]
+    outside = (torch.arange(count, device=decay.device) >= counts[:, None])[None, :, :, None]  # [1, B, n, 1]
+    # Outside the prefix the difference may be large and positive: it must not meet the exponential.
+    return total, (total[:, :, None] - decay[:, :, :count]).masked_fill(outside, -torch.inf)
+
+
+def install_block_forward(
+    mixer: Any, layer: int, kind: type[LayerStates], block_forward: Callable[[Any, Tensor, Any, int], Tensor]
+) -> None:
+    """Let ``mixer`` run ``block_forward(mixer, hidden, states, layer)`` if its cache is a `TargetState` with ``kind``.
+
+    transformers calls that argument ``cache_params`` or ``past_key_values``. Given anything else the mixer runs its own
+    forward.
+    """
+    own_forward = mixer.forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("cache_params", kwargs.get("past_key_values"))
+        states = getattr(cache, "recurrent", None)
+        if isinstance(states, kind):
+            return block_forward(mixer, hidden_states, states, layer)
+        return own_forward(hidden_states, *args, **kwargs)
+
+    mixer.forward = forward

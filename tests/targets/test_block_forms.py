@@ -1,0 +1,109 @@
+"""The block form of each recurrent layer against the plain recurrence, one token after the other, in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemotron_dspark.targets import delta, shortconv
+from nemotron_dspark.targets.recurrent import advance_window, convolve
+
+ROWS, HEADS = 3, 4
+
+
+@pytest.fixture
+def normal():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def delta_loop(queries, keys, values, beta, gates, state) -> tuple[Tensor, Tensor]:
+    """Outputs [B, m, heads, value], and the states [B, heads, key, value] after 0, 1, … m tokens."""
+    queries, keys, values, beta, gates, state = (part.double() for part in (queries, keys, values, beta, gates, state))
+    outputs, states = [], [state]
+    for at in range(keys.shape[1]):
+        state = state * gates[:, at].exp()[..., None, None]
+        seen = torch.einsum("bhkv,bhk->bhv", state, keys[:, at])
+        update = beta[:, at][..., None] * (values[:, at] - seen)
+        state = state + keys[:, at][..., None] * update[..., None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, queries[:, at]))
+        states.append(state)
+    return torch.stack(outputs, 1), torch.stack(states)
+
+
+def delta_inputs(normal, block: int, gate_scale: float) -> tuple[Tensor, ...]:
+    queries, keys = (torch.nn.functional.normalize(normal(ROWS, block, HEADS, 12), dim=-1) for _ in range(2))
+    values, state = normal(ROWS, block, HEADS, 20), normal(ROWS, HEADS, 12, 20)
+    beta = normal(ROWS, block, HEADS).sigmoid()
+    return queries, keys, values, beta, -gate_scale * normal(ROWS, block, HEADS).exp(), state
+
+
+@pytest.mark.parametrize(("block", "gate_scale"), [(1, 0.1), (8, 0.1), (8, 5.0), (256, 0.01), (256, 20.0)])
+def test_a_block_of_the_delta_rule_equals_one_token_after_the_other(normal, block, gate_scale):
+    queries, keys, values, beta, gates, state = delta_inputs(normal, block, gate_scale)
+    before = state.clone()
+    found, _ = delta.delta_block(queries, keys, values, beta, gates.double().cumsum(1), state)
+    expected, _ = delta_loop(queries, keys, values, beta, gates, state)
+    assert torch.equal(state, before)
+    torch.testing.assert_close(found.double(), expected, atol=5e-6, rtol=0)
+
+
+def test_a_block_of_the_delta_rule_equals_the_chunks_of_transformers(normal):
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    queries, keys, values, beta, gates, state = delta_inputs(normal, 100, 0.1)
+    found, _ = delta.delta_block(queries * 12**-0.5, keys, values, beta, gates.double().cumsum(1), state)
+    expected, _ = torch_chunk_gated_delta_rule(queries, keys, values, gates, beta, 16, initial_state=state)
+    torch.testing.assert_close(found, expected, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [[0, 3, 8], [5, 5, 5], [0, 0, 0], [8, 8, 8]])
+def test_committing_the_delta_rule_leaves_the_state_after_the_kept_tokens(normal, kept):
+    layers, (block, channels) = (1, 4), (8, 5)
+    window, inputs = normal(2, ROWS, 3, channels), normal(2, ROWS, block, channels)
+    states = delta.DeltaStates(layers, window, normal(2, ROWS, HEADS, 12, 20))
+    expected = []
+    for index, layer in enumerate(layers):
+        queries, keys, values, beta, gates, _ = delta_inputs(normal, block, 0.5)
+        decay, state = gates.double().cumsum(1), states.delta[index].clone()
+        _, updates = delta.delta_block(queries, keys, values, beta, decay, state)
+        states.record(layer, delta._BlockRecord(inputs[index], keys, updates, decay))
+        after = delta_loop(queries, keys, values, beta, gates, state)[1]
+        expected.append(torch.stack([after[count, row] for row, count in enumerate(kept)]))
+    states.commit(kept)
+    torch.testing.assert_close(states.delta.double(), torch.stack(expected), atol=5e-6, rtol=0)
+    for row, count in enumerate(kept):
+        history = torch.cat([window[:, row], inputs[:, row, :count]], dim=1)
+        assert torch.equal(states.conv[:, row], history[:, -3:])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("block", [1, 2, 8, 30])
+def test_a_convolved_block_equals_the_convolution_of_the_whole_sequence(normal, block, bias):
+    convolution = torch.nn.Conv1d(5, 5, 4, groups=5, padding=3, bias=bias).requires_grad_(False)
+    sequence = normal(ROWS, 11 + block, 5)
+    found = convolve(sequence[:, 8:11], sequence[:, 11:], convolution)
+    expected = convolution(sequence.mT)[..., : 11 + block].mT[:, 11:]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_a_window_advances_by_each_rows_own_prefix(normal, block):
+    window, inputs = normal(2, ROWS, 3, 5), normal(2, ROWS, block, 5)
+    for kept in ([0, 1, block], [block] * ROWS, [0] * ROWS):
+        found = advance_window(window, inputs, kept)
+        for row, count in enumerate(kept):
+            assert torch.equal(found[:, row], torch.cat([window[:, row], inputs[:, row, :count]], 1)[:, -3:])
+
+
+def test_states_select_and_join_rows_without_sharing_memory(normal):
+    states = shortconv.ConvStates((2, 5), normal(2, ROWS, 3, 5))
+    picked = states.select([2, 0])
+    joined = states.cat([picked, states])
+    assert joined.layers == states.layers
+    assert torch.equal(joined.conv, states.conv[:, [2, 0, 0, 1, 2]])
+    before = states.conv.clone()
+    picked.conv.zero_()
+    assert torch.equal(states.conv, before)
+    assert dataclasses.replace(states).of(5)[0].shape == (ROWS, 3, 5)
