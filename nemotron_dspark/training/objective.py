@@ -20,6 +20,7 @@ from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.batches import Batch
+from nemotron_dspark.training.fused import slot_losses
 
 EPSILON = 1e-6
 
@@ -66,23 +67,6 @@ class Loss:
         )
 
 
-def slot_losses(
-    logits: Tensor,  # [N, V] of the draft
-    labels: Tensor,  # [N]
-    target_logits: Tensor | None,  # [N, V]
-) -> tuple[Tensor, Tensor | None]:
-    """CE [N] and, given the target's logits, L1 [N].
-
-    The one place that holds whole distributions; a fused kernel needs to replace nothing else.
-    """
-    log_probs = functional.log_softmax(_wide(logits), dim=-1)
-    ce = functional.nll_loss(log_probs, labels, reduction="none")
-    if target_logits is None:
-        return ce, None
-    target_probs = functional.softmax(_wide(target_logits), dim=-1)
-    return ce, (log_probs.exp() - target_probs).abs().sum(dim=-1)
-
-
 def dspark_loss(
     draft: DSparkDraft,
     hidden: Tensor,  # [B, A, γ, H] from draft.forward
@@ -100,33 +84,40 @@ def dspark_loss(
             "Build it again, or train on cross-entropy alone (train.l1_alpha=0 train.confidence_alpha=0).",
         )
     rows, blocks, slots = batch.counted.nonzero(as_tuple=True)  # [N] each
-    at = batch.anchors[rows, blocks] + slots  # position whose next token the slot predicts
+    place = rows * batch.input_ids.shape[1] + batch.anchors[rows, blocks] + slots
+    place, order = place.sort(stable=True)  # the position whose next token the slot predicts, in the flattened batch
+    rows, blocks, slots = rows[order], blocks[order], slots[order]
     previous = _previous_tokens(batch)  # [B, A, γ]
 
     hidden_n = hidden[rows, blocks, slots]  # [N, H]
-    logits = draft.base_logits(hidden_n)
     latents = draft.sequential.latents(hidden, previous)
-    if latents is not None:
-        logits = logits + draft.sequential.markov_w2(latents[rows, blocks, slots])
-    target_logits = None
-    if weights.needs_target:
-        with torch.no_grad():
-            target_logits = draft.target_logits(batch.last[rows, at].to(draft.dtype))
-    ce, l1 = slot_losses(logits, batch.input_ids[rows, at + 1], target_logits)
-
-    weight = torch.ones_like(ce) if weights.decay is None else torch.exp(-slots.to(ce.dtype) / weights.decay)
+    weight = torch.ones(len(place), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    if weights.decay is not None:
+        weight = torch.exp(-slots.to(weight.dtype) / weights.decay)
     total = weight.sum()
     zero = total.new_zeros(())
+    places, position = place.unique_consecutive(return_inverse=True)
+    value, ce, l1 = slot_losses(
+        hidden_n,
+        None if latents is None else latents[rows, blocks, slots],
+        draft.lm_head.weight,
+        None if latents is None else draft.sequential.markov_w2.weight,
+        batch.input_ids.flatten()[place + 1],
+        (weights.ce * weight, weights.l1 * weight),
+        batch.last.flatten(0, 1)[places].to(draft.dtype) if weights.needs_target else None,
+        position,
+        draft.target_logits,
+    )
     ce_sum = (weight * ce).sum()
     l1_sum = (weight * l1).sum() if l1 is not None else zero
-    accept = (1 - l1.detach() / 2).clamp(0, 1) if l1 is not None else None
+    accept = (1 - l1 / 2).clamp(0, 1) if l1 is not None else None
     confidence_sum = zero
     if weights.confidence:
         logit = _wide(draft.confidence(hidden_n, previous[rows, blocks, slots]))
         bce = functional.binary_cross_entropy_with_logits(logit, accept, reduction="none")
         confidence_sum = (weight * bce).sum()
 
-    value = (weights.ce * ce_sum + weights.l1 * l1_sum + weights.confidence * confidence_sum) / (total + EPSILON)
+    value = (value + weights.confidence * confidence_sum) / (total + EPSILON)
     accepted = zero.expand(batch.counted.shape[-1])
     tau = zero
     if accept is not None:

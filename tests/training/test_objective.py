@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.training import fused
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from tests.training.conftest import VOCABULARY
 
 CASES = [
     pytest.param({"markov_head_type": "vanilla"}, LossWeights(), id="vanilla"),
@@ -161,9 +164,13 @@ def case(make_cache):
     return samples, anchors
 
 
+@pytest.mark.parametrize("slots_at_once", [1000, 3])
 @pytest.mark.parametrize(("changes", "weights"), CASES)
-def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, changes, weights):
+def test_loss_and_gradients_equal_the_plain_implementation(
+    make_draft, case, changes, weights, slots_at_once, monkeypatch
+):
     samples, anchors = case
+    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", slots_at_once * VOCABULARY)
     draft = make_draft(**changes).double()
     embedding = draft.embed_tokens.weight * 0.3  # distributions that overlap: acceptance far from 0 and from 1
     draft.set_embeddings(embedding, embedding)
@@ -197,6 +204,50 @@ def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, cha
         reached += 1
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-7, atol=1e-12, msg=name)
     assert reached >= 14
+
+
+def test_no_tensor_of_the_loss_is_larger_than_a_chunk_or_a_weight(make_draft, make_cache, monkeypatch):
+    """Neither forward nor backward ever holds slots x vocabulary."""
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and VOCABULARY in tensor.shape:
+                    Sizes.largest = max(Sizes.largest, tensor.numel())
+            return result
+
+    cache = make_cache(24)
+    draft = make_draft()
+    samples = [cache[index] for index in range(24)]
+    anchors = [draw_anchors(sample.loss_mask, 8, seed=1, epoch=0, sample_id=i) for i, sample in enumerate(samples)]
+    batch = collate(samples, anchors, draft.config.block_size)
+    hidden = draft(batch.input_ids, batch.taps.float(), batch.anchors, batch.valid).detach().requires_grad_()
+    chunk = 16 * VOCABULARY
+    slots = int(batch.counted.sum())
+    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", chunk)
+    with Sizes():
+        dspark_loss(draft, hidden, batch, LossWeights()).value.backward()
+    assert 0 < Sizes.largest <= max(chunk, draft.lm_head.weight.numel()) < slots * VOCABULARY / 10
+
+
+def test_half_precision_loss_and_gradients_are_those_of_fp32_to_its_rounding(make_draft, case):
+    samples, anchors = case
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        draft = make_draft(markov_head_type="gated").to(dtype)
+        batch = collate(samples, anchors, draft.config.block_size)
+        hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+        loss = dspark_loss(draft, hidden, batch, LossWeights())
+        loss.value.backward()
+        assert loss.value.dtype == torch.float32
+        assert draft.markov_head.markov_w2.weight.grad.dtype == dtype
+        found[dtype] = loss.value.item(), draft.markov_head.markov_w2.weight.grad.float()
+    assert found[torch.bfloat16][0] == pytest.approx(found[torch.float32][0], rel=0.01)
+    error = (found[torch.bfloat16][1] - found[torch.float32][1]).norm() / found[torch.float32][1].norm()
+    assert error < 0.05
 
 
 def test_cross_entropy_alone_needs_no_last_hidden_states(make_draft, case):
