@@ -1,5 +1,9 @@
-"""`nds inspect`: what a target is and what its draft would be, from a config.json alone; `--probe` proves it loaded."""
+"""`nds inspect`: what a target is and what its draft would be, from a config.json alone; `--probe` proves it loaded.
 
+`--list` names the targets that have an alias, a licence or a preset here.
+"""
+
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotron_dspark.cli import shell
+from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.recipe.describe import Description
@@ -21,6 +26,10 @@ KINDS = {  # LayerKind name: what people call it, its colour
     "MLP": ("MLP", "green"),
     "MOE": ("mixture of experts", "magenta"),
     "DECODER": ("attention + MLP", "bold yellow"),
+    "MAMBA1": ("Mamba-1", "blue"),
+    "DELTA": ("gated delta net", "bright_cyan"),
+    "CONV": ("short convolution", "bright_blue"),
+    "PARALLEL": ("attention + Mamba-2", "bold bright_yellow"),
 }
 MARGIN = 2
 
@@ -30,15 +39,29 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    target: shell.TargetOption,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Hub id, local folder or alias of the target.")
+    ] = None,
     config: shell.ConfigOption = None,
     settings: shell.SetOption = None,
+    taps: shell.TapsOption = None,
     probe: Annotated[bool, typer.Option("--probe", help="Load the model and run the proofs.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
+    ] = False,
+    known: Annotated[bool, typer.Option("--list", help="List the known targets and stop.")] = False,
     json: shell.JsonOption = False,
 ) -> None:
+    if known:
+        _list(json)
+        return
+    if target is None:
+        raise InputError("No target is named.", "Give one with --target; --list names the known ones.")
     from nemotron_dspark.config import load_run_config
 
-    run = load_run_config(config, settings or (), target=target)
+    if trust:
+        settings = [*(settings or ()), "target.trust_remote_code=true"]
+    run = load_run_config(config, [*(settings or ()), *shell.taps_setting(taps)], target=target)
     shell.quiet_libraries()
     from nemotron_dspark.recipe.describe import describe
 
@@ -79,28 +102,54 @@ def strip(layers: Sequence["LayerKind"], taps: Sequence[int], width: int) -> Tex
     return drawn
 
 
+def _list(as_json: bool) -> None:
+    """The known targets, one a row."""
+    from nemotron_dspark.config.known import KNOWN
+
+    if as_json:
+        import dataclasses
+
+        shell.emit({"targets": [dataclasses.asdict(known) for known in KNOWN]})
+        return
+    licence: str | None = ""
+    for shape, family in itertools.groupby(KNOWN, key=lambda known: (known.licence, known.billions, known.preset)):
+        members = list(family)
+        if shape[0] != licence:
+            licence = shape[0]
+            shell.out.print(f"\n[bold]{escape(licence or 'Licence not looked up: see the model card')}[/]")
+        preset = f", preset {members[0].preset}" if members[0].preset else ""
+        shell.out.print(f"  {members[0].layers} layers, {members[0].billions:.3f} billion parameters{preset}")
+        for known in members:
+            shell.out.print(f"    [cyan]{escape(known.repository)}[/]")
+            for alias in known.aliases:
+                shell.out.print(f"      [dim]also[/] {escape(alias)}")
+
+
 def _print(found: "Description") -> None:
     spec, draft = found.spec, found.draft
-    shell.out.print(f"[bold]{escape(spec.name)}[/]  {spec.model_type}, {spec.num_layers} layers{_billions(found)}\n")
+    size = "" if found.parameters is None else f", {_count(found.parameters)} parameters"
+    shell.out.print(f"[bold]{escape(spec.name)}[/]\n{spec.model_type}, {spec.num_layers} layers{size}\n")
     shell.out.print(strip(spec.layers, draft.target_layer_ids, shell.out.width), end="")
-    legend = Text(" " * MARGIN)
-    for kind in dict.fromkeys(spec.layers):
-        name, colour = KINDS[kind.name]
-        legend.append(kind.value, colour)
-        legend.append(f" {name} x {spec.layers.count(kind)}   ")
-    legend.append("^", "bold")
-    legend.append(f" taps {', '.join(map(str, draft.target_layer_ids))}\n")
-    shell.out.print(legend)
+    shell.out.print(_legend(spec.layers, draft.target_layer_ids))
     shell.out.print(_target_table(found))
     shell.out.print(_draft_table(found))
     for note in found.notes:
-        shell.out.print(f"[dim]note:[/] {escape(note)}", soft_wrap=True)
+        shell.remark(shell.out, "note", note, "dim")
     for warning in found.warnings:
-        shell.err.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        shell.remark(shell.err, "warning", warning, "yellow")
 
 
-def _billions(found: "Description") -> str:
-    return "" if found.parameters is None else f", {_count(found.parameters)} parameters"
+def _legend(layers: Sequence["LayerKind"], taps: Sequence[int]) -> Text:
+    legend = Text(" " * MARGIN)
+    for place, kind in enumerate(dict.fromkeys(layers)):
+        name, colour = KINDS[kind.name]
+        legend.append("   " if place else "")
+        legend.append(kind.value, colour)
+        legend.append(f" {name} x {layers.count(kind)}")
+    legend.append("\n" + " " * MARGIN)
+    legend.append("^", "bold")
+    legend.append(f" taps {', '.join(map(str, taps))}\n")
+    return legend
 
 
 def _count(number: int) -> str:
@@ -113,52 +162,65 @@ def _count(number: int) -> str:
 def _target_table(found: "Description") -> Table:
     spec = found.spec
     mlp = {"gated": "gated", "plain": "no gate", "moe": "experts only"}[spec.mlp]
-    template = {None: "unknown: no tokenizer here", False: "none, plain text", True: "yes"}[found.has_chat_template]
-    if found.has_chat_template:
-        template += f", recognised as {found.chat_format}" if found.chat_format else ", of no bundled format"
-    stored = "no weights here" if found.stored_parameters is None else _count(found.stored_parameters)
+    stored = "no weights here" if found.stored_parameters is None else f"{_count(found.stored_parameters)} elements"
     vocabulary = f"{spec.vocab_size}" + ("" if found.tokens is None else f" (tokenizer {found.tokens})")
-    mask = f"{found.mask_token} ({found.mask_reason})" if found.mask_token is not None else found.mask_reason
-    return _table(
-        "Target",
-        ("hidden size", str(spec.hidden_size)),
-        ("heads", f"{spec.num_attention_heads}, {spec.num_key_value_heads} of keys and values, {spec.head_dim} wide"),
-        ("MLP", mlp if spec.intermediate_size is None else f"{spec.intermediate_size}, {mlp}"),
-        ("vocabulary", vocabulary + (", tied" if spec.tie_word_embeddings else "")),
-        ("positions", f"{spec.max_position_embeddings}, rope {spec.rope_theta or 'none'}"),
-        ("weights stored", stored),
+    chats = found.chat_format or ("of its own" if found.has_chat_template else None)
+    rows = [
+        ("known as", found.known),
+        ("preset", found.preset and f"configs/{found.preset}"),
         ("licence", found.licence or "unknown: see the model card"),
-        ("chat template", template),
-        ("mask token", mask),
+        ("hidden size", str(spec.hidden_size)),
+        ("heads", _heads(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim)),
+        ("MLP", mlp if spec.intermediate_size is None else f"{spec.intermediate_size}, {mlp}"),
+        ("experts", found.experts),
+        ("Mamba", found.mamba),
+        ("multi-token", found.multi_token_layers),
+        ("vocabulary", vocabulary + (", tied" if spec.tie_word_embeddings else "")),
+        ("positions", f"{spec.max_position_embeddings}, rope {f'{spec.rope_theta:g}' if spec.rope_theta else 'none'}"),
+        ("weights stored", stored + (f", quantised ({found.quantised})" if found.quantised else "")),
+        ("chat format", _or_reason(chats, found.chat_reason)),
+        ("mask token", _or_reason(found.mask_token, found.mask_reason)),
         ("stop tokens", ", ".join(map(str, found.stop_ids)) or "unknown"),
         (
             "cache",
             f"{found.cache_bytes_per_token:,} bytes a token, {found.cache_bytes_per_token / 1000:,.1f} GB a million",
         ),
-    )
+    ]
+    return _table("Target", rows)
+
+
+def _or_reason(value: object, reason: str) -> str:
+    return reason if value is None else f"{value} ({reason})"
+
+
+def _heads(heads: int, of_keys: int, width: int) -> str:
+    return f"{heads}, {of_keys} of keys and values, {width} wide"
 
 
 def _draft_table(found: "Description") -> Table:
     draft = found.draft
     head = f"{draft.markov_head_type}, rank {draft.markov_rank}" if draft.markov_rank else "none"
-    return _table(
-        "Draft",
+    rows = [
         ("layers", f"{draft.num_hidden_layers}, block {draft.block_size}"),
+        ("heads", _heads(draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim)),
         ("SwiGLU", str(draft.intermediate_size)),
         ("rope theta", f"{draft.rope_theta:g}"),
         ("norm eps", f"{draft.rms_norm_eps:g}"),
         ("sequential head", head),
         ("confidence head", "yes" if draft.enable_confidence_head else "no"),
-        ("trainable", _count(found.draft_parameters)),
-    )
+        ("trainable", f"{_count(found.draft_parameters)} parameters"),
+    ]
+    return _table("Draft", rows)
 
 
-def _table(title: str, *rows: tuple[str, str]) -> Table:
+def _table(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:
+    """Labels and values; a row without a value is left out."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True, min_width=15)
     table.add_column()
     for label, value in rows:
-        table.add_row(label, escape(value))
+        if value is not None:
+            table.add_row(label, escape(value))
     return table
 
 

@@ -1,14 +1,20 @@
 """`nds inspect` draws the layout with the taps below it; --json prints one JSON object; --probe proves the target."""
 
+import io
 import json
+import re
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from nemotron_dspark.cli import inspect_command, shell
+from nemotron_dspark.config.known import ALIASES, KNOWN
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import LayerKind
 from nemotron_dspark.targets.proofs import ProofResult
+from tests.recipe.nemotrons import NEMOTRONS, SUPER_49B
 
 
 @pytest.fixture
@@ -57,3 +63,84 @@ def test_a_failed_proof_is_told_with_its_cure_and_exits_1(nds, tiny_hybrid, monk
     assert result.exit_code == 1
     assert "the state is wrong" in result.stderr
     assert "Do not serve." in result.stderr
+
+
+def test_every_layer_kind_has_a_name_and_a_colour_of_its_own():
+    assert set(inspect_command.KINDS) == {kind.name for kind in LayerKind}
+    names = [name for name, _ in inspect_command.KINDS.values()]
+    assert len(set(names)) == len(names)
+    drawn = inspect_command.strip(tuple(LayerKind), (1,), width=80)
+    assert "".join(kind.value for kind in LayerKind) in drawn.plain
+    assert all(Console().get_style(colour) for _, colour in inspect_command.KINDS.values())
+    assert len({kind.value for kind in LayerKind}) == len(LayerKind)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("row", [NEMOTRONS[4], NEMOTRONS[13]], ids=lambda row: row.name)
+def test_the_page_of_a_large_target_fits_the_terminal(monkeypatch, tmp_path, width, row):
+    """On a terminal nothing is cut off and nothing wider than it: strip, tables, notes and warnings wrap."""
+    folder = tmp_path / row.name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(row.config()))
+    drawn = Console(width=width, force_terminal=True, record=True, highlight=False, file=io.StringIO())
+    monkeypatch.setattr(shell, "out", drawn)
+    monkeypatch.setattr(shell, "err", drawn)
+    monkeypatch.chdir(tmp_path)
+    inspect_command.inspect(target=f"./{row.name}")
+    text = drawn.export_text(styles=False)
+    assert max(map(len, text.rstrip().splitlines())) <= width
+    assert "…" not in text
+    flat = re.sub(r"\s+", "", text)
+    for expected in (
+        row.repository,
+        f"{row.billions:.3f} billion",
+        f"taps {', '.join(map(str, row.taps))}",
+        "990 (documented for this target; not checked, there is no tokenizer here)",
+        "warning: There are no tokenizer files here",
+    ):
+        assert re.sub(r"\s+", "", expected) in flat
+
+
+def test_multi_token_layers_experts_and_preset_are_on_the_page(nds, tmp_path):
+    row = next(row for row in NEMOTRONS if row.name.endswith("Super-120B-A12B-NVFP4"))
+    (tmp_path / row.name).mkdir()
+    (tmp_path / row.name / "config.json").write_text(json.dumps(row.config()))
+    result = nds("--target", str(tmp_path / row.name))
+    for words in (
+        "configs/nemotron_3_super.yaml",
+        "1 x (*E), left out",
+        "22 a token, behind 1024 latent channels",
+        "128 heads, 64 wide, state 128",
+        "quantised (NVFP4)",
+        "nemotron_3 (documented",
+    ):
+        assert words in result.stdout
+    assert "NVIDIA-Nemotron-3-Super-120B-A12B-BF16 does not" in result.stderr
+
+
+def test_list_names_every_known_target_with_size_licence_and_preset(nds):
+    result = nds("--list")
+    assert result.exit_code == 0
+    words = result.stdout.split()
+    for known in KNOWN:
+        assert known.repository in words
+        assert f"{known.billions:.3f}" in words
+        assert known.preset is None or known.preset in words
+    assert set(ALIASES) <= set(words)
+    assert "research only" in result.stdout
+    listed = json.loads(nds("--list", "--json").stdout)["targets"]
+    assert [target["repository"] for target in listed] == [known.repository for known in KNOWN]
+
+
+def test_without_a_target_the_list_is_pointed_to(nds):
+    with pytest.raises(InputError, match="No target is named") as caught:
+        nds()
+    assert "--list" in caught.value.do
+
+
+def test_remote_code_runs_only_by_flag(nds, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SUPER_49B))
+    with pytest.raises(InputError, match="code that comes with its checkpoint"):
+        nds("--target", str(tmp_path))
+    with pytest.raises(InputError, match=r"configuration_decilm\.py"):  # it is looked for, and is not there
+        nds("--target", str(tmp_path), "--trust-remote-code")
