@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nemotron_dspark.decoding.accept import accept_greedy, accept_sampled
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
+from nemotron_dspark.drafts.base import Draft
 from nemotron_dspark.drafts.context import DraftContext
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target, TargetState
 
 
@@ -32,6 +33,7 @@ class Generation:
     accepted: list[int] = dataclasses.field(default_factory=list)  # tokens gained per round, the target's own included
     proposed: list[int] = dataclasses.field(default_factory=list)  # tokens drafted per round
     survived: list[int] = dataclasses.field(default_factory=list)  # drafted tokens kept per round
+    confidence: list[list[float]] = dataclasses.field(default_factory=list)  # logits per round, if they are recorded
     seconds: float = 0.0  # spent in rounds, prefill not counted; shared rounds count in full
     _generator: torch.Generator = dataclasses.field(default_factory=torch.Generator, repr=False)
     _state: TargetState | None = dataclasses.field(default=None, repr=False)
@@ -65,25 +67,37 @@ class _Proposal:
     tokens: Tensor  # [B, n], n at most γ
     probs: Tensor | None  # [B, n, V] what they were drawn from; None when every row is greedy
     counts: list[int]  # drafts proposed per row; the rest of a row is not to be accepted
+    confidence: Tensor | None = None  # [B, at least max(counts)] logits of the confidence head, if they are recorded
 
 
 class Decoder:
     """Decodes with one target and at most one draft. Not thread-safe: one thread owns it."""
 
-    def __init__(self, target: Target, draft: DSparkDraft | None = None, *, confidence_threshold: float = 0.0):
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft | None = None,
+        *,
+        confidence_threshold: float = 0.0,
+        record_confidence: bool = False,
+    ):
         """
         Args:
             confidence_threshold: cut a block before the first slot whose predicted acceptance is below this.
+            record_confidence: keep the confidence head's logits of every round in `Generation.confidence`.
 
         Raises:
-            InputError: the draft was made for another target.
+            InputError: the draft was made for another target, or confidence is asked of a draft that predicts none.
         """
         self.target = target
         self.draft = draft
         self.confidence_threshold = confidence_threshold
+        self.record_confidence = record_confidence
         self._taps: tuple[int, ...] = ()
         if draft is not None:
             draft.config.check_target(target.spec)
+            if (confidence_threshold > 0 or record_confidence) and getattr(draft, "confidence_head", None) is None:
+                raise InputError("The draft has no confidence head.", "Set the confidence threshold to 0.")
             self._taps = tuple(draft.config.target_layer_ids)
         self._rows: list[Generation] = []  # whose state is in the shared batch below, in row order
         self._state: TargetState | None = None
@@ -102,10 +116,12 @@ class Decoder:
         generation._generator.manual_seed(seed)
         state, verified = self.target.prefill(prompt_ids, self._taps)
         generation._state = state
+        first = self._pick([generation], verified.logits[:, -1])
         if self.draft is not None:
             generation._context = self.draft.new_context()
-            self.draft.extend(generation._context, verified.taps, [len(prompt_ids)])
-        generation.receive(self._pick([generation], verified.logits[:, -1]))
+            following = torch.tensor([[*prompt_ids[1:], *first]], device=self.target.device)
+            self.draft.extend(generation._context, verified.taps, [len(prompt_ids)], following)
+        generation.receive(first)
         return generation
 
     @torch.no_grad()
@@ -198,44 +214,50 @@ class Decoder:
         # The anchor and the surviving drafts are committed; the token that follows is the next anchor.
         committed = [kept + 1 for kept, _ in outcomes]
         self.target.commit(self._state, committed)
-        self.draft.extend(self._context, verified.taps, committed)
-        for generation, count, tokens, (kept, following) in zip(
-            active, proposal.counts, drafted.tolist(), outcomes, strict=True
-        ):
-            self._note(generation, count, [*tokens[:kept], following])
+        new = [[*tokens[:kept], last] for tokens, (kept, last) in zip(drafted.tolist(), outcomes, strict=True)]
+        following = torch.tensor([row + [0] * (longest + 1 - len(row)) for row in new], device=anchors.device)
+        self.draft.extend(self._context, verified.taps, committed, following)
+        for row, (generation, tokens) in enumerate(zip(active, new, strict=True)):
+            if proposal.confidence is not None:
+                generation.confidence.append(proposal.confidence[row, : proposal.counts[row]].tolist())
+            self._note(generation, proposal.counts[row], tokens)
 
     def _propose(self, active: list[Generation], anchors: Tensor) -> _Proposal:
         draft, gamma = self.draft, self.draft.config.block_size
         samplings = [generation.sampling for generation in active]
         all_greedy = all(generation.greedy for generation in active)
         uniforms = None if all_greedy else torch.stack([generation.uniforms(gamma) for generation in active])
-        hidden = draft.block_hidden(self._context, anchors)  # [B, γ, H]
-        base = draft.base_logits(hidden)  # [B, γ, V]
-        state = draft.sequential.start(len(active))
+        block = draft.begin(self._context, anchors)
         counts = [gamma] * len(active)
-        previous, tokens, probs = anchors, [], []
+        previous, tokens, probs, confidence = anchors, [], [], []
         for slot in range(gamma):
-            if self.confidence_threshold > 0:
-                self._cut(counts, draft.confidence(hidden[:, slot], previous), slot)
+            if self.confidence_threshold > 0 or self.record_confidence:
+                confidence.append(block.confidence(previous).float())
+                self._cut(counts, confidence[-1], slot)
                 if max(counts) <= slot:
                     break
-            logits, state = draft.sequential.step(base[:, slot], hidden[:, slot], previous, state)
+            logits = block.next_logits(previous)
             if all_greedy:
                 previous = logits.argmax(-1)
             else:
                 probs.append(probabilities(logits, samplings))
                 previous = pick(probs[-1], uniforms[:, slot])
             tokens.append(previous)
+        predicted = torch.stack(confidence, 1) if self.record_confidence else None
         if not tokens:
-            return _Proposal(anchors.new_zeros(len(active), 0), None if all_greedy else base[:, :0].float(), counts)
-        return _Proposal(torch.stack(tokens, 1), None if all_greedy else torch.stack(probs, 1), counts)
+            nothing = anchors.new_zeros(len(active), 0)
+            none_drawn = (
+                None if all_greedy else torch.zeros(len(active), 0, draft.config.vocab_size, device=self.target.device)
+            )
+            return _Proposal(nothing, none_drawn, counts, predicted)
+        return _Proposal(torch.stack(tokens, 1), None if all_greedy else torch.stack(probs, 1), counts, predicted)
 
     def _cut(self, counts: list[int], confidence: Tensor, slot: int) -> None:
         """End the rows' blocks before ``slot`` where the confidence logit [B] falls below the threshold.
 
         The decision sees the tokens before the slot and never the slot's own, so the output stays the target's.
         """
-        for row, value in enumerate(torch.sigmoid(confidence.float()).tolist()):
+        for row, value in enumerate(torch.sigmoid(confidence).tolist()):
             if value < self.confidence_threshold and counts[row] > slot:
                 counts[row] = slot
 

@@ -3,26 +3,26 @@
 from pathlib import Path
 
 from nemotron_dspark.config import TargetConfig
-from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.base import Draft
+from nemotron_dspark.drafts.load import load_any_draft, read_draft_config
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.proofs import prove
 
 
-def load_draft(folder: Path, target: Target) -> DSparkDraft:
+def load_draft(folder: Path, target: Target) -> Draft:
     """The draft in ``folder`` on the target's device and in its type; a slim one takes the target's embedding and head.
 
     Raises:
         InputError: no whole draft there, or one for another target.
     """
-    draft = DSparkDraft.load(folder, device=target.device, dtype=target.dtype)
+    draft = load_any_draft(folder, device=target.device, dtype=target.dtype)
     draft.config.check_target(target.spec)
     if not draft.has_embeddings:
         draft.set_embeddings(target.model.get_input_embeddings().weight, target.head.weight)
     return draft
 
 
-def load_pair(config: TargetConfig, draft_folder: Path | None) -> tuple[Target, DSparkDraft | None]:
+def load_pair(config: TargetConfig, draft_folder: Path | None) -> tuple[Target, Draft | None]:
     """The target that ``config`` names and the draft for it (None: none), proven unless ``config.proofs`` is off.
 
     Raises:
@@ -30,7 +30,7 @@ def load_pair(config: TargetConfig, draft_folder: Path | None) -> tuple[Target, 
         CheckError: a proof failed.
     """
     if draft_folder is not None:
-        DraftConfig.from_folder(draft_folder)  # a wrong path is said before the target is loaded
+        read_draft_config(draft_folder)  # a wrong path is said before the target is loaded
     target = Target.of(config)
     draft = load_draft(draft_folder, target) if draft_folder is not None else None
     if config.proofs:

@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from nemotron_dspark.targets.kv import RaggedKV
 
 
@@ -12,6 +15,7 @@ class DraftContext:
 
     lengths: list[int]  # verified positions per row
     layers: list[RaggedKV]
+    hidden: Tensor | None = None  # [B, H] what EAGLE-3 drafts from; other kinds need nothing beside keys and values
 
     @staticmethod
     def cat(contexts: Sequence["DraftContext"]) -> "DraftContext":
@@ -21,9 +25,11 @@ class DraftContext:
         return DraftContext(
             [length for context in contexts for length in context.lengths],
             [RaggedKV.cat(parts) for parts in zip(*(context.layers for context in contexts), strict=True)],
+            None if contexts[0].hidden is None else torch.cat([context.hidden for context in contexts]),
         )
 
     def select(self, rows: Sequence[int]) -> "DraftContext":
         """A copy with ``rows`` in that order."""
         lengths = [self.lengths[row] for row in rows]
-        return DraftContext(lengths, [layer.select(rows, max(lengths)) for layer in self.layers])
+        layers = [layer.select(rows, max(lengths)) for layer in self.layers]
+        return DraftContext(lengths, layers, None if self.hidden is None else self.hidden[list(rows)])

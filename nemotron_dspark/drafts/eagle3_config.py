@@ -34,6 +34,8 @@ class Eagle3Config:
     ttt_length: int = 7  # steps unrolled in training, tokens drafted per round in decoding
     step_loss_decay: float = 0.8  # step i of the unrolling weighs this to the power of i
     dtype: str = "float32"  # of the saved weights
+    target_logit_multiplier: float = 1.0  # from the bare output of the target's LM head to its logits
+    target_logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         taps = self.target_layer_ids
@@ -55,7 +57,7 @@ class Eagle3Config:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of ``config.json``: DeepSpec's keys and the Qwen3 keys that engines read."""
-        return {
+        values = {
             "architectures": [ARCHITECTURE],
             **qwen3_keys(self.rope_theta, num_layers=1),
             **dataclasses.asdict(self),
@@ -63,6 +65,11 @@ class Eagle3Config:
             "draft_num_hidden_layers": 1,
             "target_layer_ids": list(self.target_layer_ids),
         }
+        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these two keys
+            del values["target_logit_multiplier"]
+        if self.target_logit_softcap is None:
+            del values["target_logit_softcap"]
+        return values
 
     @staticmethod
     def from_json(values: Mapping[str, Any], origin: str = "config.json") -> "Eagle3Config":

@@ -1,0 +1,193 @@
+"""The EAGLE-3 draft: one layer that drafts token by token, each step reading the hidden state of the step before.
+
+At position i the layer reads [norm(embedding of token i+1) ; norm(hidden)], where hidden is fc of the target's taps at
+i for verified positions and the draft's own output from there on; its output predicts token i+2. Tensor names and
+``config.json`` are DeepSpec's `Qwen3Eagle3Model`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nemotron_dspark.drafts.base import Draft
+from nemotron_dspark.drafts.context import DraftContext
+from nemotron_dspark.drafts.eagle3_config import Eagle3Config
+from nemotron_dspark.drafts.layers import MLP, Attention, RMSNorm, Rotation, rotate
+from nemotron_dspark.targets.kv import RaggedKV
+
+
+class Eagle3Layer(nn.Module):
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        for name in ("q_proj", "k_proj", "v_proj"):  # twice as wide: embedding and hidden state side by side
+            width = getattr(self.self_attn, name).out_features
+            setattr(self.self_attn, name, nn.Linear(2 * config.hidden_size, width, bias=False))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def read(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """What attention projects: [..., 2H] from two [..., H]."""
+        return torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), dim=-1)
+
+    def keys_values(self, source: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """[B, n, 2H] to two [B, kv_heads, n, d]."""
+        attention = self.self_attn
+        keys = attention.k_norm(attention.k_proj(source).unflatten(-1, (attention.kv_heads, -1))).transpose(1, 2)
+        values = attention.v_proj(source).unflatten(-1, (attention.kv_heads, -1)).transpose(1, 2)
+        return rotate(keys, rotation), values
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """[B, n, H] from the residual [B, n, H] and the heads' outputs [B, heads, n, d]."""
+        hidden = hidden + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Eagle3Draft(Draft):
+    """An EAGLE-3 draft; see `Draft` for its weights."""
+
+    Config = Eagle3Config
+
+    def _build(self, config: Eagle3Config) -> None:
+        self.fc = nn.Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList([Eagle3Layer(config)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] to [..., V]."""
+        return self.lm_head(self.norm(hidden))
+
+    # --- training ---
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [B, S], right padded
+        taps: Tensor,  # [B, S, T·H]
+    ) -> list[Tensor]:
+        """Hidden states [B, S, H] of every unrolled step, before the final norm: ``ttt_length`` of them.
+
+        Step s reads at position i token i+1+s and its own output of step s-1, and predicts token i+2+s. It sees the
+        first step's keys up to i, and of every later step the key at i alone. The last positions of a step read tokens
+        that are not there; their numbers mean nothing.
+        """
+        self._require_embeddings()
+        layer, length = self.layers[0], input_ids.shape[1]
+        cosines, sines = self._rotary.tables(length + self.config.ttt_length, self.device, self.dtype)
+        hidden = self.fc(taps.to(self.dtype))
+        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        keys: list[Tensor] = []  # [B, heads, S, d] of every step so far
+        values: list[Tensor] = []
+        outputs = []
+        for step in range(self.config.ttt_length):
+            tokens = functional.pad(input_ids[:, 1 + step :], (0, min(1 + step, length)))
+            source = layer.read(self.embed_tokens(tokens), hidden)
+            rotation = (cosines[step : step + length], sines[step : step + length])
+            groups = layer.self_attn.heads // layer.self_attn.kv_heads
+            new = [part.repeat_interleave(groups, dim=1) for part in layer.keys_values(source, rotation)]
+            keys.append(new[0])
+            values.append(new[1])
+            hidden = layer.finish(hidden, _attend(layer.self_attn.queries(source, rotation), keys, values, causal))
+            outputs.append(hidden)
+        return outputs
+
+    # --- decoding ---
+
+    def new_context(self, rows: int = 1) -> DraftContext:
+        """An empty context of ``rows`` rows."""
+        self._require_embeddings()
+        return DraftContext([0] * rows, [RaggedKV()], torch.zeros(rows, self.config.hidden_size, device=self.device))
+
+    @torch.no_grad()
+    def extend(
+        self,
+        context: DraftContext,
+        taps: Tensor,  # [B, n, T·H]
+        counts: Sequence[int],
+        following: Tensor,  # [B, n] the token after each position
+    ) -> None:
+        """Append the first ``counts[b]`` of the n positions of each row; the others are ignored."""
+        layer = self.layers[0]
+        hidden = self.fc(taps.to(self.dtype))
+        source = layer.read(self.embed_tokens(following), hidden)
+        rows = torch.arange(len(counts), device=hidden.device)
+        last = torch.tensor(counts, device=hidden.device) - 1
+        positions = [length + count - 1 for length, count in zip(context.lengths, counts, strict=True)]
+        stored = layer.keys_values(source, self._rotation(context.lengths, taps.shape[1]))
+        stored = context.layers[0].write(*stored, context.lengths)
+        context.hidden = self._look_back(hidden[rows, last], source[rows, last], stored, positions)
+        context.lengths = [position + 1 for position in positions]
+
+    def begin(self, context: DraftContext, anchor_tokens: Tensor) -> "Eagle3Block":
+        """The next block of each row, to be drafted token by token. ``anchor_tokens`` were read by `extend`."""
+        return Eagle3Block(self, context, context.hidden)
+
+    @torch.no_grad()
+    def advance(
+        self,
+        context: DraftContext,
+        hidden: Tensor,  # [B, H] output of the step before
+        tokens: Tensor,  # [B] drafted by it
+        step: int,  # positions beyond the context
+    ) -> Tensor:
+        """Output [B, H] of one more step. Its key lies behind the stored ones and is overwritten by what comes next."""
+        layer = self.layers[0]
+        positions = [length + step for length in context.lengths]
+        source = layer.read(self.embed_tokens(tokens), hidden)
+        stored = layer.keys_values(source[:, None], self._rotation(positions, 1))
+        stored = context.layers[0].write(*stored, positions)
+        return self._look_back(hidden, source, stored, positions)
+
+    def _look_back(
+        self,
+        hidden: Tensor,  # [B, H] the residual at one position per row
+        source: Tensor,  # [B, 2H] what is read there
+        stored: tuple[Tensor, Tensor],  # keys and values [B, kv_heads, at least max(positions) + 1, d]
+        positions: Sequence[int],  # [B]
+    ) -> Tensor:
+        """The layer's output [B, H] at ``positions``, which see everything up to themselves."""
+        layer = self.layers[0]
+        queries = layer.self_attn.queries(source[:, None], self._rotation(positions, 1))
+        ends = torch.tensor(positions, device=hidden.device)[:, None, None, None]
+        seen = torch.arange(stored[0].shape[2], device=hidden.device) <= ends  # [B, 1, 1, stored]
+        attended = functional.scaled_dot_product_attention(queries, *stored, attn_mask=seen, enable_gqa=True)
+        return layer.finish(hidden[:, None], attended)[:, 0]
+
+
+@dataclasses.dataclass
+class Eagle3Block:
+    """A block of each row, drafted token by token."""
+
+    draft: Eagle3Draft
+    context: DraftContext
+    hidden: Tensor  # [B, H]
+    slot: int = 0
+
+    def next_logits(self, previous: Tensor) -> Tensor:
+        """Logits [B, V] of the next slot, after ``previous`` [B]."""
+        if self.slot:
+            self.hidden = self.draft.advance(self.context, self.hidden, previous, self.slot - 1)
+        self.slot += 1
+        return self.draft.logits(self.hidden)
+
+
+def _attend(
+    queries: Tensor,  # [B, heads, S, d] of the newest step
+    keys: Sequence[Tensor],  # per step [B, heads, S, d]
+    values: Sequence[Tensor],
+    causal: Tensor,  # bool [S, S]
+) -> Tensor:
+    """[B, heads, S, d]: one softmax over the first step's keys, causally, and the own key of each later step."""
+    scale = queries.shape[-1] ** -0.5
+    first = (queries @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf)  # [B, heads, S, S]
+    own = [(queries * key).sum(-1, keepdim=True) for key in keys[1:]]  # [B, heads, S, 1] each
+    weights = torch.softmax(torch.cat((first, *own), dim=-1).float() * scale, dim=-1).to(queries.dtype)
+    length = first.shape[-1]
+    attended = weights[..., :length] @ values[0]
+    for at, value in enumerate(values[1:]):
+        attended = attended + weights[..., length + at : length + at + 1] * value
+    return attended
