@@ -110,7 +110,7 @@ def random_model(config: Any, seed: int = 0, spread: float = 3.0) -> PreTrainedM
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "conv1d" not in name and "embed" not in name:
+            if parameter.dim() >= 2 and "conv1d" not in name and "embed" not in name and "A_log" not in name:
                 parameter.mul_(spread)
     return model
 

@@ -75,7 +75,7 @@ def advance_window(window: Tensor, inputs: Tensor, kept: Sequence[int]) -> Tenso
 
 
 def convolve(window: Tensor, inputs: Tensor, convolution: Any) -> Tensor:
-    """A causal depthwise ``nn.Conv1d`` on a block's ``inputs`` [B, m, C] behind ``window`` [B, w, C]; [B, m, C] fp32."""
+    """fp32 [B, m, C]: a causal depthwise ``nn.Conv1d`` on ``inputs`` [B, m, C] that follow ``window`` [B, w, C]."""
     block = inputs.shape[1]
     history = torch.cat([window, inputs], dim=1).float()  # [B, w + m, C]
     kernel = convolution.weight[:, 0].float().t()  # [w + 1, C]

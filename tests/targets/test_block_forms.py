@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_dspark.targets import delta, shortconv
+from nemotron_dspark.targets import delta, mamba1, shortconv
 from nemotron_dspark.targets.recurrent import advance_window, convolve
 
 ROWS, HEADS = 3, 4
@@ -76,6 +76,51 @@ def test_committing_the_delta_rule_leaves_the_state_after_the_kept_tokens(normal
     for row, count in enumerate(kept):
         history = torch.cat([window[:, row], inputs[:, row, :count]], dim=1)
         assert torch.equal(states.conv[:, row], history[:, -3:])
+
+
+def mamba1_loop(x, dt, a, b, c, state) -> tuple[Tensor, Tensor]:
+    """C_t·h_t [B, m, channels], and the states [B, channels, state] after 0, 1, … m tokens."""
+    x, dt, a, b, c, state = (part.double() for part in (x, dt, a, b, c, state))
+    outputs, states = [], [state]
+    for at in range(dt.shape[1]):
+        grown = (dt[:, at] * x[:, at])[..., None] * b[:, at, None]
+        state = (dt[:, at, :, None] * a).exp() * state + grown
+        outputs.append((state * c[:, at, None]).sum(-1))
+        states.append(state)
+    return torch.stack(outputs, 1), torch.stack(states)
+
+
+def mamba1_inputs(normal, block: int) -> tuple[Tensor, ...]:
+    x, dt = normal(ROWS, block, 10), torch.nn.functional.softplus(normal(ROWS, block, 10) - 2)
+    return x, dt, -normal(10, 6).exp(), normal(ROWS, block, 6), normal(ROWS, block, 6)
+
+
+@pytest.mark.parametrize("block", [1, 8, 16, 17, 75, 256])
+def test_a_block_of_mamba1_equals_one_token_after_the_other(normal, block):
+    inputs, state = mamba1_inputs(normal, block), normal(ROWS, 10, 6)
+    before = state.clone()
+    found, behind = mamba1.scan_block(*inputs, state)
+    expected, states = mamba1_loop(*inputs, state)
+    assert torch.equal(state, before)
+    torch.testing.assert_close(found.double(), expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(behind.double(), states[-1], atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [[0, 3, 8], [5, 5, 5], [0, 0, 0], [8, 8, 8]])
+def test_committing_mamba1_leaves_the_state_after_the_kept_tokens(normal, kept):
+    layers, block = (0, 3), 8
+    window, conv_inputs = normal(2, ROWS, 3, 10), normal(2, ROWS, block, 10)
+    states = mamba1.Mamba1States(layers, window, normal(2, ROWS, 10, 6))
+    expected = []
+    for index, layer in enumerate(layers):
+        x, dt, a, b, c = mamba1_inputs(normal, block)
+        _, behind = mamba1.scan_block(x, dt, a, b, c, states.ssm[index])
+        states.record(layer, mamba1._BlockRecord(conv_inputs[index], x, b, dt, a[None], behind))
+        after = mamba1_loop(x, dt, a, b, c, states.ssm[index])[1]
+        expected.append(torch.stack([after[count, row] for row, count in enumerate(kept)]))
+    states.commit(kept)
+    torch.testing.assert_close(states.ssm.double(), torch.stack(expected), atol=5e-6, rtol=0)
+    assert torch.equal(states.conv, advance_window(window, conv_inputs, kept))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -232,6 +232,32 @@ _EXPERTS = {
 }
 
 
+def jamba(**changes: Any):
+    """Mamba-1 with biases, attention in every third layer, experts in every other one."""
+    from transformers import JambaConfig
+
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 6,
+        "mamba_proj_bias": True,
+        "max_position_embeddings": 4096,
+        **IDS,
+    }
+    return JambaConfig(**(values | changes))
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
@@ -258,4 +284,5 @@ TINY: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: qwen3_next(intermediate_size=96, mlp_only_layers=[1], **_EXPERTS),
     "qwen3_5_text": lambda: qwen3_next("qwen3_5_text", intermediate_size=96, tie_word_embeddings=True),
     "qwen3_5_moe_text": lambda: qwen3_next("qwen3_5_moe_text", **_EXPERTS),
+    "jamba": jamba,
 }

@@ -15,6 +15,7 @@ from nemotron_dspark.targets.families import (
     general,
     gpt_oss,
     granitemoehybrid,
+    jamba,
     lfm2,
     llama,
     mistral,
@@ -69,6 +70,7 @@ FAMILIES: dict[str, Any] = {
     "qwen3_next": qwen3_next,
     "qwen3_5_text": qwen3_next,
     "qwen3_5_moe_text": qwen3_next,
+    "jamba": jamba,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it
