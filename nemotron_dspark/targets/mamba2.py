@@ -22,6 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_dspark.targets.recurrent import (
+    LayerStates,
+    advance_window,
+    convolve,
+    install_block_forward,
+    prefix_decay,
+)
+
 
 @dataclasses.dataclass
 class _BlockRecord:
@@ -34,15 +42,12 @@ class _BlockRecord:
     decay: Tensor  # [B, m, heads] fp32, c_t
 
 
-class Mamba2States:
-    """The committed states of every Mamba-2 layer of a target, for B rows, and the records of the block in flight."""
+@dataclasses.dataclass
+class Mamba2States(LayerStates):
+    """The committed states of every Mamba-2 layer of a target, for B rows."""
 
-    def __init__(self, layers: Sequence[int], conv: Tensor, ssm: Tensor):
-        self._index = {layer: position for position, layer in enumerate(layers)}
-        self.layers = tuple(layers)
-        self.conv = conv  # [L, B, kernel - 1, channels], the last inputs of each convolution
-        self.ssm = ssm  # [L, B, heads, head_dim, state] fp32
-        self._records: dict[int, _BlockRecord] = {}
+    conv: Tensor  # [L, B, kernel - 1, channels], the last inputs of each convolution
+    ssm: Tensor  # [L, B, heads, head_dim, state] fp32
 
     @staticmethod
     def zeros(mixers: dict[int, Any], device: torch.device, dtype: torch.dtype) -> "Mamba2States":
@@ -52,61 +57,17 @@ class Mamba2States:
         shape = (len(mixers), 1, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
         return Mamba2States(tuple(mixers), conv, torch.zeros(shape, device=device, dtype=torch.float32))
 
-    def conv_of(self, layer: int) -> Tensor:
-        return self.conv[self._index[layer]]
-
-    def ssm_of(self, layer: int) -> Tensor:
-        return self.ssm[self._index[layer]]
-
-    def record(self, layer: int, record: _BlockRecord) -> None:
-        self._records[layer] = record
-
     def commit(self, kept: Sequence[int]) -> None:
         """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
-        records = [self._records[layer] for layer in self.layers]
-        self._records = {}
-        block = records[0].dt.shape[1]
-        window = self.conv.shape[2]
-        inputs = torch.stack([record.conv_inputs for record in records])  # [L, B, m, channels]
-        history = torch.cat([self.conv, inputs], dim=2)  # [L, B, window + m, channels]
-        dt = torch.stack([record.dt for record in records])  # [L, B, m, heads]
-        decay = torch.stack([record.decay for record in records])  # [L, B, m, heads]
-        x = torch.stack([record.x for record in records])  # [L, B, m, heads, head_dim]
-        b = torch.stack([record.b for record in records])  # [L, B, m, groups, state]
-        if min(kept) == max(kept):  # all rows keep the same prefix: plain slices
-            count = kept[0]
-            if count == 0:
-                return
-            self.conv = history[:, :, count : count + window].contiguous()
-            dt, decay, x, b = dt[:, :, :count], decay[:, :, :count], x[:, :, :count], b[:, :, :count]
-            total = decay[:, :, -1]  # [L, B, heads]
-            weight = torch.exp(total[:, :, None] - decay) * dt
-        else:
-            counts = torch.tensor(kept, device=dt.device)
-            at = counts[:, None] + torch.arange(window, device=dt.device)  # [B, window]
-            at = at[None, :, :, None].expand(history.shape[0], -1, -1, history.shape[3])
-            self.conv = history.gather(2, at)
-            padded = F.pad(decay, (0, 0, 1, 0))  # c_0 = 0 for rows that keep nothing
-            last = counts[None, :, None, None].expand(decay.shape[0], -1, 1, decay.shape[3])
-            total = padded.gather(2, last)[:, :, 0]  # [L, B, heads]
-            inside = (torch.arange(block, device=dt.device) < counts[:, None])[None, :, :, None]  # [1, B, m, 1]
-            # Outside the prefix the exponent may be large and positive, so it is masked before the exponential.
-            exponent = (total[:, :, None] - decay).masked_fill(~inside, -torch.inf)
-            weight = torch.exp(exponent) * dt
-        groups = b.shape[3]
-        weighted = (x * weight[..., None]).unflatten(3, (groups, -1))  # [L, B, n, groups, heads/groups, head_dim]
+        block = self.take_records()
+        self.conv = advance_window(self.conv, block.conv_inputs, kept)
+        total, decay = prefix_decay(block.decay, kept)  # [L, B, heads], [L, B, n, heads]
+        count = decay.shape[2]
+        weight = torch.exp(decay) * block.dt[:, :, :count]
+        b = block.b[:, :, :count]  # [L, B, n, groups, state]
+        weighted = (block.x[:, :, :count] * weight[..., None]).unflatten(3, (b.shape[3], -1))
         added = torch.einsum("lbmghp,lbmgn->lbghpn", weighted, b).flatten(2, 3)
         self.ssm.mul_(torch.exp(total)[..., None, None]).add_(added)
-
-    def select(self, rows: Sequence[int]) -> "Mamba2States":
-        index = torch.tensor(rows, device=self.ssm.device)
-        return Mamba2States(self.layers, self.conv.index_select(1, index), self.ssm.index_select(1, index))
-
-    @staticmethod
-    def cat(parts: Sequence["Mamba2States"]) -> "Mamba2States":
-        return Mamba2States(
-            parts[0].layers, torch.cat([part.conv for part in parts], 1), torch.cat([part.ssm for part in parts], 1)
-        )
 
 
 def scan_block(
@@ -157,15 +118,9 @@ def block_forward(
     Same computation as the mixer's own forward: in_proj, causal convolution, scan, gated norm, out_proj.
     """
     rows, block, _ = hidden.shape
+    window, state = states.of(layer)
     gate, inputs, dt = project(mixer, hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
-    history = torch.cat([states.conv_of(layer), inputs], dim=1).float()  # [B, kernel - 1 + m, channels]
-    kernel = mixer.conv1d.weight[:, 0].float().t()  # [kernel, channels]
-    convolved = history[:, :block] * kernel[0]
-    for tap in range(1, len(kernel)):  # a depthwise convolution of few positions is slower than its four products
-        convolved = torch.addcmul(convolved, history[:, tap : tap + block], kernel[tap])
-    if mixer.conv1d.bias is not None:
-        convolved = convolved + mixer.conv1d.bias.float()
-    convolved = mixer.act(convolved.to(hidden.dtype)).float()  # [B, m, channels]
+    convolved = mixer.act(convolve(window, inputs, mixer.conv1d).to(hidden.dtype)).float()  # [B, m, channels]
     width = mixer.n_groups * mixer.ssm_state_size
     x, b, c = convolved.split([mixer.intermediate_size, width, width], dim=-1)
     x = x.reshape(rows, block, mixer.num_heads, mixer.head_dim)
@@ -176,7 +131,7 @@ def block_forward(
     if low > 0 or high < float("inf"):
         dt = dt.clamp(low, high)
     decay = (dt * -torch.exp(mixer.A_log.float())).cumsum(1)
-    y = scan_block(x, dt, decay, b, c, mixer.D.float(), states.ssm_of(layer))
+    y = scan_block(x, dt, decay, b, c, mixer.D.float(), state)
     states.record(layer, _BlockRecord(inputs, x, b, dt, decay))
     normed = gated_norm(mixer, y.reshape(rows, block, -1), gate)
     return mixer.out_proj(normed.to(hidden.dtype))
@@ -197,20 +152,8 @@ def prepare(
     low, high = map(float, limit or (0.0, float("inf")))
     if high > torch.finfo(torch.float32).max:
         high = float("inf")
+    forward = functools.partial(block_forward, project=project, gated_norm=gated_norm)
     for layer, mixer in mixers.items():
         mixer.time_step_limit = (low, high)
-        _install(mixer, layer, project, gated_norm)
+        install_block_forward(mixer, layer, Mamba2States, forward)
     return functools.partial(Mamba2States.zeros, mixers) if mixers else None
-
-
-def _install(mixer: Any, layer: int, project: Project, gated_norm: GatedNorm) -> None:
-    """Let ``mixer`` use `block_forward` when it is given a `TargetState`, and its own forward otherwise."""
-    own_forward = mixer.forward
-
-    def forward(hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any):
-        states = getattr(cache_params, "recurrent", None)
-        if isinstance(states, Mamba2States):
-            return block_forward(mixer, hidden_states, states, layer, project, gated_norm)
-        return own_forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
-
-    mixer.forward = forward
