@@ -58,7 +58,7 @@ _3_30B = functools.partial(
 _3_SUPER = functools.partial(
     _Nemotron, layers=88, billions=120.669, licence=NEMOTRON_OPEN, preset="nemotron_3_super.yaml"
 )
-_3_ULTRA = functools.partial(_Nemotron, layers=108, billions=549.309, licence=OPEN_MDW, chat_format="nemotron_3")
+_3_ULTRA = functools.partial(_Nemotron, layers=108, billions=549.309, licence=OPEN_MDW, chat_format="nemotron_3_ultra")
 _LIGHTNING = functools.partial(
     _Nemotron,
     layers=52,
@@ -114,12 +114,12 @@ KNOWN = (
     _3_30B("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4", chat_format="nemotron_3", weights="NVFP4", stop_ids=(2, 11)),
     _3_SUPER(
         "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16",
-        chat_format="nemotron_3",
+        chat_format="nemotron_3_super",
         aliases=("nvidia/Nemotron-3-Super-120B-A12B", "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B"),
     ),
     _3_SUPER("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-Base-BF16"),
-    _3_SUPER("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8", chat_format="nemotron_3", weights="FP8"),
-    _3_SUPER("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4", chat_format="nemotron_3", weights="NVFP4"),
+    _3_SUPER("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8", chat_format="nemotron_3_super", weights="FP8"),
+    _3_SUPER("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4", chat_format="nemotron_3_super", weights="NVFP4"),
     _3_ULTRA(
         "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16",
         aliases=("nvidia/Nemotron-3-Ultra-550B-A55B", "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B"),
@@ -130,9 +130,9 @@ KNOWN = (
         aliases=("nvidia/Nemotron-3.5-Lightning-30B-A3B", "nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B"),
     ),
     _LIGHTNING("nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4", weights="NVFP4"),
-    KnownTarget("nvidia/Llama-3.1-Nemotron-Nano-8B-v1", 32, 8.030, chat_format="llama3"),
-    KnownTarget("nvidia/Llama-3_3-Nemotron-Super-49B-v1", 80, 49.867, chat_format="llama3"),
-    KnownTarget("nvidia/Nemotron-Mini-4B-Instruct", 32, 4.191),
+    KnownTarget("nvidia/Llama-3.1-Nemotron-Nano-8B-v1", 32, 8.030, chat_format="llama_nemotron"),
+    KnownTarget("nvidia/Llama-3_3-Nemotron-Super-49B-v1", 80, 49.867, chat_format="llama_nemotron"),
+    KnownTarget("nvidia/Nemotron-Mini-4B-Instruct", 32, 4.191, chat_format="nemotron_mini"),
 )
 
 ALIASES = {alias: known.repository for known in KNOWN for alias in known.aliases}

@@ -182,7 +182,7 @@ def test_llama_nemotron_nano_is_plain_llama(tmp_path):
     found = described(bare(tmp_path, LLAMA_8B, "Llama-3.1-Nemotron-Nano-8B-v1"))
     assert found.parameters / 1e9 == pytest.approx(8.030, rel=1e-3)
     assert (found.draft.intermediate_size, found.draft.rope_theta) == (14336, 500000.0)
-    assert (found.chat_format, found.stop_ids) == ("llama3", (128001, 128008, 128009))
+    assert (found.chat_format, found.stop_ids) == ("llama_nemotron", (128001, 128008, 128009))
 
 
 def test_super_49b_is_refused_unless_its_own_code_is_allowed(tmp_path):

@@ -1,0 +1,79 @@
+"""docs/nemotrons.md holds what `config/known.py` and the rules for drafts say; run this file to write it anew."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemotron_dspark.config import DraftSection
+from nemotron_dspark.config.known import KNOWN
+from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.recipe.describe import cache_bytes_per_token
+from nemotron_dspark.targets.spec import TargetSpec
+from tests.recipe.nemotrons import LLAMA_8B, MINI, NEMOTRONS
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "nemotrons.md"
+LICENCES = {known.licence: (known.licence or "see the model card").split(" (")[0] for known in KNOWN}
+
+
+def targets_table() -> str:
+    """Every known target: names, size, licence, chats, preset."""
+    rows = ["| target, aliases | layers | parameters | weights | licence | chat format | preset |", "|---" * 7 + "|"]
+    for known in KNOWN:
+        names = ", ".join([f"**{known.repository}**", *known.aliases])
+        preset = f"[{known.preset}](../configs/{known.preset})" if known.preset else ""
+        rows.append(
+            f"| {names} | {known.layers} | {known.billions:.3f} billion | {known.weights} | {LICENCES[known.licence]} "
+            f"| {known.chat_format or 'unknown'} | {preset} |"
+        )
+    return "\n".join(rows)
+
+
+def drafts_table() -> str:
+    """Every shape: layers, what its draft is by default, and what its cache costs."""
+    shapes: dict[tuple, tuple[list[str], TargetSpec]] = {}
+    configs = [(row.name, row.config()) for row in NEMOTRONS]
+    configs += [("Llama-3.1-Nemotron-Nano-8B-v1", LLAMA_8B), ("Nemotron-Mini-4B-Instruct", MINI)]
+    for name, config in configs:
+        spec = TargetSpec.from_config(config, name)
+        shapes.setdefault((spec.layers, spec.hidden_size, spec.intermediate_size), ([], spec))[0].append(name)
+    rows = [
+        "| target | layers | attention layers | hidden, heads | taps | SwiGLU | trainable | cache bytes a token |",
+        "|---" * 8 + "|",
+    ]
+    for names, spec in shapes.values():
+        draft, _ = build_draft_config(spec, DraftSection(), mask_token_id=0)
+        with torch.device("meta"):
+            trainable = sum(p.numel() for p in DSparkDraft(draft).trainable_parameters().values())
+        kinds = ", ".join(f"{spec.layers.count(kind)} {kind.value}" for kind in dict.fromkeys(spec.layers))
+        attention = [str(layer) for layer, kind in enumerate(spec.layers) if kind.attends]
+        taps = ", ".join(map(str, draft.target_layer_ids))
+        rows.append(
+            f"| {', '.join(names)} | {kinds} | {'all' if len(attention) == spec.num_layers else ', '.join(attention)} "
+            f"| {spec.hidden_size}, {spec.num_attention_heads}/{spec.num_key_value_heads} × {spec.head_dim} | {taps} "
+            f"| {draft.intermediate_size} | {trainable / 1e9:.3f} billion "
+            f"| {cache_bytes_per_token(spec.hidden_size, len(draft.target_layer_ids)):,} |"
+        )
+    return "\n".join(rows)
+
+
+TABLES = {"targets": targets_table, "drafts": drafts_table}
+
+
+def between(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- {name} -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_of_known_targets_is_up_to_date(name):
+    held = between(name).search(PAGE.read_text(encoding="utf-8")).group(0).partition("\n")[2]
+    assert held == TABLES[name](), f"python {Path(__file__).name} writes the table anew"
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        text = between(name).sub(lambda match, table=table: match.group(1) + table(), text)
+    PAGE.write_text(text, encoding="utf-8")
