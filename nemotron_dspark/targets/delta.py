@@ -59,9 +59,9 @@ class DeltaStates(LayerStates):
         self.conv = advance_window(self.conv, block.conv_inputs, kept)
         total, decay = prefix_decay(block.decay, kept)  # [L, B, heads], [L, B, n, heads]
         count = decay.shape[2]
-        updates = block.updates[:, :, :count] * torch.exp(decay)[..., None].float()
+        updates = block.updates[:, :, :count] * torch.exp(decay.float())[..., None]
         added = torch.einsum("lbmhk,lbmhv->lbhkv", block.keys[:, :, :count], updates)
-        self.delta.mul_(torch.exp(total)[..., None, None].float()).add_(added)
+        self.delta.mul_(torch.exp(total.float())[..., None, None]).add_(added)
 
 
 def delta_block(
@@ -77,8 +77,9 @@ def delta_block(
     beta, decay = beta.transpose(1, 2)[..., None], decay.transpose(1, 2)  # [B, heads, m, 1], [B, heads, m]
     block = keys.shape[2]
     future = torch.ones(block, block, dtype=torch.bool, device=keys.device).triu(1)
-    lower = torch.exp((decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf))  # [B, heads, m, m]
-    lower, since_start = lower.float(), torch.exp(decay)[..., None].float()
+    difference = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf)
+    lower = torch.exp(difference.float())  # [B, heads, m, m]
+    since_start = torch.exp(decay.float())[..., None]
     system = beta * (keys @ keys.mT) * lower  # its diagonal is taken as one
     known = beta * (values - since_start * (keys @ state))
     updates = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
