@@ -137,7 +137,7 @@ class Draft(nn.Module):
         raise NotImplementedError
 
     def extend(self, context: DraftContext, taps: Tensor, counts: Sequence[int], following: Tensor) -> None:
-        """Append the first ``counts[b]`` of ``taps`` [B, n, T·H]; ``following`` [B, n]: the token after each position."""
+        """Append the first ``counts[b]`` of ``taps`` [B, n, T·H]; ``following`` [B, n] is the token after each."""
         raise NotImplementedError
 
     def begin(self, context: DraftContext, anchor_tokens: Tensor) -> Any:

@@ -143,9 +143,12 @@ def deepspec_on_cpu():
     patch.setattr(eagle3, "flex_attention", dense_attention)
     patch.setattr(eagle3, "compile_friendly_flex_attention", dense_attention)
     patch.setattr(eagle3_loss, "FusedLogSoftmaxLoss", SoftCrossEntropy)
-    from nemotron_dspark.deepspec import builders
 
-    patch.setattr(builders, "TRAINING_ATTENTION", "sdpa")
+    def block_attention(module, queries, keys, values, mask, **_):
+        return dense_attention(queries, keys, values, mask, enable_gqa=False).transpose(1, 2), None
+
+    attentions = {"flex_attention": block_attention, "sdpa": dspark.ALL_ATTENTION_FUNCTIONS["sdpa"]}
+    patch.setattr(dspark, "ALL_ATTENTION_FUNCTIONS", attentions)
     one_process(0)
     yield types.SimpleNamespace(dspark=dspark, eagle3=eagle3, eagle3_loss=eagle3_loss, base_trainer=base_trainer)
     if dist.is_initialized():

@@ -1,15 +1,21 @@
 """DeepSpec's trainer loop with our trainer classes: three optimiser steps end in the weights of our own loop."""
 
+import math
+import warnings
 from pathlib import Path
 
+import pytest
 import torch
 
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.training import batches
+from nemotron_dspark.training.eagle3_objective import eagle3_loss
 from nemotron_dspark.training.loop import train
+from nemotron_dspark.training.optimiser import MasterAdamW, learning_rate
 
 
 def train_theirs(cfg):
@@ -52,7 +58,54 @@ def test_three_steps_of_deepspecs_loop_give_the_weights_of_ours(make_config, mon
     train(cache, draft, settings(cfg), tmp_path / "ours")
     theirs = DSparkDraft.load(Path(cfg.logging.checkpoint_dir) / "step_3")
     ours = DSparkDraft.load(tmp_path / "ours" / "checkpoints" / "step-00000003" / "draft")
+    assert_same_weights(ours, theirs, before)
+
+
+def test_three_steps_of_an_eagle3_draft_too(make_config):
+    cfg = make_config("eagle3")
+    _, before = train_theirs(cfg)
+    theirs = Eagle3Draft.load(Path(cfg.logging.checkpoint_dir) / "step_3")
+    draft = Eagle3Draft(theirs.config, seed=None)
+    draft.load_state_dict({name: value.clone() for name, value in before.items()}, assign=True)
+    draft.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight)
+    cache, config = TargetCache(cfg.data.target_cache_path), settings(cfg)
+    order = order_of_deepspec(len(cache), 0)
+    optimiser = MasterAdamW(draft.trainable_parameters(), config)
+    for step in range(3):
+        for sample in (cache[int(at)] for at in order[step * 4 : step * 4 + 4]):
+            batch = (value[None] for value in (sample.input_ids, sample.loss_mask))
+            states = (value[None].float() for value in (sample.taps, sample.last))
+            (eagle3_loss(draft, *batch, torch.tensor([len(sample.input_ids)]), *states).value / 4).backward()
+            optimiser.accumulate()
+        optimiser.clip(config.max_grad_norm)
+        optimiser.step(learning_rate(step, 4, config))
+    assert_same_weights(draft, theirs, before)
+
+
+def assert_same_weights(ours, theirs, before):
     assert ours.config == theirs.config
     for name, value in ours.trainable_parameters().items():
         assert (value - before[name]).abs().max() > 1e-3, f"{name} has not moved"
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(20, 0.1), (100, 0.04), (50, 0.0)])
+def test_rates_are_deepspecs_up_to_a_known_factor(deepspec_on_cpu, total, ratio):
+    """DeepSpec's cosine advances once before its first use, which scales it by 1 / cos²(π / 2T): 1.0003 for T = 96."""
+    from deepspec.utils.optim import BF16Optimizer
+
+    model = torch.nn.Linear(1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = BF16Optimizer(model, lr=1e-3, total_steps=total, warmup_ratio=ratio)
+        rates = []
+        for _ in range(total):
+            rates.append(theirs.get_learning_rate())
+            theirs.step()
+    warmup = int(ratio * total)
+    factor = 1 / math.cos(math.pi / 2 / (total - warmup)) ** 2
+    config = TrainConfig(lr=1e-3, warmup_ratio=ratio)
+    for step, rate in enumerate(rates):
+        own = learning_rate(step, total, config)
+        expected = own if step < warmup else own * factor
+        assert rate == pytest.approx(expected, rel=1e-6), step

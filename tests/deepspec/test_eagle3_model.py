@@ -1,0 +1,101 @@
+"""DeepSpec's own `Qwen3Eagle3Model` and our EAGLE-3 draft: same folder, same numbers, in both directions."""
+
+import pytest
+import torch
+
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.drafts.eagle3_config import Eagle3Config
+from nemotron_dspark.training.eagle3_objective import eagle3_loss
+
+
+@pytest.fixture
+def pair(make_config, tmp_path):
+    """Their model with large weights, and ours from the folder it saved."""
+    cfg = make_config("eagle3")
+    torch.manual_seed(0)
+    theirs = cfg.train.trainer_cls.__new__(cfg.train.trainer_cls)
+    theirs.args, theirs.device, theirs.precision_dtype = cfg, "cpu", torch.float32
+    model, _ = theirs.build_models()
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.mul_(4) if value.dim() > 1 else value.add_(torch.randn_like(value) * 0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    return model, Eagle3Draft.load(tmp_path / "theirs"), cfg
+
+
+def padded_batch(cfg, rows=2):
+    from deepspec.data import CacheCollator
+
+    from nemotron_dspark.training.batches import pad_sequence
+
+    cache = TargetCache(cfg.data.target_cache_path)
+    samples = [cache[index] for index in range(rows)]
+    theirs = CacheCollator()(
+        [
+            {
+                "input_ids": s.input_ids,
+                "loss_mask": s.loss_mask.to(torch.uint8),
+                "target_hidden_states": s.taps.float(),
+                "target_last_hidden_states": s.last.float(),
+            }
+            for s in samples
+        ]
+    )
+    ours = (
+        *(pad_sequence([getattr(s, key) for s in samples], batch_first=True) for key in ("input_ids", "loss_mask")),
+        torch.tensor([len(s.input_ids) for s in samples]),
+        *(pad_sequence([getattr(s, key).float() for s in samples], batch_first=True) for key in ("taps", "last")),
+    )
+    return theirs, ours
+
+
+def test_loss_gradients_and_metrics_are_deepspecs(pair, deepspec_on_cpu):
+    from deepspec.utils import metrics
+
+    model, draft, cfg = pair
+    theirs, ours = padded_batch(cfg)
+    metrics.reset()
+    expected = deepspec_on_cpu.eagle3_loss.compute_eagle3_loss(
+        model=model, batch=theirs, ttt_length=model.ttt_length, step_loss_decay=model.step_loss_decay
+    )
+    expected.backward()
+    reported = metrics.flush()
+    loss = eagle3_loss(draft, *ours)
+    loss.value.backward()
+    torch.testing.assert_close(loss.value, expected, rtol=1e-6, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            mine = draft.get_parameter(name).grad
+            scale = float(parameter.grad.abs().max())
+            assert scale > 0, name
+            torch.testing.assert_close(mine, parameter.grad, rtol=0, atol=1e-6 * max(scale, 1), msg=name)
+    found = {
+        "train/loss": loss.value,
+        "train/tau_probabilistic": loss.tau / loss.counted[0],
+        "train/tau_greedy": loss.tau_greedy / loss.counted[0],
+    }
+    for step in range(model.ttt_length):
+        found |= {
+            f"train/ploss_{step}": loss.steps[step],
+            f"train/accuracy@{step}": loss.correct[step] / loss.counted[step],
+            f"train/accept_rate@{step}": loss.accepted[step] / loss.counted[step],
+            f"train/valid_tokens@{step}": loss.counted[step],
+        }
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(reported, rel=1e-6, abs=1e-6)
+
+
+def test_folders_are_read_in_both_directions(pair, tmp_path):
+    model, draft, _ = pair
+    draft.save(tmp_path / "ours")
+    again = type(model).from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="sdpa")
+    assert Eagle3Config.from_folder(tmp_path / "ours") == draft.config
+    hidden = torch.randn(1, 9, 5 * draft.config.hidden_size)
+    ids = torch.randint(0, draft.config.vocab_size, (1, 10))
+    with torch.no_grad():
+        theirs = again.compute_logits(again(hidden_states=hidden, input_ids=ids[:, 1:]))
+        ours = draft.logits(draft(ids, torch.cat((hidden, hidden[:, :1]), 1))[0])[:, :9]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for name, value in draft.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
