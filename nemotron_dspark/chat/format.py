@@ -6,7 +6,7 @@ and how each was checked. Nothing here or in the loss masks depends on the marke
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,36 @@ class RenderError(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Thinking:
+    """How a format's reasoning is switched."""
+
+    switch: str  # in words
+    when_on: str  # what the generation prompt prints behind the assistant's marker with reasoning on, and off
+    when_off: str
+    history: str  # what becomes of the reasoning of earlier answers, in words
+
+
+@dataclasses.dataclass(frozen=True)
 class ChatFormat:
     """One file of `templates/`."""
 
     name: str
     description: str
     recognise: tuple[str, ...]  # a chat template that contains all of these is of this format
-    system: str | None  # what a turn of each role begins with
+    system: str | None  # what a turn of each role begins with; None where the format has no such turn
     user: str | None
     assistant: str | None
-    end_of_turn: str | None
-    thinking: str | None  # how reasoning is switched, in words
-    deepspec: dict[str, str | None] | None  # fields of DeepSpec's ChatTemplate; None where its regex cannot do it
+    end_of_turn: str | None  # None where nothing but the next turn's marker ends one
+    thinking: Thinking | None  # None: the format has no reasoning
+    deepspec: dict[str, str | None] | None  # DeepSpec's ChatTemplate; None where its search for markers cannot do it
     jinja: str | None  # used for a tokenizer that ships no template; None where every known checkpoint ships one
     checked: str
+
+
+_THINKING = frozenset(field.name for field in dataclasses.fields(Thinking))
+_DEEPSPEC = frozenset(
+    ("assistant_header", "user_header", "system_prompt", "end_of_turn_token", "assistant_loss_prefix")
+)
 
 
 def load_format(path: Path) -> ChatFormat:
@@ -59,18 +75,24 @@ def load_format(path: Path) -> ChatFormat:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.", "Correct the file.") from None
-    names = {field.name for field in dataclasses.fields(ChatFormat)}
-    if not isinstance(values, dict) or set(values) != names:
-        wrong = sorted(names ^ set(values)) if isinstance(values, dict) else sorted(names)
-        raise InputError(
-            f"{path}: missing or unknown keys: {', '.join(wrong)}.", "Compare it with templates/plain.yaml."
-        )
+    _check_keys(path, "", values, {field.name for field in dataclasses.fields(ChatFormat)})
     if not isinstance(values["recognise"], list):
         raise InputError(f"{path}: recognise is not a list.", "Write a list of texts, [] for none.")
+    for part, names in (("thinking", _THINKING), ("deepspec", _DEEPSPEC)):
+        if values[part] is not None:
+            _check_keys(path, f"{part}.", values[part], names)
+    thinking = values["thinking"] and Thinking(**values["thinking"])
+    return ChatFormat(**(values | {"recognise": tuple(values["recognise"]), "thinking": thinking}))
+
+
+def _check_keys(path: Path, prefix: str, values: Any, names: Set[str]) -> None:
+    if not isinstance(values, dict) or values.keys() != names:
+        wrong = sorted(names ^ values.keys(), key=str) if isinstance(values, dict) else sorted(names)
+        listed = ", ".join(f"{prefix}{name}" for name in wrong)
+        raise InputError(f"{path}: missing or unknown keys: {listed}.", "Compare it with templates/nemotron_3.yaml.")
     for key, value in values.items():
-        if key not in ("recognise", "deepspec") and not isinstance(value, str | None):
-            raise InputError(f"{path}: {key} is not text.", "Quote the value.")
-    return ChatFormat(**(values | {"recognise": tuple(values["recognise"])}))
+        if key not in ("recognise", "thinking", "deepspec") and not isinstance(value, str | None):
+            raise InputError(f"{path}: {prefix}{key} is not text.", "Quote the value.")
 
 
 @functools.cache
@@ -92,7 +114,7 @@ def recognise(tokenizer: Any) -> ChatFormat | None:
     """The bundled format of this tokenizer's template: plain without a template, None for one nobody described."""
     if not getattr(tokenizer, "chat_template", None):
         return bundled_formats()["plain"]
-    source = template_source(tokenizer)
+    source = template_source(tokenizer).replace("\\n", "\n")  # jinja files write line breaks either way
     fitting = [f for f in bundled_formats().values() if f.recognise and all(text in source for text in f.recognise)]
     return max(fitting, key=lambda chat_format: len(chat_format.recognise), default=None)
 

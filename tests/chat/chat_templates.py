@@ -14,9 +14,10 @@ NEMOTRON_3 = """
     {%- if '<think>' not in content and '</think>' not in content -%}
       {%- set content = '<think></think>' + content -%}
     {%- endif -%}
-    {%- if loop.index0 < last.user -%}
-      {%- set content = '<think></think>' + content.split('</think>')[-1].strip() -%}
+    {%- if loop.index0 < last.user and '<think>' in content and '</think>' in content -%}
+      {%- set content = '<think></think>' + content.split('</think>')[-1] -%}
     {%- endif -%}
+    {%- set content = content.strip() -%}
   {%- endif -%}
   {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' -}}
 {%- endfor -%}
@@ -25,18 +26,30 @@ NEMOTRON_3 = """
 {%- endif -%}
 """
 
-# /think or /no_think in any text, on by default; history keeps what follows </think>; a final answer is given a tag.
+# Super can be asked for little effort, Ultra for less; 3.5 Lightning is as Nano.
+NEMOTRON_3_SUPER = NEMOTRON_3.replace(
+    "{{- '<|im_start|>' + message.role",
+    "{%- if low_effort and loop.index0 == last.user -%}{%- set content = content + '\n\nBriefly.' -%}{%- endif -%}"
+    "{{- '<|im_start|>' + message.role",
+)
+NEMOTRON_3_ULTRA = NEMOTRON_3_SUPER.replace("low_effort", "medium_effort")
+
+# /think or /no_think in any text, the last one counts, on by default, never printed; history keeps what follows
+# </think>; a final answer is given a tag.
 NANO_V2 = """
 {%- set mode = namespace(thinks=true) -%}
 {%- for message in messages -%}
-  {%- if message.role != 'assistant' and '/no_think' in message.content -%}{%- set mode.thinks = false -%}{%- endif -%}
+  {%- if message.role != 'assistant' -%}
+    {%- if '/think' in message.content -%}{%- set mode.thinks = true -%}
+    {%- elif '/no_think' in message.content -%}{%- set mode.thinks = false -%}{%- endif -%}
+  {%- endif -%}
 {%- endfor -%}
 {{- '<SPECIAL_10>System\n' -}}
 {%- for message in messages -%}
-  {%- if message.role == 'system' -%}{{- message.content + '\n' -}}{%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-  {%- if message.role == 'user' -%}{{- '<SPECIAL_11>User\n' + message.content + '\n' -}}{%- endif -%}
+  {%- set content = message.content.replace('/think', '').replace('/no_think', '').strip() -%}
+  {%- if message.role == 'system' -%}{{- content -}}{%- endif -%}
+  {%- if loop.first -%}{{- '\n' -}}{%- endif -%}
+  {%- if message.role == 'user' -%}{{- '<SPECIAL_11>User\n' + content + '\n' -}}{%- endif -%}
   {%- if message.role == 'assistant' -%}
     {{- '<SPECIAL_11>Assistant\n' -}}
     {%- if loop.last -%}
@@ -52,17 +65,111 @@ NANO_V2 = """
 {%- endif -%}
 """
 
-# No end marker: the next header ends the turn.
+# The system text switches. No end marker: the next header ends the turn. A question prints the assistant's header.
 H_REASONING = """
+{{- '<SPECIAL_10>System\n' -}}
+{%- set system = messages[0].content if messages[0].role == 'system' else '' -%}
+{{- system.strip() -}}
 {%- for message in messages -%}
-  {%- if message.role == 'system' -%}{{- '<SPECIAL_10>System\n' + message.content -}}{%- endif -%}
-  {%- if message.role == 'user' -%}{{- '\n<SPECIAL_11>User\n' + message.content -}}{%- endif -%}
-  {%- if message.role == 'assistant' -%}{{- '\n<SPECIAL_11>Assistant\n' + message.content -}}{%- endif -%}
+  {%- if message.role == 'user' -%}
+    {{- '\n<SPECIAL_11>User\n' + message.content.strip() + '\n<SPECIAL_11>Assistant\n' -}}
+    {%- if loop.last and "{'reasoning': True}" in system -%}{{- '<think>\n' -}}{%- endif -%}
+    {%- if loop.last and "{'reasoning': False}" in system -%}{{- '<think></think>' -}}{%- endif -%}
+  {%- endif -%}
+  {%- if message.role == 'assistant' -%}{{- message.content.strip() -}}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '\n<SPECIAL_11>Assistant\n' -}}{%- endif -%}
 """
 
-# The generation prompt opens nothing by default, but a last answer is printed with an empty pair; contents are trimmed.
+# Reasoning is the target's own to open; off prints an empty pair. Only answers after the last question keep theirs, and
+# the last of all is given an empty pair if it has none.
+QWEN3 = """
+{%- set last = namespace(user=-1) -%}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+  {%- set content = message.content -%}
+  {%- if message.role == 'assistant' -%}
+    {%- set reasoning = '' -%}
+    {%- if '</think>' in content -%}
+      {%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\n') -%}
+      {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
+    {%- endif -%}
+    {%- if loop.index0 > last.user and (loop.last or reasoning) -%}
+      {%- set content = '<think>\n' + reasoning + '\n</think>\n\n' + content -%}
+    {%- endif -%}
+  {%- endif -%}
+  {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\n' -}}
+  {%- if enable_thinking is defined and not enable_thinking -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+
+# Contents are trimmed, an answer's role is "model", and the system text goes into the first question.
+GEMMA = """
+{{- bos_token -}}
+{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
+{%- for message in (messages[1:] if system else messages) -%}
+  {%- set expected = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
+  {%- if message.role != expected -%}{{- raise_exception('roles must alternate') -}}{%- endif -%}
+  {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' -}}
+  {{- (system if loop.first else '') + message.content.strip() + '<end_of_turn>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
+"""
+
+# The second Gemma refuses a system text.
+GEMMA_2 = "{%- if messages[0].role == 'system' -%}{{- raise_exception('no system role') -}}{%- endif -%}" + GEMMA
+
+LLAMA3 = """
+{{- bos_token -}}
+{%- for message in messages -%}
+  {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content.strip() + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}
+"""
+
+# A system turn always. Every answer that is printed keeps only what follows </think>, the last one too. In version 1.5
+# /no_think in the system text makes the prompt print an empty pair.
+LLAMA_NEMOTRON = """
+{%- set system = messages[0].content if messages[0].role == 'system' else '' -%}
+{{- bos_token + '<|start_header_id|>system<|end_header_id|>\n\n' -}}
+{{- system.replace('/no_think', '').strip() + '<|eot_id|>' -}}
+{%- for message in messages if message.role != 'system' -%}
+  {%- set content = message.content -%}
+  {%- if message.role == 'assistant' -%}{%- set content = content.split('</think>')[-1] -%}{%- endif -%}
+  {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + content.strip() + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
+  {%- if '/no_think' in system -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+
+# A system turn always, with a text of its own.
+GRANITE = """
+{%- if messages[0].role != 'system' -%}
+  {{- '<|start_of_role|>system<|end_of_role|>You are a helpful assistant.<|end_of_text|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {{- '<|start_of_role|>' + message.role + '<|end_of_role|>' + message.content + '<|end_of_text|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_of_role|>assistant<|end_of_role|>' -}}{%- endif -%}
+"""
+
+NEMOTRON_MINI = """
+{{- '<extra_id_0>System\n' -}}
+{%- if messages[0].role == 'system' -%}{{- messages[0].content.strip() -}}{%- endif -%}
+{{- '\n\n' -}}
+{%- for message in messages if message.role != 'system' -%}
+  {{- '<extra_id_1>' + ('User' if message.role == 'user' else 'Assistant') + '\n' + message.content.strip() + '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<extra_id_1>Assistant\n' -}}{%- endif -%}
+"""
+
+# Contents are trimmed; a last answer is printed with an empty pair that the generation prompt prints only when off.
 EMPTY_PAIR = """
 {%- for message in messages -%}
   {{- '<|im_start|>' + message.role + '\n' -}}
