@@ -64,8 +64,8 @@ def store_tokens(
     lengths: list[int] = []
 
     def write(file: BinaryIO) -> None:
-        for number, item in enumerate(read_samples(conversations, tokenizer, data), start=1):
-            progress(number)
+        for item in read_samples(conversations, tokenizer, data):
+            progress(item.line)
             if isinstance(item, Skipped):
                 tally.skipped.add(item)
                 continue

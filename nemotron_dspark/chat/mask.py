@@ -1,8 +1,9 @@
 """Loss masks from the generation prompt: a loss token is one the target itself would have written, and nothing else.
 
-Rendering the messages before an answer with the generation prompt shows where the target starts to write, whatever the
-template does: it may drop reasoning from earlier turns, open `<think>` by itself, or open it twice. Each conversation
-is tokenised once; the character span of each answer becomes a token span through the tokenizer's offsets.
+When an answer was generated, the target read the rendering of the messages before it with the generation prompt, and
+wrote reasoning, answer and end of turn. So that is what a sample holds: exactly this prompt and exactly this text.
+Later answers of a conversation stand in the same sample as long as the template leaves the past as it was; where it
+rewrites it (drops reasoning, prints other tags), a conversation becomes several samples. Each answer trains in one.
 """
 
 import dataclasses
@@ -12,21 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_dspark.chat.format import Conversation, Message, render, template_source
+from nemotron_dspark.chat.format import Conversation, Message, RenderError, render, template_source
 from nemotron_dspark.errors import InputError
 
-_OPENED = re.compile(r"<think>\s*$")
+_OPENED = re.compile(r"<think>\s*$")  # how a generation prompt may end
 _CLOSED = re.compile(r"<think>\s*</think>\s*$")
-_OPENING = re.compile(r"\s*<think>(\s*</think>)?\s*")
-_END_PROBE = "\u2063end\u2063of\u2063content\u2063"  # invisible separators: no template and no text contains this
+_TAG = re.compile(r"\s*<think>")  # how an answer may begin
+_PAIR = re.compile(r"\s*<think>\s*</think>")
+_PROBE = "\u2063probe\u2063of\u2063content\u2063"  # invisible separators: no template and no text contains this
 
 
 class NotMaskable(InputError):
-    """No answer of the conversation appears in the rendering as the target would have written it."""
+    """No answer of the conversation can be what the target would have written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenised:
+    """One sample."""
+
     input_ids: np.ndarray  # int32 [S]
     loss_mask: np.ndarray  # uint8 [S], 1 where the token is the target's own
 
@@ -36,128 +40,171 @@ class Tokenised:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenisedConversation:
+    samples: tuple[Tokenised, ...]  # at least one, in the order of their last answers
+    unfit: tuple[int, ...]  # answers, counted from 1, that the target would not have written in this thinking mode
+
+
+@dataclasses.dataclass(frozen=True)
 class _Turn:
-    """A rendering that ends with one answer; the answer and its end-of-turn token are ``text[start:end]``."""
+    """What the target read before an answer, and what it wrote."""
 
-    text: str
-    start: int
-    end: int
-    content_end: int
+    prompt: str
+    written: str
+    as_rendered: bool  # the template prints this answer as prompt + written
 
 
-def tokenise(tokenizer: Any, conversation: Conversation, *, max_length: int, thinking: bool | None = None) -> Tokenised:
-    """Token ids and loss mask of ``conversation``, cut to ``max_length`` tokens.
+def tokenise(
+    tokenizer: Any, conversation: Conversation, *, max_length: int, thinking: bool | None = None
+) -> TokenisedConversation:
+    """Token ids and loss masks of ``conversation``; samples are cut to ``max_length`` tokens.
 
-    The text is the template's own rendering. Only where that is not what the target would have written for the last
-    answer (a tag opened twice, reasoning rewritten), the text is generation prompt + answer + end of turn. Earlier
-    answers count where this text contains them as they were written. ``thinking`` None tries the template's default,
-    then off, then on, and takes the mode the last answer fits. An answer that was cut off has no end-of-turn token.
+    An answer stands in the sample of a later one if its tokens (prompt and what was written) are exactly how that one's
+    begin, else it ends a sample of its own. ``thinking`` None tries the template's default, then off, then on, and
+    takes the mode that fits the last answer best. An answer that was cut off has no end of turn.
 
     Raises:
-        NotMaskable: the last answer fits no mode, or there is none.
+        NotMaskable: no answer fits, or there is none.
         RenderError: the template refuses the messages.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError("This tokenizer gives no character offsets.", "Use a checkpoint with a tokenizer.json.")
-    answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
-    if not answers:
-        raise NotMaskable("The conversation has no assistant turn.", "Regenerate answers with `nds data regenerate`.")
-    messages = conversation.messages[: answers[-1] + 1]
-    final, mode = _last_turn(tokenizer, messages, conversation.complete, thinking)
-    text = final.text if conversation.complete else final.text[: final.content_end]
-    spans = [(final.start, final.end if conversation.complete else final.content_end)]
-    for index in answers[:-1]:
-        turn = _as_rendered(tokenizer, messages[: index + 1], mode)
-        if turn is not None and text.startswith(turn.text[: turn.end]):
-            spans.append((turn.start, turn.end))
-    return _token_spans(tokenizer, text, spans, max_length)
-
-
-def _last_turn(
-    tokenizer: Any, messages: Sequence[Message], complete: bool, thinking: bool | None
-) -> tuple[_Turn, bool | None]:
-    modes: list[bool | None] = [thinking]
-    if thinking is None and "enable_thinking" in template_source(tokenizer):
-        modes += [False, True]
-    tries = [(written, mode) for written in (False, True) for mode in modes]
-    if not complete:  # cut inside its reasoning an answer looks like one without: the default mode decides
-        tries.sort(key=lambda pair: modes.index(pair[1]))
-    for written, mode in tries:
-        turn = _as_written(tokenizer, messages, mode, complete) if written else _as_rendered(tokenizer, messages, mode)
-        if turn is not None:
-            return turn, mode
-    raise NotMaskable(
-        "The last answer is not what the target would write after the generation prompt: "
-        "the template opens or skips reasoning and the answer does not.",
-        "Set data.thinking to the mode the answers were made in, or regenerate them.",
+    turns = _turns(tokenizer, conversation, thinking)
+    samples: list[tuple[list[int], np.ndarray]] = []  # last answer first
+    for turn in reversed([turn for turn in turns if turn is not None]):
+        start, ids = _encode(tokenizer, turn)
+        holder = next((sample for sample in samples if sample[0][: len(ids)] == ids), None)
+        if holder is None:
+            holder = (ids, np.zeros(len(ids), dtype=np.uint8))
+            samples.append(holder)
+        holder[1][start : len(ids)] = 1
+    return TokenisedConversation(
+        samples=tuple(
+            Tokenised(np.asarray(ids[:max_length], dtype=np.int32), loss_mask[:max_length])
+            for ids, loss_mask in reversed(samples)
+        ),
+        unfit=tuple(number for number, turn in enumerate(turns, start=1) if turn is None),
     )
 
 
-def _end_of_turn(tokenizer: Any, messages: Sequence[Message], mode: bool | None) -> str | None:
+def with_opening_tag(answer: str) -> str:
+    """``answer`` with the `<think>` it closes: a generation prompt may have printed it.
+
+    Templates find reasoning by its tags, so a history is only rendered as in a chat if answers are recorded whole.
+    """
+    before, closed, _ = answer.partition("</think>")
+    return f"<think>{answer}" if closed and "<think>" not in before else answer
+
+
+def _turns(tokenizer: Any, conversation: Conversation, thinking: bool | None) -> list[_Turn | None]:
+    """Every answer as a turn in the mode that fits best, later ones counting more; None for one that does not fit.
+
+    All answers of a conversation were written in one mode. One that fits only another mode has lost its reasoning.
+    """
+    messages = conversation.messages
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
+        raise NotMaskable("The conversation has no assistant turn.", "Regenerate answers with `nds data regenerate`.")
+    modes: list[bool | None] = [thinking]
+    if thinking is None and "enable_thinking" in template_source(tokenizer):
+        modes += [False, True]
+    best: list[_Turn | None] = []
+    best_fit: list[int] = []
+    for mode in modes:
+        turns = [
+            _turn(tokenizer, messages[: i + 1], mode, complete=conversation.complete or i != answers[-1])
+            for i in answers
+        ]
+        fit = [0 if turn is None else 1 + turn.as_rendered for turn in reversed(turns)]
+        if not conversation.complete:  # cut inside its reasoning an answer looks like one without: no mode is better
+            fit[0] = min(fit[0], 1)
+        if fit > best_fit:
+            best, best_fit = turns, fit
+        if min(fit) == 2:
+            break
+    if not any(best):
+        raise NotMaskable(
+            "The answers are not what the target would write after the generation prompt: "
+            "the template opens or skips reasoning and the answers do not.",
+            "Set data.thinking to the mode the answers were made in, or regenerate them.",
+        )
+    return best
+
+
+def _turn(tokenizer: Any, messages: Sequence[Message], mode: bool | None, *, complete: bool) -> _Turn | None:
+    """The last message as what the target wrote after its prompt; None if it cannot have written that in this mode."""
+    before, content = messages[:-1], messages[-1].content
+    prompt = render(tokenizer, before, generation_prompt=True, thinking=mode)
+    text = render(tokenizer, messages, thinking=mode)
+    after = _printed_after(tokenizer, messages, mode)
+    if after is None:
+        return None
+    if not text.endswith(content + after):  # the template trims contents, so the target was trained on trimmed ones
+        content = content.strip() if complete else content.lstrip()
+    must_reason = complete and (bool(_OPENED.search(prompt)) or _off_closes(tokenizer, before, mode, prompt))
+    written = _continuation(prompt, content, must_reason)
+    if written is None:
+        return None
+    as_rendered = text == prompt + written + after
+    if complete:
+        written += after.rstrip() or _next_marker(tokenizer, messages, mode)
+    return _Turn(prompt, written, as_rendered)
+
+
+def _continuation(prompt: str, content: str, must_reason: bool) -> str | None:
+    """``content`` without the reasoning tags that ``prompt`` has already printed; None if it is of the other mode."""
+    opened, closed = _OPENED.search(prompt), _CLOSED.search(prompt)
+    if closed:
+        printed, tags = closed.group(), _PAIR.match(content)
+        if tags is None and ("</think>" in content or _TAG.match(content)):
+            return None
+    else:
+        printed, tags = (opened.group(), _TAG.match(content)) if opened else ("", None)
+        if must_reason and not ("</think>" in content or _TAG.match(content)):
+            return None
+        if opened and _PAIR.match(content):
+            return None
+    if tags is None:
+        return content
+    if content.startswith(printed):
+        return content[len(printed) :]
+    return content[tags.end() :].lstrip()
+
+
+def _off_closes(tokenizer: Any, messages: Sequence[Message], mode: bool | None, prompt: str) -> bool:
+    """Whether switching reasoning off would print an empty pair of tags that ``prompt`` does not have."""
+    if mode is False or "enable_thinking" not in template_source(tokenizer) or _CLOSED.search(prompt):
+        return False
+    return bool(_CLOSED.search(render(tokenizer, messages, generation_prompt=True, thinking=False)))
+
+
+def _printed_after(tokenizer: Any, messages: Sequence[Message], mode: bool | None) -> str | None:
     """What the template prints after the content of a last assistant turn; None when it does not print the content."""
-    probe = Message("assistant", messages[-1].content + _END_PROBE)
-    _before, found, after = render(tokenizer, [*messages[:-1], probe], thinking=mode).rpartition(_END_PROBE)
+    probe = Message("assistant", messages[-1].content + _PROBE)
+    _before, found, after = render(tokenizer, [*messages[:-1], probe], thinking=mode).rpartition(_PROBE)
     return after if found else None
 
 
-def _turn(text: str, start: int, content_end: int) -> _Turn:
-    # The newline that many templates print after the end-of-turn token is not the target's.
-    return _Turn(text, start, content_end + len(text[content_end:].rstrip()), content_end)
+def _next_marker(tokenizer: Any, messages: Sequence[Message], mode: bool | None) -> str:
+    """The end of a turn that has none of its own: what begins the next one, up to and with its first added token.
+
+    That token is what such a target stops at. Empty if the next turn begins without one.
+    """
+    probes = [Message("assistant", messages[-1].content + _PROBE), Message("user", _PROBE)]
+    try:
+        between = render(tokenizer, [*messages[:-1], *probes], thinking=mode).split(_PROBE)[-2]
+    except (RenderError, IndexError):
+        return ""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    places = [(between.index(text), -len(text), text) for text in added if text in between]
+    if not places:
+        return ""
+    start, _, text = min(places)
+    return between[: start + len(text)]
 
 
-def _as_rendered(tokenizer: Any, messages: Sequence[Message], mode: bool | None) -> _Turn | None:
-    """The template's rendering, if after the generation prompt it holds the last answer and nothing else."""
-    prompt = render(tokenizer, messages[:-1], generation_prompt=True, thinking=mode)
-    text = render(tokenizer, messages, thinking=mode)
-    tail = _end_of_turn(tokenizer, messages, mode)
-    if tail is None or not text.startswith(prompt) or not text.endswith(tail):
-        return None
-    content_end = len(text) - len(tail)
-    written = text[len(prompt) : content_end]
-    if _OPENED.search(prompt) and not _reasons(messages[-1].content):
-        return None
-    if written.strip() not in (messages[-1].content.strip(), _continuation(prompt, messages[-1].content).strip()):
-        return None
-    if written != _continuation(prompt, written):  # opened twice
-        return None
-    return _turn(text, len(prompt), content_end)
-
-
-def _as_written(tokenizer: Any, messages: Sequence[Message], mode: bool | None, complete: bool) -> _Turn | None:
-    """Generation prompt + answer + end of turn, if the answer can be what the target wrote after this prompt."""
-    prompt = render(tokenizer, messages[:-1], generation_prompt=True, thinking=mode)
-    tail = _end_of_turn(tokenizer, messages, mode)
-    content = messages[-1].content
-    if tail is None:
-        return None
-    if _OPENED.search(prompt) and complete and not _reasons(content):
-        return None  # an answer without reasoning, but the prompt asks for it
-    answer = _continuation(prompt, content)
-    if (_OPENED.search(prompt) or _CLOSED.search(prompt)) and _OPENING.match(answer):
-        return None  # a tag that the prompt has already printed, in another form
-    if not render(tokenizer, messages, thinking=mode).endswith(content + tail):
-        answer = answer.strip()  # the template trims contents, so the target was trained on trimmed ones
-    return _turn(prompt + answer + tail, len(prompt), len(prompt) + len(answer))
-
-
-def _reasons(content: str) -> bool:
-    return "</think>" in content or bool(_OPENING.match(content))
-
-
-def _continuation(prompt: str, content: str) -> str:
-    """``content`` without the reasoning tags that ``prompt`` has already printed."""
-    opening = _OPENING.match(content)
-    pattern = _CLOSED if opening and opening[1] is not None else _OPENED
-    return content[opening.end() :] if opening and pattern.search(prompt) else content
-
-
-def _token_spans(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], max_length: int) -> Tokenised:
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids = np.asarray(encoding["input_ids"][:max_length], dtype=np.int32)
-    offsets = np.asarray(encoding["offset_mapping"][:max_length], dtype=np.int64).reshape(-1, 2)
-    loss_mask = np.zeros(len(input_ids), dtype=np.uint8)
-    for start, end in spans:
-        # A token across a border is none the target wrote. Tokenizers that trim offsets give a whitespace token before
-        # the border no width, at the border itself: hence the strict comparison.
-        loss_mask[(offsets[:, 0] >= start) & (offsets[:, 1] > start) & (offsets[:, 1] <= end)] = 1
-    return Tokenised(input_ids, loss_mask)
+def _encode(tokenizer: Any, turn: _Turn) -> tuple[int, list[int]]:
+    """How many tokens the prompt has, and all tokens; what was written begins with a token of its own."""
+    prompt = tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(turn.prompt + turn.written, add_special_tokens=False)["input_ids"]
+    if ids[: len(prompt)] != prompt:  # a token across the border: the target read the prompt as it is, then wrote
+        ids = prompt + tokenizer(turn.written, add_special_tokens=False)["input_ids"]
+    return len(prompt), ids

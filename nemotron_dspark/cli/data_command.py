@@ -135,6 +135,7 @@ def _print_checked(report: "DataReport") -> None:
     table.add_row("cut off", f"{report.cut_answers:,} have a last answer without an end")
     if report.tokens is not None:
         share = f"{report.loss_tokens / report.tokens:.0%}" if report.tokens else "none"
+        table.add_row("samples", f"{report.samples:,}")
         table.add_row("tokens", f"{report.tokens:,}, {share} of them train the draft")
         table.add_row("lengths", f"median {report.median:,}, longest {report.longest:,}")
         table.add_row("at the maximal length", f"{report.at_max_length:,}")

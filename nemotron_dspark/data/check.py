@@ -20,7 +20,8 @@ class DataReport:
     answers: int
     cut_answers: int  # conversations whose last answer has no end
     skipped: SkipTally
-    tokens: int | None = None  # from here on only with a tokenizer
+    samples: int | None = None  # from here on only with a tokenizer
+    tokens: int | None = None
     loss_tokens: int | None = None
     longest: int | None = None
     median: int | None = None
@@ -47,6 +48,7 @@ def check_data(
     skipped = SkipTally()
     conversations = answers = cut = loss_tokens = 0
     lengths: list[int] = []
+    known: Conversation | None = None
     items = read(file) if tokenizer is None else read_samples(file, tokenizer, data)
     for number, item in enumerate(items, start=1):
         if progress:
@@ -58,6 +60,9 @@ def check_data(
         if isinstance(item, LinedSample):
             lengths.append(len(item.tokens.input_ids))
             loss_tokens += item.tokens.loss_tokens
+        if conversation is known:  # another sample of it
+            continue
+        known = conversation
         conversations += 1
         answers += sum(message.role == "assistant" for message in conversation.messages)
         cut += not conversation.complete
@@ -66,6 +71,7 @@ def check_data(
         return report
     return dataclasses.replace(
         report,
+        samples=len(lengths),
         tokens=sum(lengths),
         loss_tokens=loss_tokens,
         longest=max(lengths, default=0),

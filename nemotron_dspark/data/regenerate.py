@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemotron_dspark.chat.format import Message
+from nemotron_dspark.chat.mask import with_opening_tag
 from nemotron_dspark.data.conversations import Skipped, SkipTally
 from nemotron_dspark.data.prompts import Prompt, read_prompts
 from nemotron_dspark.errors import EnvironmentFault, InputError
@@ -263,7 +264,7 @@ async def _answer(job: _Job, key: str, ask: Callable[[list[dict[str, str]]], Any
         if not content or not content.strip():
             job.skip(key, "empty answer")
             return
-        messages.append(Message("assistant", content))
+        messages.append(Message("assistant", with_opening_tag(content)))
         if finish == "length":
             break  # what follows would be asked after an answer that has no end
     job.keep(key, [dataclasses.asdict(message) for message in messages], finish)

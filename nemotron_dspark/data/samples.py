@@ -21,21 +21,30 @@ class LinedSample:
 def samples_of(
     items: Iterable[Conversation | Skipped], tokenizer: Any, data: DataConfig
 ) -> Iterator[LinedSample | Skipped]:
-    """Every conversation of ``items``, as `conversations.read` gives them, as a sample, or skipped with the reason."""
+    """Every conversation of ``items``, as `conversations.read` gives them, as samples, or skipped with the reason.
+
+    A conversation is several samples, one after the other, where the chat template rewrites its history. Parts of it
+    that train nothing are skipped too: at most once a reason.
+    """
     for item in items:
         if isinstance(item, Skipped):
             yield item
             continue
         line = int(item.origin.rpartition(":")[2])
         try:
-            tokens = tokenise(tokenizer, item, max_length=data.max_length, thinking=data.thinking)
+            found = tokenise(tokenizer, item, max_length=data.max_length, thinking=data.thinking)
         except (NotMaskable, RenderError) as reason:
             yield Skipped(line, reason.what.rstrip("."))
             continue
-        if tokens.loss_tokens < data.min_loss_tokens:
+        long_enough = [sample for sample in found.samples if sample.loss_tokens >= data.min_loss_tokens]
+        for sample in long_enough:
+            yield LinedSample(line, item, sample)
+        if not long_enough:
             yield Skipped(line, f"fewer than {data.min_loss_tokens} loss tokens")
-        else:
-            yield LinedSample(line, item, tokens)
+        elif len(long_enough) < len(found.samples):
+            yield Skipped(line, f"a turn of fewer than {data.min_loss_tokens} loss tokens; the rest is used")
+        if long_enough and found.unfit:
+            yield Skipped(line, "an answer that does not fit the conversation's thinking mode; the rest is used")
 
 
 def read_samples(file: Path | str, tokenizer: Any, data: DataConfig) -> Iterator[LinedSample | Skipped]:

@@ -133,7 +133,7 @@ def _families(bench: _Bench) -> str:
 def _mask(bench: _Bench) -> str:
     messages = (Message("user", "Is it exact?"), Message("assistant", "Yes, it is."), Message("user", "Sure?"))
     conversation = Conversation((*messages, Message("assistant", "Quite sure.")), "selftest")
-    found = tokenise(bench.target.tokenizer, conversation, max_length=96)
+    (found,) = tokenise(bench.target.tokenizer, conversation, max_length=96).samples
     text = bench.target.tokenizer.decode(found.input_ids[found.loss_mask.astype(bool)])
     _require(text == "Yes, it is.<|im_end|>Quite sure.<|im_end|>", f"The loss mask covers {text!r}")
     return "covers both answers with their end of turn, and nothing else"

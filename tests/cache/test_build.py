@@ -1,5 +1,6 @@
 """A cache holds what the target computes for each conversation, in DeepSpec's bytes, whatever interrupts the build."""
 
+import copy
 import json
 import shutil
 import struct
@@ -18,6 +19,7 @@ from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.data.conversations import Skipped, read
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from tests.cache.conftest import CACHE, DATA, SAMPLES, TAPS, write_conversations
+from tests.chat.chat_templates import NEMOTRON_3
 
 
 class Interrupting:
@@ -46,7 +48,7 @@ def test_samples_are_the_targets_own_hidden_states(target, conversations, built)
     assert len(cache) == len(usable) == SAMPLES
     assert cache.manifest.shard_files[2:]  # several shards
     for sample_id, conversation in enumerate(usable):
-        expected = tokenise(target.tokenizer, conversation, max_length=DATA.max_length)
+        (expected,) = tokenise(target.tokenizer, conversation, max_length=DATA.max_length).samples
         sample = cache[sample_id]
         assert sample.input_ids.tolist() == expected.input_ids.tolist()
         assert sample.loss_mask.tolist() == expected.loss_mask.astype(bool).tolist()
@@ -273,3 +275,27 @@ def test_no_usable_sample_is_said(target, conversations, tmp_path):
 def test_checksums_name_every_file_of_the_cache(built):
     assert verify(built).files == len(list(built.iterdir())) - 2  # all but the manifest and the checksums themselves
     assert verify(built).whole
+
+
+def test_a_conversation_of_several_samples_is_built_and_resumed_like_any_other(target, tmp_path, contents):
+    class Reasoning(Interrupting):
+        """The target with a chat template that drops the reasoning of earlier turns."""
+
+        def __init__(self, at):
+            super().__init__(target, at)
+            self.tokenizer = copy.deepcopy(target.tokenizer)
+            self.tokenizer.chat_template = NEMOTRON_3
+
+    path = tmp_path / "data.jsonl"
+    answer = "<think>why</think>state of a hybrid"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+    path.write_text("\n".join(json.dumps({"conversations": turns * (1 + n % 3)}) for n in range(9)))
+    report = build(Reasoning(99), path, tmp_path / "whole")
+    assert report.samples == 3 * (1 + 2 + 3)
+    cache = TargetCache(tmp_path / "whole")
+    losses = [target.tokenizer.decode(sample.input_ids[sample.loss_mask]) for sample in cache]
+    assert losses == ["why</think>state of a hybrid<|im_end|>"] * 18
+    with pytest.raises(KeyboardInterrupt):
+        build(Reasoning(1), path, tmp_path / "stopped")
+    build(Reasoning(99), path, tmp_path / "stopped")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")

@@ -147,7 +147,7 @@ def test_an_answer_cut_at_max_tokens_ends_its_conversation_without_an_end_token(
     assert all(row["finish"] == "length" and len(row["conversations"]) == 2 for row in rows(out))
     tokenizer = tiny.make_tokenizer(["q r 1: 3:"], 320)
     for conversation in read(out):
-        sample = tokenise(tokenizer, conversation, max_length=99)
+        (sample,) = tokenise(tokenizer, conversation, max_length=99).samples
         loss = tokenizer.decode(sample.input_ids[sample.loss_mask == 1])
         assert loss == conversation.messages[-1].content
         assert sample.input_ids[-1] != tokenizer.eos_token_id
@@ -171,6 +171,17 @@ def test_refused_prompts_and_empty_answers_are_skipped_and_counted(server, promp
 def test_a_server_that_keeps_special_tokens_to_itself_is_used_all_the_same(server, prompts, tmp_path):
     server.refused = "skip_special_tokens"
     assert regenerate(prompts, tmp_path / "out.jsonl", base_url=server.url, concurrency=3).answered == 12
+
+
+def test_an_answer_is_recorded_with_the_tag_that_the_generation_prompt_opened(server, tmp_path):
+    """Else the template would not find the reasoning in the history, and keep it."""
+    server.reply = lambda messages: (200, {"content": f"why\n</think>\n{len(messages)}"})
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"turns": ["a", "b"]}))
+    regenerate(prompts, out, base_url=server.url)
+    contents = [turn["content"] for turn in rows(out)[0]["conversations"]]
+    assert contents == ["a", "<think>why\n</think>\n1", "b", "<think>why\n</think>\n3"]
+    assert [message["content"] for message in server.asked[-1]["messages"]] == contents[:3]
 
 
 def test_split_reasoning_is_refused(server, prompts, tmp_path):
@@ -231,7 +242,7 @@ def test_with_nds_serve_itself(tiny_llama, prompts, tmp_path):
     assert report.answered + report.skipped.total == 12
     assert report.answered > 0
     for conversation in read(out):
-        assert tokenise(target.tokenizer, conversation, max_length=99).loss_tokens > 0
+        assert tokenise(target.tokenizer, conversation, max_length=99).samples[0].loss_tokens > 0
 
 
 SCRIPT = """
