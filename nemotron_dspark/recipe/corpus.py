@@ -12,8 +12,9 @@ from pathlib import Path
 from nemotron_dspark.errors import EnvironmentFault
 
 MODULES = (
-    "base64", "bisect", "contextlib", "csv", "fileinput", "fractions", "functools", "gettext", "gzip", "html/parser",
-    "mimetypes", "pprint", "queue", "random", "selectors", "socketserver", "string", "tempfile", "textwrap", "weakref",
+    "argparse", "collections/__init__", "configparser", "contextlib", "csv", "dataclasses", "fractions", "functools",
+    "gettext", "gzip", "html/parser", "pprint", "random", "shutil", "socketserver", "statistics", "tempfile", "textwrap",
+    "threading", "weakref",
 )  # fmt: skip
 HELD_OUT = ("calendar", "cmd", "heapq", "shlex")
 

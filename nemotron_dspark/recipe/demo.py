@@ -39,7 +39,7 @@ STAGES = ("target", "answers", "cache", "train", "eval", "serve")
 _SMALL_TENSORS = ("answers", "eval", "serve")  # decoding a tiny model: a second thread would only be waited for
 _CALIBRATION_STEPS = 8
 # A draft is good at the temperatures it was trained on, and this one is measured at both.
-_TEMPERATURES = {"sampled": (1.0, 2 / 3), "greedy": (0.0, 1 / 3)}  # name: temperature, share of the prompts
+_TEMPERATURES = {"sampled": (1.0, 0.75), "greedy": (0.0, 0.25)}  # name: temperature, share of the prompts
 
 
 class Progress:
