@@ -72,7 +72,7 @@ def test_loss_gradients_and_metrics_are_deepspecs(pair, deepspec_on_cpu):
             assert scale > 0, name
             torch.testing.assert_close(mine, parameter.grad, rtol=0, atol=1e-6 * max(scale, 1), msg=name)
     found = {
-        "train/loss": loss.value,
+        "train/loss": loss.value.detach(),
         "train/tau_probabilistic": loss.tau / loss.counted[0],
         "train/tau_greedy": loss.tau_greedy / loss.counted[0],
     }
@@ -99,3 +99,34 @@ def test_folders_are_read_in_both_directions(pair, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for name, value in draft.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_drafting_token_by_token_gives_deepspecs_logits(pair):
+    from transformers import DynamicCache
+
+    model, draft, cfg = pair
+    model.config._attn_implementation = "sdpa"  # as its evaluator loads it
+    sample = TargetCache(cfg.data.target_cache_path)[0]
+    ids, taps = sample.input_ids, sample.taps.float()
+    at, tokens = len(ids) - 4, [7, 40, 90]
+    with torch.no_grad():
+        context, cache = draft.new_context(), DynamicCache()
+        for begin, end in ((0, at - 3), (at - 3, at)):  # a prompt, then one verified block
+            draft.extend(context, taps[None, begin : end + 2], [end - begin], ids[None, begin + 1 : end + 3])
+            hidden = model.extend_draft_cache(
+                hidden_states=taps[None, begin:end],
+                input_ids=ids[None, begin + 1 : end + 1],
+                position_ids=torch.arange(begin, end)[None],
+                past_key_values=cache,
+            )
+        block = draft.begin(context, ids[at : at + 1])
+        for step, token in enumerate(tokens):
+            ours = block.next_logits(torch.tensor([tokens[step - 1]]))
+            torch.testing.assert_close(ours, model.compute_logits(hidden)[:, 0], rtol=1e-5, atol=1e-4)
+            hidden = model(
+                hidden_states=hidden,
+                input_ids=torch.tensor([[token]]),
+                position_ids=torch.tensor([[at + step]]),
+                past_key_values=cache,
+                use_cache=True,
+            )
