@@ -18,6 +18,8 @@ COMMANDS = (
     "inspect",
     "config",
     "data",
+    "chat",
+    "taps",
     "cache",
     "train",
     "eval",

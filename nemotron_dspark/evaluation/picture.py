@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.evaluation.measure import Measurement
+from nemotron_dspark.files import write_whole
 
 _GREEN, _BLUE, _GREY = "#3f7d20", "#1f5aa6", "#9a9a9a"
 _STYLES = ((_BLUE, "-", "o"), (_GREEN, "-", "s"), (_GREY, "--", "o"), (_GREY, ":", "s"))
@@ -15,6 +17,22 @@ def draw_run(
     path: Path, measurements: Mapping[str, Measurement], metrics_file: Path | None = None, title: str = ""
 ) -> Path:
     """Draw ``measurements`` by label, and the loss in ``metrics_file`` (JSON lines) if given, as a PNG at ``path``."""
+    panels = 2 if metrics_file else 1
+    figure, axes = new_figure([5.2] * panels)
+    if metrics_file:
+        _draw_loss(axes[0], metrics_file)
+    _draw_acceptance(axes[-1], measurements)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return save_png(figure, path)
+
+
+def new_figure(widths: Sequence[float], height: float = 3.9) -> tuple[Any, Sequence[Any]]:
+    """A matplotlib figure of panels side by side, ``widths`` and ``height`` in inches, and its axes.
+
+    Raises:
+        EnvironmentFault: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -22,17 +40,14 @@ def draw_run(
         raise EnvironmentFault(
             "Pictures need matplotlib, which is not installed.", "Run `pip install 'nemotron-dspark[report]'`."
         ) from None
-    panels = 2 if metrics_file else 1
-    figure = Figure(figsize=(5.2 * panels, 3.9), layout="constrained")
+    figure = Figure(figsize=(sum(widths), height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    if metrics_file:
-        _draw_loss(axes[0], metrics_file)
-    _draw_acceptance(axes[-1], measurements)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    return figure, figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+
+
+def save_png(figure: Any, path: Path) -> Path:
+    """Write ``figure`` whole; returns ``path``."""
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     return path
 
 
