@@ -112,7 +112,7 @@ def test_multi_token_layers_experts_and_preset_are_on_the_page(nds, tmp_path):
         "22 a token, behind 1024 latent channels",
         "128 heads, 64 wide, state 128",
         "quantised (NVFP4)",
-        "nemotron_3 (documented",
+        "nemotron_3_super (documented",
     ):
         assert words in result.stdout
     assert "NVIDIA-Nemotron-3-Super-120B-A12B-BF16 does not" in result.stderr
