@@ -74,7 +74,7 @@ class Target:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder = locate(str(name), revision=revision, weights=True)
+        folder = locate(str(name), revision=revision, weights=True, code=trust_remote_code)
         spec = TargetSpec.from_folder(folder, str(name), trust_remote_code=trust_remote_code)
         where = resolve_device(device)
         kind = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
