@@ -24,6 +24,7 @@ COMMANDS = (
     "train",
     "eval",
     "serve",
+    "deepspec",
 )
 
 app = typer.Typer(

@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import RunConfig, load_run_config
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import write_text
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +21,7 @@ def register(app: typer.Typer) -> None:
         out: Path | None = typer.Option(None, "--out", "-o", help="Run folder; runs/<target> when not given."),
         config_file: shell.ConfigOption = None,
         assignments: shell.SetOption = None,
+        engine: str = typer.Option("native", "--engine", help="native, or deepspec: DeepSpec's own loop on your GPUs."),
         fresh: bool = typer.Option(False, "--fresh", help="Refuse to go on with a run that the folder holds."),
         as_json: shell.JsonOption = False,
     ) -> None:
@@ -34,6 +36,9 @@ def register(app: typer.Typer) -> None:
                 f"--out {shlex.quote(folder)}`, then add `--cache {shlex.quote(folder)}`.",
             )
         shell.quiet_libraries()
+        if engine != "native":
+            _train_with_deepspec(engine, target, cache, out or Path("runs") / name, config)
+            return
         from nemotron_dspark.training.display import Display
         from nemotron_dspark.training.run import train_run
 
@@ -58,3 +63,25 @@ def register(app: typer.Typer) -> None:
                 rates = "  ".join(f"{rate:.2f}" for rate in report.final.accept_rate)
                 table.add_row("acceptance by slot", rates)
         shell.out.print(table)
+
+
+def _train_with_deepspec(engine: str, target: str, cache: Path, out: Path, config: RunConfig) -> None:
+    """The same run as a DeepSpec config in ``out``, then what `nds deepspec train` does."""
+    if engine != "deepspec":
+        raise InputError(f"There is no engine {engine!r}.", "Use native or deepspec.")
+    from nemotron_dspark.cache.format import Manifest
+    from nemotron_dspark.cli.deepspec_command import start_training
+    from nemotron_dspark.deepspec.config_file import config_for
+    from nemotron_dspark.deepspec.launch import Nodes
+
+    if config.draft.taps is None:  # the cache was built with some; they are the only ones there are
+        taps = list(Manifest.read(cache).taps)
+        config = config.model_copy(update={"draft": config.draft.model_copy(update={"taps": taps})})
+    file = out / "deepspec_config.py"
+    write_text(file, config_for(target, config, file=str(file)))
+    options = {
+        "data.target_cache_path": cache,
+        "logging.checkpoint_dir": out / "checkpoints",
+        "logging.tensorboard_dir": out / "tensorboard",
+    }
+    start_training(file, [f"{key}={path.absolute()}" for key, path in options.items()], Nodes())

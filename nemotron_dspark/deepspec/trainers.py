@@ -52,15 +52,19 @@ class _FromCheckpoint:
 class NemotronDSparkTrainer(_FromCheckpoint, _trainer.Qwen3DSparkTrainer):
     """Trains a DSpark draft for a target of any family."""
 
+    draft_config = staticmethod(dspark_config)
+
     def _build_draft_model(self, *, target_config: Any, model_args: Any) -> Any:
-        return _dspark.Qwen3DSparkModel(dspark_config(_spec(target_config), model_args))
+        return _dspark.Qwen3DSparkModel(self.draft_config(_spec(target_config), model_args))
 
 
 class NemotronEagle3Trainer(_FromCheckpoint, _trainer.Qwen3Eagle3Trainer):
     """Trains an EAGLE-3 draft for a target of any family."""
 
+    draft_config = staticmethod(eagle3_config)
+
     def _build_draft_model(self, *, target_config: Any, model_args: Any) -> Any:
-        return _eagle3.Qwen3Eagle3Model(eagle3_config(_spec(target_config), model_args))
+        return _eagle3.Qwen3Eagle3Model(self.draft_config(_spec(target_config), model_args))
 
 
 def _spec(target_config: Any) -> TargetSpec:

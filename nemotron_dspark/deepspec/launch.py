@@ -1,0 +1,178 @@
+"""DeepSpec's own entry points in a clean process, once everything that can be wrong before has been looked at.
+
+Its scripts spawn one worker per visible GPU by themselves; RANK and WORLD_SIZE are the node's number and the number of
+nodes there, not a process's.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nemotron_dspark.cache.verify import check_mask_token
+from nemotron_dspark.deepspec import fit
+from nemotron_dspark.deepspec.checkout import Checkout, deepspec_module, put_on_path
+from nemotron_dspark.errors import EnvironmentFault, InputError, NdsError, first_line
+from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets.spec import TargetSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """The machines of a run; None takes DeepSpec's environment variable, else a single node."""
+
+    count: int | None = None  # WORLD_SIZE
+    rank: int | None = None  # RANK, of this node
+    master: str | None = None  # "host:port", MASTER_ADDR and MASTER_PORT
+
+    def variables(self) -> dict[str, str]:
+        """DeepSpec's four variables; `InputError` when they contradict one another."""
+        address, _, port = (self.master or "").partition(":")
+        given = {"WORLD_SIZE": self.count, "RANK": self.rank, "MASTER_ADDR": address, "MASTER_PORT": port}
+        usual = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        values = {
+            name: str(given[name]) if given[name] not in (None, "") else os.environ.get(name, usual[name])
+            for name in usual
+        }
+        if not all(values[name].isdecimal() for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")):
+            raise InputError(f"Nodes {values} are not numbers.", "Use --nodes, --node-rank and --master host:port.")
+        if int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+            raise InputError(
+                f"Node {values['RANK']} of {values['WORLD_SIZE']} does not exist: nodes count from 0.",
+                "RANK and WORLD_SIZE are the node's number and the number of nodes, not a process's.",
+            )
+        return values
+
+
+def load_config(checkout: Checkout, path: Path, opts: Sequence[str]) -> Any:
+    """The config at ``path`` with ``opts`` applied, read by DeepSpec itself.
+
+    Raises:
+        InputError: no such file, it cannot be run, or an option names no key.
+        EnvironmentFault: DeepSpec cannot be imported.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"The config {path} does not exist.", "Write one with `nds deepspec config --target T --out F`."
+        )
+    put_on_path(checkout)
+    utils = deepspec_module("deepspec.utils")
+    try:
+        cfg = utils.load_config(str(path))
+    except NdsError:
+        raise
+    except Exception as error:  # it is Python: anything can go wrong in it
+        raise InputError(f"{path} cannot be loaded: {first_line(error)}.", "Correct the file.") from None
+    for section in ("model", "train", "logging", "data"):
+        if not isinstance(cfg.get(section), dict):
+            raise InputError(f"{path} has no section {section}.", "Start from `nds deepspec config --target T`.")
+    try:
+        return utils.parse_opts_to_config(list(opts), cfg)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--opts: {first_line(error).strip(chr(39))}.", "Write section.key=value with a key of the config."
+        ) from None
+
+
+def require_gpus() -> int:
+    """Number of visible CUDA devices; `EnvironmentFault` when there is none, where DeepSpec would do nothing."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise EnvironmentFault(
+            "There is no CUDA device here, and DeepSpec runs on nothing else.",
+            "Use the native engine (`nds train`, `nds eval`), or a machine with GPUs.",
+        )
+    return count
+
+
+def spec_of(cfg: Mapping[str, Any]) -> TargetSpec:
+    """The spec of the target that ``cfg`` names."""
+    name = cfg["model"].get("target_model_name_or_path")
+    if not name:
+        raise InputError("The config names no target.", "Set model.target_model_name_or_path.")
+    return TargetSpec.from_folder(locate(str(name)), str(name))
+
+
+def check_training(cfg: Mapping[str, Any], workers: int) -> tuple[str, ...]:
+    """Everything about a training run that can be known before a GPU is touched; returns notes.
+
+    Raises:
+        InputError: target, model section, cache and batch sizes do not fit together.
+    """
+    spec = spec_of(cfg)
+    build = getattr(cfg["train"].get("trainer_cls"), "draft_config", None)
+    if build is None:
+        raise InputError(
+            "train.trainer_cls is not one of this project's trainers.",
+            "Import NemotronDSparkTrainer or NemotronEagle3Trainer from nemotron_dspark.deepspec.",
+        )
+    build(spec, cfg["model"])
+    cache = fit.check_cache(cfg, spec)
+    if cfg["model"].get("mask_token_id") is not None:
+        check_mask_token(cache, int(cfg["model"]["mask_token_id"]))
+    fit.check_batches(cfg, len(cache), workers)
+    locate(spec.name, weights=True)  # downloaded once, not by every rank
+    latest = Path(cfg["logging"]["checkpoint_dir"]) / "step_latest"
+    return (f"DeepSpec goes on from {latest.resolve()}.",) if latest.exists() else ()
+
+
+def run(checkout: Checkout, arguments: Sequence[str], nodes: Nodes, folder: Path | None = None) -> NoReturn:
+    """Replace this process by ``python ARGUMENTS`` with DeepSpec and this package on the path, in ``folder``."""
+    package = str(Path(__file__).resolve().parents[2])
+    paths = [str(checkout.folder), package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, **nodes.variables(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    if folder is not None:
+        os.chdir(folder)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *arguments], environment)
+
+
+def training_command(checkout: Checkout, config: Path, opts: Sequence[str]) -> list[str]:
+    return [str(checkout.folder / "train.py"), "--config", str(config.absolute()), *_opts(opts)]
+
+
+def evaluation_command(
+    target: str, draft: str, tasks: Sequence[tuple[str, int | None]], options: Mapping[str, Any]
+) -> list[str]:
+    """DeepSpec's eval.py through our entry point, which adds our evaluators to its table."""
+    given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+    named = (
+        ["--tasks", ",".join(name if count is None else f"{name}:{count}" for name, count in tasks)] if tasks else []
+    )
+    entry = ["-m", "nemotron_dspark.deepspec.eval_entry"]
+    return [*entry, "--target_name_or_path", target, "--draft_name_or_path", draft, *given, *named]
+
+
+def read_tasks(checkout: Checkout, text: str | None) -> list[tuple[str, int | None]]:
+    """``gsm8k:100,math500`` as pairs, all of whose prompts are there; None is DeepSpec's own list, read from it.
+
+    Raises:
+        InputError: a malformed entry, or a set of prompts that the checkout does not hold.
+    """
+    if text is None:
+        put_on_path(checkout)
+        tasks = list(deepspec_module("eval").TASKS)
+    else:
+        tasks = []
+        for part in text.split(","):
+            name, colon, count = part.strip().partition(":")
+            if not name or (colon and not (count.isdecimal() and int(count))):
+                raise InputError(f"--tasks {text!r} is not name:prompts,….", "Write for example gsm8k:100,math500.")
+            tasks.append((name, int(count) if colon else None))
+    folder = checkout.folder / "eval_datasets"
+    missing = [name for name, _ in tasks if not (folder / f"{name}.jsonl").is_file()]
+    if missing:
+        here = sorted(path.stem for path in folder.glob("*.jsonl"))
+        raise InputError(
+            f"{folder} has no {missing[0]}.jsonl.", f"Choose with --tasks among {', '.join(here) or 'none'}."
+        )
+    return tasks
+
+
+def _opts(opts: Sequence[str]) -> list[str]:
+    return [part for opt in opts for part in ("--opts", opt)]

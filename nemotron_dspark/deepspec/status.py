@@ -1,0 +1,130 @@
+"""What `nds deepspec check` says: versions, devices, packages, and what transformers does wrong with a target."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Sequence
+
+from nemotron_dspark.deepspec.checkout import COMMIT, Checkout
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+
+PINNED_TORCH, PINNED_TRANSFORMERS = "2.9.1", "5.10.2"
+OLDEST_TRANSFORMERS = (5, 15)
+PACKAGES = ("triton", "prettytable", "tensorboard", "matplotlib", "tqdm", "yaml")  # that DeepSpec's modules import
+
+OVERRIDE = (
+    f"DeepSpec pins transformers {PINNED_TRANSFORMERS}, which computes Nemotron-H wrongly without CUDA kernels. The "
+    "bridge runs DeepSpec under this environment's transformers (5.15 or newer) instead: its models, losses and "
+    "trainers accept it, which the conformance tests show, and its evaluators, which newer versions break, are replaced by ours."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One row of the table."""
+
+    item: str
+    found: str
+    meaning: str = ""
+    level: str = "ok"  # "ok", "note" or "missing": DeepSpec cannot run without it
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A way in which transformers goes wrong on hybrids; docs/hybrid-notes.md has symptom, cause and cure."""
+
+    what: str
+    families: frozenset[str] | None  # model types; None: every target with a recurrent state
+    fixed: tuple[int, int] | None  # first version without it; None: none so far
+    cure: str
+    kernels: bool = False  # True: not with mamba-ssm's kernels
+
+
+_SCANS = frozenset({"nemotron_h", "zamba2"})
+_BLOCKS = frozenset({"nemotron_h", "granitemoehybrid", "bamba", "zamba2", "lfm2"})
+FAULTS = (
+    Fault("later tokens change earlier ones beyond chunk_size", _SCANS, (5, 15), "newer transformers; proven", True),
+    Fault("right padding changes real tokens beyond chunk_size", _SCANS, (5, 15), "newer transformers; proven", True),
+    Fault("several tokens on a cache give wrong logits", _BLOCKS, (5, 15), "our own verify; proven"),
+    Fault("several tokens on a cache give wrong logits", frozenset({"jamba"}), None, "our own verify; proven"),
+    Fault("crop() forgets attention and keeps the recurrent state", None, None, "our own commit; proven"),
+    Fault("a bare DynamicCache() is refused", None, None, "our own state instead of a cache"),
+    Fault(
+        "one token and several are clamped differently", frozenset({"nemotron_h"}), None, "limits as the config says"
+    ),
+    Fault("default positions ignore the cache", frozenset({"bamba"}), None, "positions are always passed"),
+)
+
+
+def environment(checkout: Checkout | None) -> list[Line]:
+    """Rows on the checkout, the versions, the devices and the packages."""
+    import torch
+    import transformers
+
+    rows = []
+    if checkout is None:
+        rows.append(Line("checkout", "none", "run `nds deepspec install`, or set DEEPSPEC_HOME", "missing"))
+    else:
+        meaning = " ".join(checkout.warnings()) or f"the commit the bridge was made for ({COMMIT[:7]})"
+        rows.append(Line("checkout", str(checkout.folder), meaning, "note" if checkout.warnings() else "ok"))
+    rows.append(Line("python", platform.python_version()))
+    other = "" if torch.__version__.startswith(PINNED_TORCH) else f"DeepSpec pins {PINNED_TORCH}"
+    rows.append(Line("torch", torch.__version__, other, "note" if other else "ok"))
+    right = version_of(transformers.__version__) >= OLDEST_TRANSFORMERS
+    meaning = f"in place of DeepSpec's {PINNED_TRANSFORMERS}" if right else "5.15 or newer is needed, see below"
+    rows.append(Line("transformers", transformers.__version__, meaning, "ok" if right else "missing"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        rows.append(Line("CUDA", f"{count} × {torch.cuda.get_device_name(0)}", f"torch built for {torch.version.cuda}"))
+    else:
+        rows.append(
+            Line("CUDA", "none", "DeepSpec trains and evaluates on GPUs only; `nds train` needs none", "missing")
+        )
+    for name in PACKAGES:
+        found = importlib.util.find_spec(name) is not None
+        package = "PyYAML" if name == "yaml" else name
+        missing = f"`pip install {package}`" + ("; comes with CUDA builds of torch" if name == "triton" else "")
+        rows.append(
+            Line(name, _version(package) if found else "none", "" if found else missing, "ok" if found else "missing")
+        )
+    return rows
+
+
+def faults(spec: TargetSpec, transformers_version: str, *, kernels: bool) -> list[tuple[Fault, bool, bool]]:
+    """The faults that concern ``spec``: each with whether DeepSpec's pin has it, and whether this version has it."""
+    recurrent = any(kind.recurrent for kind in spec.layers)
+    here = version_of(transformers_version)
+    concerned = [
+        fault for fault in FAULTS if (recurrent if fault.families is None else spec.model_type in fault.families)
+    ]
+    return [
+        (fault, not (fault.kernels and kernels), _has(fault, here) and not (fault.kernels and kernels))
+        for fault in concerned
+    ]
+
+
+def has_kernels(spec: TargetSpec) -> bool:
+    """True when mamba-ssm and causal-conv1d are installed, which a target with Mamba layers then uses."""
+    mamba = {LayerKind.MAMBA2, LayerKind.MAMBA1, LayerKind.PARALLEL} & set(spec.layers)
+    return bool(mamba) and all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))
+
+
+def version_of(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
+
+
+def missing(rows: Sequence[Line]) -> list[str]:
+    return [row.item for row in rows if row.level == "missing"]
+
+
+def _has(fault: Fault, version: tuple[int, int]) -> bool:
+    return fault.fixed is None or version < fault.fixed
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "present"
