@@ -258,6 +258,48 @@ def jamba(**changes: Any):
     return JambaConfig(**(values | changes))
 
 
+def _olmo_hybrid() -> Any:
+    """Gated delta nets with a convolution each for queries, keys and values: no family module, so the general path."""
+    from transformers import OlmoHybridConfig
+
+    return OlmoHybridConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=12,
+        linear_value_head_dim=20,
+        max_position_embeddings=4096,
+        **IDS,
+    )
+
+
+def _zaya() -> Any:
+    """Attention behind convolutions whose last inputs are a state, with and without a window: the general path."""
+    from transformers import ZayaConfig
+
+    return ZayaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        num_hidden_layers=4,
+        layer_types=["hybrid", "hybrid_sliding"] * 2,
+        sliding_window=WINDOW,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        moe_intermediate_size=32,
+        router_hidden_size=16,
+        max_position_embeddings=4096,
+        **IDS,
+    )
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
@@ -285,4 +327,6 @@ TINY: dict[str, Callable[[], Any]] = {
     "qwen3_5_text": lambda: qwen3_next("qwen3_5_text", intermediate_size=96, tie_word_embeddings=True),
     "qwen3_5_moe_text": lambda: qwen3_next("qwen3_5_moe_text", **_EXPERTS),
     "jamba": jamba,
+    "olmo_hybrid": _olmo_hybrid,
+    "zaya": _zaya,
 }

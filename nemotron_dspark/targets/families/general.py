@@ -45,7 +45,7 @@ def _spec(read_config: Callable[[], Any], name: str, *, trusted: bool) -> Target
         ) from None
     names = _names(model, name)
     text = config.get_text_config()
-    heads = int(text.num_attention_heads)
+    heads = _stated(text, "num_attention_heads", name)
     heads_kv = getattr(text, "num_key_value_heads", None)
     intermediate = getattr(text, "intermediate_size", None)
     rope = getattr(text, "rope_parameters", None) or {}
@@ -55,8 +55,8 @@ def _spec(read_config: Callable[[], Any], name: str, *, trusted: bool) -> Target
         name=name,
         model_type=str(config.model_type),
         layers=(LayerKind.DECODER,) * len(model.get_submodule(names.layers)),
-        hidden_size=int(text.hidden_size),
-        vocab_size=int(text.vocab_size),
+        hidden_size=_stated(text, "hidden_size", name),
+        vocab_size=_stated(text, "vocab_size", name),
         num_attention_heads=heads,
         num_key_value_heads=int(heads_kv) if isinstance(heads_kv, int) else heads,
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
@@ -64,7 +64,7 @@ def _spec(read_config: Callable[[], Any], name: str, *, trusted: bool) -> Target
         intermediate_size=intermediate if isinstance(intermediate, int) else None,
         norm_eps=float(eps or 1e-6),
         rope_theta=float(theta) if theta else None,
-        max_position_embeddings=int(text.max_position_embeddings),
+        max_position_embeddings=_stated(text, "max_position_embeddings", name),
         tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         names=names,
         logit_softcap=getattr(text, "final_logit_softcapping", None),
@@ -73,6 +73,16 @@ def _spec(read_config: Callable[[], Any], name: str, *, trusted: bool) -> Target
             "(copy, restore, replay) rolls it back, and the proofs decide.",
         ),
     )
+
+
+def _stated(config: Any, key: str, name: str) -> int:
+    """A size that every draft takes from its target; a target without attention, for one, has no heads."""
+    value = getattr(config, key, None)
+    if not isinstance(value, int):
+        raise InputError(
+            f"The config of {name} (type {config.model_type!r}) states no {key}, which its draft needs.", _DO
+        )
+    return value
 
 
 def _names(model: nn.Module, name: str) -> WeightNames:
