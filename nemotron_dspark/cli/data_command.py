@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
-from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.data.check import DataReport
@@ -88,33 +87,19 @@ def check(
     as_json: shell.JsonOption = False,
 ) -> None:
     """Say which conversations can be used, which are skipped and why, and how many tokens would train the draft."""
+    from nemotron_dspark.chat.tokenizer import load_tokenizer
     from nemotron_dspark.config.run import load_run_config
     from nemotron_dspark.data.check import check_data
 
     settings = load_run_config(config, set_ or [], target=target)
-    tokenizer = _tokenizer(target, settings.target.revision) if target else None
+    shell.quiet_libraries()
+    tokenizer = load_tokenizer(target, settings.target.revision) if target else None
     with shell.err.status("reading") as status:
         report = check_data(file, tokenizer, settings.data, progress=lambda n: n % 100 or status.update(f"line {n:,}"))
     if as_json:
         shell.emit(report.to_json())
     else:
         _print_checked(report)
-
-
-def _tokenizer(target: str, revision: str | None):
-    shell.quiet_libraries()
-    from transformers import AutoTokenizer
-
-    from nemotron_dspark.targets.locate import locate
-
-    folder = locate(target, revision=revision)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} has no tokenizer that can be loaded: {str(error).splitlines()[0]}",
-            "Restore the tokenizer's files from the checkpoint's repository.",
-        ) from None
 
 
 def _print_regenerated(report: "RegenerateReport") -> None:

@@ -145,6 +145,13 @@ def test_an_answer_that_has_lost_its_reasoning_trains_nothing_and_is_named(make_
     ]
 
 
+def test_the_last_answer_decides_the_mode_of_a_conversation(make_tokenizer, talk):
+    tokenizer = make_tokenizer(NEMOTRON_3)
+    found = tokenise(tokenizer, talk("u:What?", "a:<think>why</think>state", "u:And?", "a:more"), max_length=LONG)
+    assert found.unfit == (1,)
+    assert [spans(tokenizer, sample) for sample in found.samples] == [["more<|im_end|>"]]
+
+
 def test_earlier_answers_without_reasoning_train_where_the_mode_is_off(make_tokenizer, talk):
     tokenizer = make_tokenizer(NEMOTRON_3)
     sample = the_sample(tokenizer, talk("u:What?", "a:state", "u:And?", "a:more"))
