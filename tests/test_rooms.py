@@ -30,6 +30,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {module_name(path) for path in PACKAGE.rglob("*.py")}
+
+
 def imports(source: str, module: str, is_package: bool, everywhere: bool = True) -> set[str]:
     """Modules of this package that ``source`` imports; ``everywhere`` includes imports inside functions."""
     tree = ast.parse(source)
@@ -44,7 +47,8 @@ def imports(source: str, module: str, is_package: bool, everywhere: bool = True)
                 package = module.split(".") if is_package else module.split(".")[:-1]
                 kept = package[: len(package) - node.level + 1]
                 origin = ".".join([*kept, origin] if origin else kept)
-            found |= {origin} | {f"{origin}.{alias.name}" for alias in node.names}
+            names = {f"{origin}.{alias.name}" for alias in node.names}
+            found |= names if names <= MODULES else names | {origin}  # a module of a package, not the package
     return {name for name in found if name.split(".")[0] == PACKAGE.name}
 
 
@@ -55,6 +59,7 @@ def room(module: str) -> str:
 def wrong_way(module: str, imported: set[str]) -> list[str]:
     """Imports that go up, or from the base into a room."""
     height = {name: len(ROOMS) - place for place, name in enumerate(ROOMS)} | dict.fromkeys(BASE, 0)
+    height["__main__"] = len(ROOMS) + 1
     here = height.get(room(module), 0)
     return sorted(name for name in imported if room(name) in height and height[room(name)] > here)
 
