@@ -15,8 +15,8 @@ PACKAGES = ("triton", "prettytable", "tensorboard", "matplotlib", "tqdm", "yaml"
 
 OVERRIDE = (
     f"DeepSpec pins transformers {PINNED_TRANSFORMERS}, which computes Nemotron-H wrongly without CUDA kernels. The "
-    "bridge runs DeepSpec under this environment's transformers (5.15 or newer) instead: its models, losses and "
-    "trainers accept it, which the conformance tests show, and its evaluators, which newer versions break, are replaced by ours."
+    "bridge runs DeepSpec under this environment's transformers (5.15 or newer) instead. Its models, losses and "
+    "trainers accept that, as the conformance tests show; ours replace its evaluators, which newer versions break."
 )
 
 

@@ -1,0 +1,168 @@
+"""DeepSpec's own `Qwen3DSparkModel` and our draft: same folder, same numbers, for every head and with terms off."""
+
+import pytest
+import torch
+
+from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.training.anchors import draw_anchors
+from nemotron_dspark.training.batches import collate
+from nemotron_dspark.training.objective import LossWeights, dspark_loss
+
+LENGTH = 40
+HEADS = {
+    "vanilla": {},
+    "gated": {"markov_head_type": "gated"},
+    "rnn": {"markov_head_type": "rnn"},
+    "none": {"markov_rank": 0, "confidence_head_with_markov": False},
+    "hidden-only confidence": {"confidence_head_with_markov": False},
+    "no confidence": {"enable_confidence_head": False},
+}
+TERMS = {
+    "all": {},
+    "no L1": {"l1_alpha": 0.0},
+    "no CE": {"ce_alpha": 0.0},
+    "no confidence": {"confidence_alpha": 0.0},
+    "CE alone": {"l1_alpha": 0.0, "confidence_alpha": 0.0},
+    "no decay": {"loss_decay_gamma": None},
+}
+
+
+def make_draft(**changes):
+    """Heads x head_dim (96) is not the hidden size (64); weights so large that every part shows in the output."""
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 97,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 1024,
+        "block_size": 5,
+        "mask_token_id": 3,
+        "target_layer_ids": (1, 4),
+        "num_target_layers": 8,
+        "num_anchors": 6,
+        "markov_rank": 12,
+    }
+    draft = DSparkDraft(DraftConfig(**(shape | changes)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in draft.trainable_parameters().values():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    matrices = torch.randn(2, 97, 64, generator=generator) * 0.3
+    draft.set_embeddings(*matrices)
+    return draft
+
+
+def make_batch(config):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(LENGTH) > 9
+    mask[25] = False
+    sample = type("Sample", (), {})()
+    sample.input_ids = torch.randint(0, config.vocab_size, (LENGTH,), generator=generator)
+    sample.loss_mask = mask
+    sample.taps = torch.randn(LENGTH, config.num_taps * config.hidden_size, generator=generator)
+    sample.last = torch.randn(LENGTH, config.hidden_size, generator=generator)
+    anchors = draw_anchors(mask, config.num_anchors, seed=0, epoch=0, sample_id=0)
+    return collate([sample], [anchors], config.block_size), mask
+
+
+def read_by_deepspec(folder, modeling):
+    return modeling.Qwen3DSparkModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+
+
+CASES = [("vanilla", terms) for terms in TERMS] + [(head, "all") for head in HEADS if head != "vanilla"]
+CASES += [(head, "CE alone") for head in ("gated", "rnn", "none")] + [("no confidence", "no L1")]
+
+
+@pytest.mark.parametrize(("head", "terms"), CASES, ids=lambda value: value.replace(" ", "-"))
+def test_loss_gradients_and_metrics_are_deepspecs(deepspec_on_cpu, tmp_path, monkeypatch, head, terms):
+    from deepspec.modeling.dspark.loss import compute_dspark_loss
+    from deepspec.utils import metrics
+
+    draft = make_draft(**HEADS[head])
+    draft.save(tmp_path)
+    theirs = read_by_deepspec(tmp_path, deepspec_on_cpu.dspark)
+    theirs.set_embedding_head_trainable(False)
+    batch, mask = make_batch(draft.config)
+    monkeypatch.setattr(deepspec_on_cpu.dspark, "sample_anchor_positions", lambda **_: (batch.anchors, batch.valid))
+    train = TrainConfig(**TERMS[terms])
+    weights = LossWeights.of(train, draft)
+    needs_target = weights.needs_target or draft.config.enable_confidence_head  # DeepSpec's head is never without
+
+    metrics.reset()
+    outputs = theirs(
+        input_ids=batch.input_ids,
+        target_hidden_states=batch.taps,
+        loss_mask=mask[None].float(),
+        target_last_hidden_states=batch.last if needs_target else None,
+    )
+    expected = compute_dspark_loss(
+        outputs=outputs,
+        loss_decay_gamma=train.loss_decay_gamma,
+        ce_loss_alpha=train.ce_alpha,
+        l1_loss_alpha=train.l1_alpha,
+        confidence_head_alpha=train.confidence_alpha,
+    )
+    expected.backward()
+    reported = metrics.flush()
+
+    loss = dspark_loss(draft, draft(batch.input_ids, batch.taps, batch.anchors, batch.valid), batch, weights)
+    loss.value.backward()
+    assert torch.equal(outputs.eval_mask, batch.counted)
+    torch.testing.assert_close(loss.value, expected, rtol=1e-6, atol=1e-6)
+    for name, parameter in theirs.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        mine = draft.get_parameter(name).grad
+        wanted = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        mine = mine if mine is not None else torch.zeros_like(wanted)
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-6 * max(1.0, float(wanted.abs().max())), msg=name)
+
+    found = {"loss": loss.value.detach(), "ce_loss": loss.ce / loss.weight}
+    if weights.l1:
+        found["l1_loss"] = loss.l1 / loss.weight
+    if weights.confidence:
+        found["confidence_loss"] = loss.confidence / loss.weight
+    if weights.needs_target:
+        found["tau_probabilistic"] = loss.tau / loss.blocks
+        found |= {f"accept_rate@{k}": loss.accepted[k] / loss.counted[k] for k in range(draft.config.block_size)}
+    for name, value in found.items():
+        assert float(value) == pytest.approx(reported[f"train/{name}"], rel=1e-6, abs=1e-6), name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_folders_are_read_in_both_directions_with_equal_logits(deepspec_on_cpu, tmp_path, monkeypatch, head):
+    draft = make_draft(**HEADS[head])
+    draft.save(tmp_path / "ours")
+    theirs = read_by_deepspec(tmp_path / "ours", deepspec_on_cpu.dspark)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = DSparkDraft.load(tmp_path / "theirs")
+    assert again.config == draft.config
+    for name, value in draft.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    batch, mask = make_batch(draft.config)
+    monkeypatch.setattr(deepspec_on_cpu.dspark, "sample_anchor_positions", lambda **_: (batch.anchors, batch.valid))
+    with torch.no_grad():
+        outputs = theirs(
+            input_ids=batch.input_ids,
+            target_hidden_states=batch.taps,
+            loss_mask=mask[None],
+            target_last_hidden_states=None,
+        )
+        hidden = again(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+        at = (batch.anchors[..., None] + torch.arange(draft.config.block_size)).clamp(max=LENGTH - 1)
+        previous = batch.input_ids[0][at]
+        logits = again.sequential.teacher_forced(again.base_logits(hidden), hidden, previous)
+        torch.testing.assert_close(logits[batch.counted], outputs.draft_logits[batch.counted], rtol=1e-5, atol=1e-5)
+        if again.config.enable_confidence_head:
+            confidence = again.confidence(hidden, previous)[batch.counted]
+            torch.testing.assert_close(confidence, outputs.confidence_pred[batch.counted], rtol=1e-5, atol=1e-5)
