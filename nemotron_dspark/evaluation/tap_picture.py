@@ -72,4 +72,4 @@ def _draw_ahead(axis: Any, found: TapSearch) -> None:
     axis.set(xlabel="tokens ahead", ylabel="unexplained variance", title="Sets of layers")
     axis.set_xticks(list(found.ahead))
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=7, loc="lower right")
+    axis.legend(fontsize=7)
