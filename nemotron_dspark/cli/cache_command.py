@@ -35,12 +35,14 @@ def build(
     taps: shell.TapsOption = None,
     config: shell.ConfigOption = None,
     set_: shell.SetOption = None,
+    trust: shell.TrustOption = False,
     as_json: shell.JsonOption = False,
 ) -> None:
     """Run the target over conversations and keep the hidden states a draft trains on."""
     from nemotron_dspark.config.run import load_run_config
 
-    settings = load_run_config(config, [*(set_ or []), *shell.taps_setting(taps)], target=target)
+    assignments = [*(set_ or []), *shell.taps_setting(taps), *shell.trust_setting(trust)]
+    settings = load_run_config(config, assignments, target=target)
     shell.quiet_libraries()
     from nemotron_dspark.cache.build import build_cache
     from nemotron_dspark.chat.mask_token import choose_mask_token

@@ -21,11 +21,12 @@ def run(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for eval.json and eval.png.")] = None,
     config: shell.ConfigOption = None,
     settings: shell.SetOption = None,
+    trust: shell.TrustOption = False,
     json: shell.JsonOption = False,
 ) -> None:
     from nemotron_dspark.config import load_run_config
 
-    resolved = load_run_config(config, settings or (), target=target)
+    resolved = load_run_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
     shell.quiet_libraries()
     from nemotron_dspark import files
     from nemotron_dspark.decoding.pair import load_pair

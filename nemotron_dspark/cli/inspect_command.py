@@ -46,9 +46,7 @@ def inspect(
     settings: shell.SetOption = None,
     taps: shell.TapsOption = None,
     probe: Annotated[bool, typer.Option("--probe", help="Load the model and run the proofs.")] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
-    ] = False,
+    trust: shell.TrustOption = False,
     known: Annotated[bool, typer.Option("--list", help="List the known targets and stop.")] = False,
     json: shell.JsonOption = False,
 ) -> None:
@@ -59,9 +57,8 @@ def inspect(
         raise InputError("No target is named.", "Give one with --target; --list names the known ones.")
     from nemotron_dspark.config import load_run_config
 
-    if trust:
-        settings = [*(settings or ()), "target.trust_remote_code=true"]
-    run = load_run_config(config, [*(settings or ()), *shell.taps_setting(taps)], target=target)
+    assignments = [*(settings or ()), *shell.taps_setting(taps), *shell.trust_setting(trust)]
+    run = load_run_config(config, assignments, target=target)
     shell.quiet_libraries()
     from nemotron_dspark.recipe.describe import describe
 

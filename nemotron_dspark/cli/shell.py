@@ -64,6 +64,11 @@ def taps_setting(taps: str | None) -> list[str]:
         raise InputError(f"--taps {taps!r} is {error}.", "Leave it out for the default choice.") from None
 
 
+def trust_setting(trust: bool) -> list[str]:
+    """``--trust-remote-code`` as assignments for the configuration; without the flag the configuration decides."""
+    return ["target.trust_remote_code=true"] if trust else []
+
+
 def progress_bar(*, counts: bool = True) -> Progress:
     """A bar on stderr with the time left, and with a count unless the steps have none; several tasks may be added."""
     columns = [TextColumn("{task.description}"), BarColumn(), *([MofNCompleteColumn()] if counts else [])]
@@ -87,5 +92,8 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=
 TapsOption = Annotated[
     str | None,
     typer.Option("--taps", help="Target layers the draft reads: even, attention or a list as 1,5,19 (draft.taps)."),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the target's checkpoint.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]

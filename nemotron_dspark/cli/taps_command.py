@@ -34,12 +34,13 @@ def search(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of taps.json and taps.png.")] = None,
     config: shell.ConfigOption = None,
     settings: shell.SetOption = None,
+    trust: shell.TrustOption = False,
     json: shell.JsonOption = False,
 ) -> None:
     """Rank layers by how well they predict the target's later states, and choose a set. Trains nothing."""
     from nemotron_dspark.config import load_run_config
 
-    run = load_run_config(config, settings or (), target=target)
+    run = load_run_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
     count = run.draft.num_taps if count is None else count
     shell.quiet_libraries()
     from nemotron_dspark import files

@@ -23,10 +23,11 @@ def register(app: typer.Typer) -> None:
         assignments: shell.SetOption = None,
         engine: str = typer.Option("native", "--engine", help="native, or deepspec: DeepSpec's own loop on your GPUs."),
         fresh: bool = typer.Option(False, "--fresh", help="Refuse to go on with a run that the folder holds."),
+        trust: shell.TrustOption = False,
         as_json: shell.JsonOption = False,
     ) -> None:
         """Train a draft. The same command again goes on where it stopped."""
-        config = load_run_config(config_file, assignments or (), target=target)
+        config = load_run_config(config_file, [*(assignments or ()), *shell.trust_setting(trust)], target=target)
         name = Path(target).name or "target"
         if cache is None:
             folder = f"caches/{name}"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
-from nemotron_dspark.targets.families import FAMILIES
+from nemotron_dspark.files import read_json
+from nemotron_dspark.targets.families import FAMILIES, needs_remote_code
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.replay import ReplayState
@@ -76,23 +77,27 @@ class Target:
 
         folder = locate(str(name), revision=revision, weights=True, code=trust_remote_code)
         spec = TargetSpec.from_folder(folder, str(name), trust_remote_code=trust_remote_code)
+        # A type that transformers knows is built by transformers, whatever code its checkpoint brings.
+        trusted = trust_remote_code and needs_remote_code(read_json(folder / "config.json"))
         where = resolve_device(device)
         kind = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
         attention = getattr(FAMILIES.get(spec.model_type), "ATTENTION", None)  # None: SDPA where the model has it
+        # Code of the checkpoint's own may raise anything.
+        faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=kind if kind == "auto" else getattr(torch, kind),
                 attn_implementation=attention,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trusted,
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         except SafetensorError as error:
             raise InputError(
                 f"The weights in {folder} are damaged: {error}.", "Download or copy the checkpoint again."
             ) from None
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except faults as error:
             raise InputError(
                 f"{folder} cannot be loaded as a target: {first_line(error)}.",
                 "Check that the folder holds config.json, safetensors weights and the tokenizer's files.",

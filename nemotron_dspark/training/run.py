@@ -25,6 +25,7 @@ from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.targets.families import needs_remote_code
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.weights import read_embedding_and_head
@@ -71,10 +72,12 @@ def train_run(
         EnvironmentFault: no such device, or the disk is full.
     """
     run_folder = Path(run_folder)
-    folder = locate(target_name, revision=config.target.revision, weights=True)
-    spec = TargetSpec.from_folder(folder, target_name)
+    allowed = config.target.trust_remote_code
+    folder = locate(target_name, revision=config.target.revision, weights=True, code=allowed)
+    spec = TargetSpec.from_folder(folder, target_name, trust_remote_code=allowed)
+    trusted = allowed and needs_remote_code(files.read_json(folder / "config.json"))
     cache = TargetCache(cache_folder)
-    draft_config, notes = _draft_config(folder, spec, cache, config)
+    draft_config, notes = _draft_config(folder, spec, cache, config, trusted)
     notes = [*notes, *_check_cache(cache, spec, draft_config, target_name)]
     Plan.of(config.train, len(cache))
     device, dtype = resolve_device(config.train)
@@ -143,9 +146,9 @@ def cache_fingerprint(folder: Path) -> str:
 
 
 def _draft_config(
-    folder: Path, spec: TargetSpec, cache: TargetCache, config: RunConfig
+    folder: Path, spec: TargetSpec, cache: TargetCache, config: RunConfig, trusted: bool
 ) -> tuple[DraftConfig, tuple[str, ...]]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     mask = choose_mask_token(tokenizer, spec, override=config.draft.mask_token_id)
     section = config.draft
     if section.taps is None:  # the cache was built with some; they are the only ones there are
