@@ -12,7 +12,6 @@ from rich.table import Table
 from nemotron_dspark import files
 from nemotron_dspark.cli import shell
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.resources import resource_folder
 
 if TYPE_CHECKING:
     from nemotron_dspark.cache.build import BuildProgress
@@ -149,7 +148,7 @@ def prepare(
     home = _home()
     places = launch.Nodes(nodes, node_rank).variables()
     devices = [device] if device else None
-    cfg = launch.load_config(home, _config_path(config), opts or ())
+    cfg = launch.load_config(home, launch.resource_config(config), opts or ())
     devices = devices or [f"cuda:{index}" for index in range(launch.require_gpus())]
     rank, workers = int(places["RANK"]), len(devices) * int(places["WORLD_SIZE"])
     job = preparing.Job.of(cfg, data, out, workers, min_loss_tokens=min_loss_tokens, shard_bytes=shard_bytes)
@@ -177,9 +176,9 @@ def train(
 ) -> None:
     """Run DeepSpec's train.py on a config: one worker per visible GPU."""
     shell.quiet_libraries()
-    from nemotron_dspark.deepspec.launch import Nodes
+    from nemotron_dspark.deepspec import launch
 
-    start_training(_config_path(config), opts or [], Nodes(nodes, node_rank, master))
+    start_training(launch.resource_config(config), opts or [], launch.Nodes(nodes, node_rank, master))
 
 
 def start_training(config: Path, opts: list[str], nodes: "Nodes") -> None:
@@ -220,7 +219,7 @@ def evaluate(
     if (tensorboard_dir is None) != (step is None):
         raise InputError("--tensorboard-dir and --step belong together.", "Give both or neither.")
     launch.require_gpus()
-    cfg = launch.load_config(home, _config_path(config), opts or ())
+    cfg = launch.load_config(home, launch.resource_config(config), opts or ())
     spec = launch.spec_of(cfg)
     folder = Path(draft or Path(cfg["logging"]["checkpoint_dir"]) / "step_latest").expanduser().absolute()
     read_draft_config(folder).check_target(spec)
@@ -265,12 +264,6 @@ def _home() -> "Checkout":
 def _warn(found: "Checkout") -> None:
     for sentence in found.warnings():
         shell.err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
-
-
-def _config_path(given: Path) -> Path:
-    """``given``, or the worked config of that name."""
-    worked = resource_folder("configs") / "deepspec" / given.with_suffix(".py").name
-    return worked if not given.exists() and len(given.parts) == 1 and worked.is_file() else given
 
 
 def _print_environment(rows: list, override: str) -> None:

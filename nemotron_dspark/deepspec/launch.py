@@ -15,6 +15,7 @@ from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.deepspec import fit
 from nemotron_dspark.deepspec.checkout import Checkout, deepspec_module, put_on_path
 from nemotron_dspark.errors import EnvironmentFault, InputError, NdsError, first_line
+from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 
@@ -74,6 +75,13 @@ def load_config(checkout: Checkout, path: Path, opts: Sequence[str]) -> Any:
         raise InputError(
             f"--opts: {first_line(error).strip(chr(39))}.", "Write section.key=value with a key of the config."
         ) from None
+
+
+def resource_config(given: Path | str) -> Path:
+    """``given``, or the worked config of that name in `configs/deepspec/`."""
+    given = Path(given)
+    worked = resource_folder("configs") / "deepspec" / f"{given.stem}.py"
+    return worked if not given.exists() and len(given.parts) == 1 and worked.is_file() else given
 
 
 def require_gpus() -> int:
@@ -141,11 +149,9 @@ def evaluation_command(
 ) -> list[str]:
     """DeepSpec's eval.py through our entry point, which adds our evaluators to its table."""
     given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
-    named = (
-        ["--tasks", ",".join(name if count is None else f"{name}:{count}" for name, count in tasks)] if tasks else []
-    )
-    entry = ["-m", "nemotron_dspark.deepspec.eval_entry"]
-    return [*entry, "--target_name_or_path", target, "--draft_name_or_path", draft, *given, *named]
+    named = ",".join(name if count is None else f"{name}:{count}" for name, count in tasks)
+    entry = ["-m", "nemotron_dspark.deepspec.eval_entry", "--tasks", named]
+    return [*entry, "--target_name_or_path", target, "--draft_name_or_path", draft, *given]
 
 
 def read_tasks(checkout: Checkout, text: str | None) -> list[tuple[str, int | None]]:

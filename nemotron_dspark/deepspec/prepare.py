@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from nemotron_dspark.cache.build import REPORT, BuildProgress, build_cache
 from nemotron_dspark.cache.format import CHECKSUMS, INDEX, MANIFEST, RECORD, Manifest, shard_name
@@ -21,7 +22,10 @@ from nemotron_dspark.deepspec.config_file import template_name
 from nemotron_dspark.errors import InputError, NdsError
 from nemotron_dspark.files import fsync_folder, read_json, sha256, write_json, write_whole
 from nemotron_dspark.targets import Target
+from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.proofs import prove
+from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.taps import check_taps
 
 PARTS = ".parts"
 NOTE = "prepare.json"  # what the cache is made from
@@ -73,7 +77,8 @@ def begin(job: Job) -> bool:
     """Claim ``job.out`` for this job; True when its cache is there already.
 
     Raises:
-        InputError: data is missing, or ``out`` holds something else or a preparation of other inputs.
+        InputError: data is missing or too little, the target has no such taps or another chat template, or ``out``
+            holds something else or a preparation of other inputs.
     """
     for path in job.conversations:
         if not path.is_file():
@@ -94,8 +99,15 @@ def begin(job: Job) -> bool:
                 "Choose another folder for --out, or delete this one; `parts` is the number of GPUs of all nodes.",
             )
         return finished and not (job.out / PARTS).exists()
-    if job.out.is_dir() and any(job.out.iterdir()):
+    if job.out.is_dir() and any(not path.name.startswith(".") for path in job.out.iterdir()):
         raise InputError(f"{job.out} holds other files.", "Choose another folder for --out.")
+    folder = locate(job.target, weights=True)
+    check_taps(TargetSpec.from_folder(folder, job.target), job.taps)
+    check_template(job, AutoTokenizer.from_pretrained(folder))
+    if (total := sum(map(_lines, job.conversations))) < job.parts:
+        raise InputError(
+            f"There are {total} conversations for {job.parts} workers.", "Use fewer GPUs (CUDA_VISIBLE_DEVICES)."
+        )
     write_json(note, inputs)
     return False
 
@@ -121,7 +133,6 @@ def build_part(job: Job, part: int, device: str, report: Report) -> None:
         return
     _cut(job, part)
     target = Target.load(job.target, device=device)
-    check_template(job, target.tokenizer)
     prove(target, job.taps)
     build_cache(
         target,
@@ -213,11 +224,7 @@ def _cut(job: Job, part: int) -> None:
     path = job.slice(part)
     if path.is_file():
         return
-    total = sum(_lines(source) for source in job.conversations)
-    if total < job.parts:
-        raise InputError(
-            f"There are {total} conversations for {job.parts} workers.", "Use fewer GPUs (CUDA_VISIBLE_DEVICES)."
-        )
+    total = sum(map(_lines, job.conversations))
     first, stop = part * total // job.parts, (part + 1) * total // job.parts
 
     def write(file: Any) -> None:
