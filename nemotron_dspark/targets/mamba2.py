@@ -10,7 +10,8 @@ Over a block of m tokens, with c_t = A Σ_{s≤t} Δ_s (the paper's quadratic, "
     S_n = exp(c_n) S_0 + Σ_{s≤n} exp(c_n - c_s) Δ_s x_s ⊗ B_s          for any accepted prefix n
 
 So verifying never writes S_0, and S_n for any n needs only the block's own x, B and Δ, which are small. Nothing is
-copied back, and no weight is read a second time.
+copied back, and no weight is read a second time. The sums c are float64: a head that forgets fast brings them to
+thousands within a prompt's piece, where float32 differences would be off in the fourth digit.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ class _BlockRecord:
     x: Tensor  # [B, m, heads, head_dim] fp32
     b: Tensor  # [B, m, groups, state] fp32
     dt: Tensor  # [B, m, heads] fp32
-    decay: Tensor  # [B, m, heads] fp32, c_t
+    decay: Tensor  # [B, m, heads] fp64, c_t
 
 
 @dataclasses.dataclass
@@ -60,20 +61,29 @@ class Mamba2States(LayerStates):
     def commit(self, kept: Sequence[int]) -> None:
         """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
         block = self.take_records()
+        if max(kept) == 0:
+            return
         self.conv = advance_window(self.conv, block.conv_inputs, kept)
         total, decay = prefix_decay(block.decay, kept)  # [L, B, heads], [L, B, n, heads]
-        count = decay.shape[2]
-        weight = torch.exp(decay) * block.dt[:, :, :count]
-        b = block.b[:, :, :count]  # [L, B, n, groups, state]
-        weighted = (block.x[:, :, :count] * weight[..., None]).unflatten(3, (b.shape[3], -1))
-        added = torch.einsum("lbmghp,lbmgn->lbghpn", weighted, b).flatten(2, 3)
-        self.ssm.mul_(torch.exp(total)[..., None, None]).add_(added)
+        count, groups = decay.shape[2], block.b.shape[3]
+        weight = _decayed(decay) * block.dt[:, :, :count]
+        weighted = (block.x[:, :, :count] * weight[..., None]).unflatten(3, (groups, -1)).flatten(4)
+        left = weighted.transpose(2, 3).flatten(0, 2).mT  # [L·B·groups, heads/groups·head_dim, n]
+        right = block.b[:, :, :count].transpose(2, 3).flatten(0, 2)  # [L·B·groups, n, state]
+        # In place: the states are large, and a sum in a tensor of its own would move them twice more.
+        self.ssm.mul_(_decayed(total)[..., None, None])
+        self.ssm.view(len(left), -1, self.ssm.shape[-1]).baddbmm_(left, right)
+
+
+def _decayed(exponent: Tensor) -> Tensor:
+    """fp32 exp of fp64 log decays; 0 below 1e-26: it adds nothing, and products of it are denormal, slow on a CPU."""
+    return F.threshold(torch.exp(exponent.float()), 1e-26, 0.0)
 
 
 def scan_block(
     x: Tensor,  # [B, m, heads, head_dim] fp32
     dt: Tensor,  # [B, m, heads] fp32, after softplus
-    decay: Tensor,  # [B, m, heads] fp32, c_t
+    decay: Tensor,  # [B, m, heads] fp64, c_t
     b: Tensor,  # [B, m, groups, state] fp32
     c: Tensor,  # [B, m, groups, state] fp32
     skip: Tensor,  # [heads] fp32, D
@@ -83,11 +93,11 @@ def scan_block(
     block = x.shape[1]
     groups = b.shape[2]
     from_state = torch.einsum("bmgn,bghpn->bmghp", c, state.unflatten(1, (groups, -1))).flatten(2, 3)
-    y = from_state * torch.exp(decay)[..., None]
+    y = from_state * _decayed(decay)[..., None]
     scores = torch.einsum("bmgn,bsgn->bgms", c, b)  # [B, groups, m, m]
     relative = decay.transpose(1, 2)  # [B, heads, m]
     future = torch.ones(block, block, dtype=torch.bool, device=x.device).triu(1)
-    lower = torch.exp((relative[..., :, None] - relative[..., None, :]).masked_fill(future, -torch.inf))
+    lower = _decayed((relative[..., :, None] - relative[..., None, :]).masked_fill(future, -torch.inf))
     mixing = lower.unflatten(1, (groups, -1)) * scores[:, :, None]  # [B, groups, heads/groups, m, m]
     inner = mixing.flatten(1, 2) @ (x * dt[..., None]).transpose(1, 2)  # [B, heads, m, head_dim]
     return y + inner.transpose(1, 2) + x * skip[:, None]
@@ -130,7 +140,7 @@ def block_forward(
     low, high = mixer.time_step_limit
     if low > 0 or high < float("inf"):
         dt = dt.clamp(low, high)
-    decay = (dt * -torch.exp(mixer.A_log.float())).cumsum(1)
+    decay = (dt * -torch.exp(mixer.A_log.float())).double().cumsum(1)
     y = scan_block(x, dt, decay, b, c, mixer.D.float(), state)
     states.record(layer, _BlockRecord(inputs, x, b, dt, decay))
     normed = gated_norm(mixer, y.reshape(rows, block, -1), gate)

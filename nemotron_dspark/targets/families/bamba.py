@@ -1,7 +1,7 @@
 """Bamba: every layer is Mamba-2 or attention, then a gated MLP. Rope turns half of each head (hard-coded upstream).
 
-The layers with attention are listed by number (``attn_layer_indices``). Positions always come from the state: on a cache
-transformers' own default ignores what is already there.
+The layers with attention are listed by number (``attn_layer_indices``). Positions always come from the state: on a
+cache transformers' own default ignores what is already there.
 """
 
 from collections.abc import Mapping
