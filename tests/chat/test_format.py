@@ -5,7 +5,16 @@ import re
 import pytest
 import yaml
 
-from nemotron_dspark.chat.format import Message, bundled_formats, load_format, recognise, render_prompt
+from nemotron_dspark.chat.format import (
+    Conversation,
+    Message,
+    bundled_formats,
+    load_format,
+    recognise,
+    render,
+    render_prompt,
+)
+from nemotron_dspark.chat.mask import tokenise
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.resources import resource_folder
@@ -76,6 +85,19 @@ def test_markers_are_what_the_template_prints(name, make_tokenizer):
     assert chat_format.assistant.endswith(fields["assistant_header"])
     assert chat_format.user.endswith(fields["user_header"])
     assert "ASSISTANT" + fields["end_of_turn_token"] in followed
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "nemotron_nano_v2"])  # prints a pair that trains
+def test_deepspecs_fields_find_what_an_answer_without_reasoning_trains(name, make_tokenizer):
+    """DeepSpec puts the prefix before an answer, renders, and trains from header and prefix to the end of the turn."""
+    tokenizer, fields = make_tokenizer(TEMPLATES[name]), bundled_formats()[name].deepspec
+    messages = [Message("user", "What?"), Message("assistant", "A state.")]
+    prefix, end = fields["assistant_loss_prefix"] or "", fields["end_of_turn_token"]
+    text = render(tokenizer, [messages[0], Message("assistant", prefix + "A state.")])
+    trained = text.rpartition(fields["assistant_header"])[2].removeprefix(prefix)
+    trained = trained[: trained.index(end) + len(end)] if end in trained else trained.rstrip() + end
+    (sample,) = tokenise(tokenizer, Conversation(tuple(messages)), max_length=99).samples
+    assert tokenizer.decode(sample.input_ids[sample.loss_mask == 1]) == trained.rstrip("\n")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if bundled_formats()[name].thinking])
