@@ -23,11 +23,9 @@ def _mlp_width(built: Mapping[str, Any]) -> int:
     width = int(built["intermediate_size"])
     if not built.get("block_auto_adjust_ff_dim"):
         return width
-    width = int(2 * width / 3)
-    if built.get("block_ffn_dim_multiplier") is None:
-        return width
+    width = int(built["block_ffn_dim_multiplier"] * int(2 * width / 3))
     multiple = int(built["block_multiple_of"])
-    return -(-int(built["block_ffn_dim_multiplier"] * width) // multiple) * multiple
+    return -(-width // multiple) * multiple
 
 
 def spec(config: Mapping[str, Any], name: str) -> TargetSpec:

@@ -1,0 +1,172 @@
+"""Qwen3-Next, LFM2 and Jamba as published configs spell them, and the refusal of what nobody wrote a family for."""
+
+import pytest
+import torch
+
+from nemotron_dspark.errors import CheckError, InputError
+from nemotron_dspark.recipe import tiny
+from nemotron_dspark.targets import LayerKind, Target, TargetSpec
+from nemotron_dspark.targets.families import FAMILIES
+from nemotron_dspark.targets.proofs import prove
+from tests.targets import tiny_families
+from tests.targets.tiny_families import IDS, TINY, VOCAB
+
+QWEN3_NEXT_80B = {
+    "model_type": "qwen3_next",
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000000,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
+LFM2_1B = {
+    "model_type": "lfm2",
+    "block_auto_adjust_ff_dim": True,
+    "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 256,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "hidden_size": 2048,
+    "max_position_embeddings": 128000,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "rope_theta": 1000000.0,
+    "vocab_size": 65536,
+}
+JAMBA_52B = {
+    "model_type": "jamba",
+    "attn_layer_offset": 4,
+    "attn_layer_period": 8,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "mamba_d_state": 16,
+    "max_position_embeddings": 262144,
+    "num_attention_heads": 32,
+    "num_experts": 16,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "vocab_size": 65536,
+}
+
+
+def test_qwen3_next_as_published():
+    spec = TargetSpec.from_config(QWEN3_NEXT_80B)
+    assert spec.layout == "GGGD" * 12
+    assert (spec.mlp, spec.intermediate_size) == ("moe", None)
+    assert (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim) == (16, 2, 256)
+    assert (spec.rope_theta, spec.norm_eps, spec.tie_word_embeddings) == (1e7, 1e-6, False)
+
+
+def test_lfm2_as_published():
+    """Attention by number, the MLP's width under another name and before its adjustment, tied without saying so."""
+    spec = TargetSpec.from_config(LFM2_1B)
+    assert spec.layout == "CCDCCDCCDCDCDCDC"
+    assert (spec.mlp, spec.intermediate_size, spec.tie_word_embeddings) == ("gated", 8192, True)
+    assert (spec.rope_theta, spec.norm_eps, spec.head_dim) == (1e6, 1e-5, 64)
+
+
+def test_jamba_as_published():
+    spec = TargetSpec.from_config(JAMBA_52B)
+    assert spec.layout == "mmmmDmmm" * 4
+    assert (spec.mlp, spec.intermediate_size, spec.rope_theta) == ("gated", 14336, None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("lfm2", {"block_ffn_dim_multiplier": 1.5, "block_multiple_of": 32}),
+        ("lfm2", {"block_auto_adjust_ff_dim": False}),
+        ("lfm2_moe", {"num_dense_layers": 2, "num_experts": 4, "moe_intermediate_size": 32}),
+    ],
+)
+def test_the_mlp_of_lfm2_is_as_wide_as_the_model_builds_it(model_type, changes):
+    config = tiny_families.lfm2(model_type, **changes)
+    with torch.device("meta"):
+        built = tiny.AutoModelForCausalLM.from_config(config)
+    assert TargetSpec.from_config(config).intermediate_size == built.model.layers[0].feed_forward.w1.out_features
+
+
+@pytest.mark.parametrize(
+    ("changes", "mlp"),
+    [
+        ({}, "moe"),
+        ({"mlp_only_layers": [0]}, "gated"),
+        ({"decoder_sparse_step": 2}, "gated"),
+        ({"num_experts": 0}, "gated"),
+    ],
+)
+def test_qwen3_next_says_whether_a_layer_has_an_mlp(changes, mlp):
+    spec = TargetSpec.from_config(QWEN3_NEXT_80B | changes)
+    assert (spec.mlp, spec.intermediate_size) == (mlp, 5120 if mlp == "gated" else None)
+
+
+def load(folder, config, spread: float = 3.0) -> Target:
+    model = tiny.random_model(config, spread=spread)
+    return Target.load(str(tiny.save_target(folder, model, tiny.make_tokenizer(tiny._SENTENCES, VOCAB))))
+
+
+def test_jamba_without_its_family_is_refused_by_a_proof_that_says_why(tmp_path, monkeypatch):
+    """transformers starts the scan of several tokens from nothing although its cache holds a state."""
+    monkeypatch.delitem(FAMILIES, "jamba")
+    target = load(tmp_path, TINY["jamba"]())
+    assert set(target.spec.layers) == {LayerKind.DECODER}
+    with pytest.raises(CheckError, match="fails the verify proof") as refused:
+        prove(target)
+    assert "cache" in refused.value.what + refused.value.do
+
+
+def test_a_family_nobody_wrote_is_refused_by_a_proof_that_says_why(tmp_path):
+    """Zamba has Mamba-1 mixers with the same fault."""
+    from transformers import ZambaConfig
+
+    config = ZambaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=5,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        mamba_d_state=8,
+        mamba_dt_rank=16,
+        n_mamba_heads=2,
+        max_position_embeddings=4096,
+        **IDS,
+    )
+    with pytest.raises(CheckError, match="fails the verify proof"):
+        prove(load(tmp_path, config, spread=10.0))
+
+
+def test_a_target_without_attention_is_refused(tmp_path):
+    from transformers import MambaConfig
+
+    MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"'mamba'.* states no num_attention_heads"):
+        TargetSpec.from_folder(tmp_path)
