@@ -225,6 +225,6 @@ def _print_proofs(proofs: Sequence["ProofResult"]) -> None:
     for proof in proofs:
         verdict = "[green]proved[/]" if proof.passed else "[bold red]failed[/]"
         line = f"{verdict}  {proof.name:<10} error {proof.error:.1e} of {proof.tolerance:g} allowed"
-        shell.out.print(f"{line}, {proof.seconds:.2f} s")
+        shell.out.print(f"{line}, {proof.seconds:.2f} s" + (f"; {proof.note}" if proof.note else ""))
         if not proof.passed:
             shell.err.print(f"[bold red]error:[/] {escape(proof.cause)}\n  [bold]do:[/] {escape(proof.cure)}")

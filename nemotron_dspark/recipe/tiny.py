@@ -103,14 +103,19 @@ def decoder_config(family: str, vocab_size: int = 384, hidden_size: int = 64, nu
 def random_model(config: Any, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
     """A model with random weights, in fp32 and eval mode.
 
-    Matrices are ``spread`` times larger than the usual initialisation, so that attention, state and experts really
-    influence the logits; with the usual one a broken state would hide behind the residual stream.
+    Matrices are ``spread`` times larger than the usual initialisation, and Mamba mixers get convolutions and step sizes
+    as large as trained ones have, so that attention, state and experts really influence the logits; with the usual
+    initialisation a broken state would hide behind the residual stream.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "conv1d" not in name and "embed" not in name and "A_log" not in name:
+            if "linear_attn" not in name and ".conv" in name and parameter.dim() == 3:
+                parameter.uniform_(-1.0, 1.0)
+            elif "linear_attn" not in name and name.endswith("dt_bias"):
+                parameter.uniform_(-3.0, 0.0)  # steps of 0.05 to 0.7 before the input has its say
+            elif parameter.dim() >= 2 and not any(part in name for part in ("embed", "conv", "A_log")):
                 parameter.mul_(spread)
     return model
 

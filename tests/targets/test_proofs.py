@@ -1,60 +1,127 @@
-"""Every proof passes on a sound target and catches the fault it exists for."""
+"""Every proof passes on sound targets, and a target with a fault fails the proof that exists for it.
+
+`named` is what a person sees: the first proof that fails. Where one fault can fail one proof only, that is tested too.
+"""
+
+import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from nemotron_dspark.errors import CheckError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Captured, Target
+from nemotron_dspark.targets import Target, TargetState, proofs
 from nemotron_dspark.targets.mamba2 import Mamba2States
 from nemotron_dspark.targets.proofs import PROOFS, prove, run_proofs
+from nemotron_dspark.targets.replay import ReplayState
+from tests.targets.tiny_families import TINY, VOCAB, WINDOW
+
+HYBRIDS = ("nemotron_h", "granitemoehybrid")
+BOTH = [(family, "float32") for family in HYBRIDS] + [("nemotron_h", "bfloat16")]
+TAPS = (0, 2)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.random_target(tmp_path_factory.mktemp("hybrid"), pattern="ME*-M*-M")
+def load(tmp_path_factory) -> Callable[..., Target]:
+    """A fresh `Target` of a tiny family: ``load(model_type, dtype)``. ``spread`` scales its weights."""
+    folders = {}
+
+    def loaded(model_type: str, dtype: str = "float32", spread: float = 3.0) -> Target:
+        if (model_type, spread) not in folders:
+            folder = tmp_path_factory.mktemp(model_type)
+            model = tiny.random_model(TINY[model_type](), spread=spread)
+            folders[model_type, spread] = tiny.save_target(folder, model, tiny.make_tokenizer(tiny._SENTENCES, VOCAB))
+        return Target.load(str(folders[model_type, spread]), dtype=dtype)
+
+    return loaded
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def target(request, folder) -> Target:
-    return Target.load(str(folder), dtype=request.param)
+def failing(target: Target) -> list[str]:
+    return [result.name for result in run_proofs(target, TAPS) if not result.passed]
 
 
-def failures(target: Target) -> set[str]:
-    return {result.name for result in run_proofs(target, (1, 3)) if not result.passed}
+def named(target: Target) -> str:
+    return failing(target)[0]
 
 
-def test_a_sound_target_passes_every_proof(target):
-    results = prove(target, (1, 3))
+def layers(target: Target) -> list[torch.nn.Module]:
+    return list(target.model.get_submodule(target.spec.names.layers))
+
+
+def without_cache(module: torch.nn.Module, changed: Callable) -> None:
+    """Let ``changed(right, args, kwargs)`` stand in for a module's forward, but not when it works on a state."""
+    right = module.forward
+
+    def forward(*args, **kwargs):
+        if any(kwargs.get(name) is not None for name in ("cache_params", "past_key_values")):
+            return right(*args, **kwargs)
+        return changed(right, args, kwargs)
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), [*BOTH, *((name, "bfloat16") for name in ("gemma2", "olmo2"))])
+def test_a_sound_target_passes_every_proof(load, model_type, dtype):
+    """Every family in fp32: `test_families`."""
+    results = prove(load(model_type, dtype), TAPS)
     assert [result.name for result in results] == [proof.name for proof in PROOFS]
+    assert [result.note for result in results if result.note] == []
 
 
-def test_a_state_that_is_not_rolled_back_is_caught(target, monkeypatch):
+def test_a_trained_like_target_passes_every_proof(load):
+    """Small updates of a large residual stream, as in deep trained models."""
+    assert failing(load("nemotron_h", "bfloat16", spread=0.5)) == []
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), BOTH)
+def test_a_recurrent_state_that_is_not_rolled_back_is_named(load, monkeypatch, model_type, dtype):
     """The fault of `crop()` in transformers: attention is trimmed, the recurrent state keeps the rejected tokens."""
-    right = Mamba2States.commit
 
+    def crop(self, kept):
+        self.recurrent.commit([self.block] * self.rows)
+        self.lengths = [length + count for length, count in zip(self.lengths, kept, strict=True)]
+
+    monkeypatch.setattr(TargetState, "commit", crop)
+    assert failing(load(model_type, dtype)) == ["rollback"]
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), [("mistral", "float32"), ("gemma2", "bfloat16")])
+def test_keys_and_values_that_are_not_trimmed_are_named(load, monkeypatch, model_type, dtype):
+    right = TargetState.commit
+    monkeypatch.setattr(TargetState, "commit", lambda self, kept: right(self, [self.block] * self.rows))
+    assert failing(load(model_type, dtype)) == ["rollback"]
+
+
+def test_a_general_path_that_never_replays_is_named(load, monkeypatch):
     def keep_all(self, kept):
-        block = next(iter(self._records.values())).dt.shape[1]
-        right(self, [block] * len(kept))
+        self._caches = [grown for _, grown in self._seen]
+        self.lengths = [length + self.block for length in self.lengths]
 
-    monkeypatch.setattr(Mamba2States, "commit", keep_all)
-    assert failures(target) == {"rollback"}
+    monkeypatch.setattr(ReplayState, "commit", keep_all)
+    assert failing(load("olmo2")) == ["rollback"]
 
 
-def test_a_convolution_window_off_by_one_is_caught(target, monkeypatch):
+@pytest.mark.parametrize(("model_type", "dtype"), BOTH)
+def test_a_convolution_window_off_by_one_is_named(load, monkeypatch, model_type, dtype):
     right = Mamba2States.commit
 
-    def shifted(self, kept):
+    def late(self, kept):
         before = self.conv
         right(self, kept)
         if max(kept) == 1:
             self.conv = before
 
-    monkeypatch.setattr(Mamba2States, "commit", shifted)
-    assert failures(target) == {"rollback"}
+    monkeypatch.setattr(Mamba2States, "commit", late)
+    assert failing(load(model_type, dtype)) == ["rollback"]
 
 
-def test_taps_off_by_one_are_caught(target, monkeypatch):
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "spread"),
+    [("nemotron_h", "float32", 3.0), ("nemotron_h", "bfloat16", 0.5), ("mistral", "bfloat16", 3.0)],
+)
+def test_taps_off_by_one_are_named(load, monkeypatch, model_type, dtype, spread):
+    """Also where neighbouring layers hardly differ, as in deep trained models."""
     right = Target._tapped
 
     def shifted(self, taps):
@@ -63,62 +130,185 @@ def test_taps_off_by_one_are_caught(target, monkeypatch):
         return collected
 
     monkeypatch.setattr(Target, "_tapped", shifted)
-    assert failures(target) == {"taps"}
+    assert failing(load(model_type, dtype, spread)) == ["taps"]
 
 
-def test_a_missing_final_norm_is_caught(target, monkeypatch):
-    right = Target.capture
+@pytest.mark.parametrize(("model_type", "dtype"), [*BOTH, ("gemma2", "bfloat16")])
+def test_a_missing_final_norm_is_named(load, monkeypatch, model_type, dtype):
+    """A base model whose last hidden state is raw, with the norm in front of the LM head."""
+    target = load(model_type, dtype)
+    norm = target.model.get_submodule(target.spec.names.final_norm)
+    base, right = target._base, norm.forward
 
-    def before_the_norm(self, ids, mask, taps):
-        last_layer = self.spec.num_layers - 1
-        captured = right(self, ids, mask, (*taps, last_layer))
-        width = self.spec.hidden_size
-        return Captured(captured.taps[..., :-width] if taps else captured.taps[..., :0], captured.taps[..., -width:])
+    def raw(**inputs):
+        norm.forward = lambda hidden: hidden
+        try:
+            return base(**inputs)
+        finally:
+            norm.forward = right
 
-    monkeypatch.setattr(Target, "capture", before_the_norm)
-    assert "head" in failures(target)
+    target._base = raw
+    assert failing(target) == ["head"]
 
 
-def test_a_scan_that_looks_ahead_is_caught(target):
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "field", "absent"),
+    [
+        ("granitemoehybrid", "float32", "logit_multiplier", 1.0),
+        ("gemma2", "float32", "logit_softcap", None),
+        ("gemma2", "bfloat16", "logit_softcap", None),
+    ],
+)
+def test_a_missing_multiplier_or_soft_cap_is_named(load, model_type, dtype, field, absent):
+    target = load(model_type, dtype)
+    target.spec = dataclasses.replace(target.spec, **{field: absent})
+    assert failing(target) == ["head"]
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), BOTH)
+def test_a_scan_that_looks_ahead_is_named(load, model_type, dtype):
     """What transformers 5.10 to 5.14 compute without CUDA kernels once a sequence is longer than one chunk."""
-    mixer = target.model.model.layers[0].mixer
-    right = mixer.forward
+    target = load(model_type, dtype)
+    layer = layers(target)[0]
+    mixer = getattr(layer, "mamba", None) or layer.mixer
 
-    def leaky(hidden_states, cache_params=None, **kwargs):
-        output = right(hidden_states, cache_params=cache_params, **kwargs)
-        if cache_params is None and hidden_states.shape[1] > mixer.chunk_size:
-            output = output + 0.1 * output.roll(-mixer.chunk_size, 1)
-        return output
+    def leaky(right, args, kwargs):
+        output = right(*args, **kwargs)
+        ahead = 0.3 * output.roll(-mixer.chunk_size, 1)
+        return output + ahead if output.shape[1] > mixer.chunk_size else output
 
-    mixer.forward = leaky
-    assert "causality" in failures(target)
-
-
-def test_padding_that_leaks_is_caught(target):
-    layer = target.model.model.layers[2].mixer
-    right = layer.forward
-
-    def leaky(hidden_states, **kwargs):
-        output, weights = right(hidden_states, **kwargs)
-        if hidden_states.shape[0] == 2:  # only a padded batch has two rows here
-            output = output + output[:, -1:]
-        return output, weights
-
-    layer.forward = leaky
-    assert "padding" in failures(target)
+    without_cache(mixer, leaky)
+    assert named(target) == "causality"
 
 
-def test_a_failed_proof_stops_with_cause_and_cure(folder, monkeypatch):
-    target = Target.load(str(folder))
-    monkeypatch.setattr(Mamba2States, "commit", lambda self, kept: None)
-    with pytest.raises(CheckError, match="rollback") as caught:
-        prove(target, (1, 3))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_that_looks_ahead_is_named(load, dtype):
+    target = load("mistral", dtype)
+
+    def leaky(right, args, kwargs):
+        output, weights = right(*args, **kwargs)
+        return output + 0.3 * output.mean(1, keepdim=True), weights
+
+    without_cache(layers(target)[2].self_attn, leaky)
+    assert named(target) == "causality"
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "mistral"])
+def test_layers_that_pass_nothing_on_prove_nothing(load, model_type):
+    """Every comparison would hold between tokens that do not know of each other."""
+    target = load(model_type)
+    for name, parameter in target.model.named_parameters():
+        if "out_proj" in name or "o_proj" in name:
+            parameter.zero_()
+    assert named(target) == "causality"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "layer", "name"),
+    [
+        ("nemotron_h", "float32", 2, "mixer"),
+        ("nemotron_h", "bfloat16", 2, "mixer"),
+        ("gemma2", "float32", 1, "self_attn"),
+    ],
+)
+def test_padding_that_leaks_is_named(load, model_type, dtype, layer, name):
+    target = load(model_type, dtype)
+
+    def leaky(right, args, kwargs):
+        output, weights = right(*args, **kwargs)
+        return (
+            output + 5 * output[:, -1:] if len(output) == 2 else output
+        ), weights  # only a padded batch has two rows
+
+    without_cache(getattr(layers(target)[layer], name), leaky)
+    assert failing(target) == ["padding"]
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_step_sizes_clamped_in_one_form_only_are_named(load, model_type):
+    """transformers clamps them in its chunked form and not for a single token; engines never do."""
+    target = load(model_type)
+    for layer in layers(target):
+        mixer = getattr(layer, "mamba", None) or getattr(layer, "mixer", None)
+        if hasattr(mixer, "time_step_limit"):
+
+            def clamped(right, args, kwargs, mixer=mixer):
+                limits, mixer.time_step_limit = mixer.time_step_limit, (2.0, float("inf"))
+                try:
+                    return right(*args, **kwargs)
+                finally:
+                    mixer.time_step_limit = limits
+
+            without_cache(mixer, clamped)
+    assert failing(target) == ["verify"]
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_a_block_scan_that_forgets_its_state_is_named(load, monkeypatch, model_type):
+    from nemotron_dspark.targets import mamba2
+
+    right = mamba2.scan_block
+    monkeypatch.setattr(mamba2, "scan_block", lambda *args: right(*args[:-1], torch.zeros_like(args[-1])))
+    assert named(load(model_type)) == "verify"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "window"),
+    [
+        ("mistral", "float32", None),
+        ("mistral", "float32", WINDOW - 1),
+        ("mistral", "bfloat16", None),
+        ("gemma2", "float32", None),
+        ("gpt_oss", "float32", None),
+    ],
+)
+def test_a_wrong_sliding_window_is_named(load, monkeypatch, model_type, dtype, window):
+    right = TargetState.mask
+
+    def wrong(self, block, device, sliding=None):
+        return right(self, block, device, window if sliding else None)
+
+    monkeypatch.setattr(TargetState, "mask", wrong)
+    assert failing(load(model_type, dtype)) == ["verify"]
+
+
+def test_a_window_beyond_reach_is_said(load, monkeypatch):
+    monkeypatch.setitem(proofs._REACH, "cpu", WINDOW - 1)
+    monkeypatch.setattr(proofs, "_chunk", lambda target: 4)
+    notes = {result.name: result.note for result in run_proofs(load("mistral"), TAPS) if result.note}
+    assert notes == {"verify": f"9 tokens did not reach the sliding window of {WINDOW}"}
+
+
+def test_a_nan_is_named(load):
+    target = load("nemotron_h")
+    target.model.model.layers[0].norm.weight.fill_(float("nan"))
+    assert named(target) == "finite"
+
+
+def test_without_taps_the_default_ones_are_proven(load, monkeypatch):
+    asked = []
+    right = Target._tapped
+    monkeypatch.setattr(Target, "_tapped", lambda self, taps: asked.append(tuple(taps)) or right(self, taps))
+    run_proofs(load("llama"))
+    assert (1, 2, 3) in asked
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("finite", "not numbers"),
+        ("causality", "later tokens"),
+        ("taps", "next layer receives"),
+        ("head", "LM head"),
+        ("padding", "right padding"),
+        ("verify", "one forward of the whole sequence"),
+        ("rollback", "never seen the rejected tokens"),
+    ],
+)
+def test_a_failed_proof_stops_with_cause_and_cure(load, monkeypatch, name, cause):
+    broken = [dataclasses.replace(p, measure=lambda *_: 1.0) if p.name == name else p for p in PROOFS]
+    monkeypatch.setattr(proofs, "PROOFS", tuple(broken))
+    with pytest.raises(CheckError, match=f"fails the {name} proof .*{cause}") as caught:
+        prove(load("llama"), TAPS)
     assert caught.value.exit_code == 1
-    assert "Speculative decoding would change the output" in caught.value.do
-
-
-def test_proofs_report_a_nan_as_a_failure(folder):
-    target = Target.load(str(folder))
-    with torch.no_grad():
-        target.model.model.layers[0].norm.weight.fill_(float("nan"))
-    assert "head" in failures(target)
+    assert caught.value.do.endswith(".")
