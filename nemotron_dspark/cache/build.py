@@ -14,35 +14,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from nemotron_dspark import __version__
+from nemotron_dspark.cache.capture import CapturesStates, captured_states
 from nemotron_dspark.cache.format import MANIFEST, Layout
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.cache.tokens import Tally, TokenStore, store_tokens
+from nemotron_dspark.cache.tokens import TokenStore, check_no_mask_token, read_report, tokenise
 from nemotron_dspark.cache.writer import WORK, CacheWriter, lock, remove_leftovers
 from nemotron_dspark.chat.format import recognise
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.data.conversations import SkipTally
-from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
-from nemotron_dspark.files import disk_errors, read_json, sha256, write_json
+from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.files import disk_errors, read_json, sha256
 
 REPORT = "build.json"
 _SPARE_BYTES = 16 * 1024**2  # index, checksums and the file system's own needs
 
 
-class CapturesStates(Protocol):
-    """What a build needs of a `targets.Target`."""
+class Tokens(Protocol):
+    """Tokenised samples; `cache.tokens.TokenStore` has it."""
 
-    spec: Any
-    tokenizer: Any
-    folder: Path
-    dtype: torch.dtype
-    device: torch.device
+    lengths: np.ndarray  # int64 [samples]
 
-    def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: tuple[int, ...]) -> Any: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, sample_id: int) -> Tokenised: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +96,12 @@ def build_cache(
     data, cache = data or DataConfig(), cache or CacheConfig()
     conversations, folder = Path(conversations_file), Path(out_folder)
     report = progress or (lambda _: None)
-    inputs = _inputs(target, conversations, tuple(taps), data, cache)
+    inputs = {
+        **inputs_of(
+            Path(target.folder), target.tokenizer, target.spec.name, str(target.dtype), conversations, taps, data
+        ),
+        "cache": layout_settings(cache),
+    }
     work = folder / WORK
     _check_folder(folder, inputs)
     if (folder / MANIFEST).is_file():
@@ -108,12 +110,22 @@ def build_cache(
     with disk_errors(folder):
         work.mkdir(parents=True, exist_ok=True)
     if (folder / REPORT).is_file():
-        _check_mask_token(TokenStore(work), mask_token_id, folder)
+        check_no_mask_token(TokenStore(work), mask_token_id, folder)
     else:
         held = lock(work)
         try:
             remove_leftovers(folder)
-            _tokenise(folder, target, conversations, inputs, data, mask_token_id, report)
+            tokenise(
+                work,
+                folder / REPORT,
+                conversations,
+                target.tokenizer,
+                data,
+                max_positions=target.spec.max_position_embeddings,
+                mask_token_id=mask_token_id,
+                inputs=inputs,
+                progress=lambda lines: report(BuildProgress("tokenise", lines, 0, 0, 0)),
+            )
         finally:
             os.close(held)
     store = TokenStore(work)
@@ -126,8 +138,8 @@ def build_cache(
         extra=_manifest_extra(target, conversations, data),
     ) as writer:
         reused = int(writer.written.sum())
-        _check_space(folder, writer.missing_bytes)
-        _capture(target, store, writer, cache.batch_tokens, report)
+        check_space(folder, writer.missing_bytes)
+        write_states(target, store, writer, cache.batch_tokens, report)
         writer.finish(extra_files=[REPORT])
     return _finished(folder, started, reused)
 
@@ -152,22 +164,19 @@ def batches(layout: Layout, batch_tokens: int) -> list[list[int]]:
     return result
 
 
-def _capture(
+def write_states(
     target: CapturesStates,
-    store: TokenStore,
+    store: Tokens,
     writer: CacheWriter,
     batch_tokens: int,
     report: Callable[[BuildProgress], None],
 ) -> None:
+    """Run the target over the samples of ``store`` that ``writer`` does not have yet."""
     total = int(store.lengths.sum())
-    pad = target.tokenizer.pad_token_id or 0
     for batch in batches(writer.layout, batch_tokens):
         if not writer.written[batch].all():
             samples = [store[sample_id] for sample_id in batch]
-            input_ids, real = _padded(samples, pad)
-            captured = target.capture(input_ids.to(target.device), real.to(target.device), writer.manifest.taps)
-            taps, last = captured.taps.to(torch.bfloat16), captured.last.to(torch.bfloat16)
-            _check_finite(taps, last, real, batch)
+            taps, last = captured_states(target, samples, batch, writer.manifest.taps)
             taps, last = taps.cpu(), last.cpu()
             for row, (sample_id, sample) in enumerate(zip(batch, samples, strict=True)):
                 length = len(sample.input_ids)
@@ -177,64 +186,9 @@ def _capture(
         report(BuildProgress("capture", int(written.sum()), len(store), int(store.lengths[written].sum()), total))
 
 
-def _padded(samples: Sequence[Tokenised], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids [B, S] padded on the right, and which of them are real [B, S]."""
-    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
-    input_ids = torch.full((len(samples), int(lengths.max())), pad, dtype=torch.long)
-    for row, sample in enumerate(samples):
-        input_ids[row, : lengths[row]] = torch.from_numpy(sample.input_ids)
-    return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]
-
-
-def _check_finite(
-    taps: Tensor,  # bf16 [B, S, T·H]
-    last: Tensor,  # bf16 [B, S, H]
-    real: Tensor,  # bool [B, S]
-    batch: Sequence[int],
-) -> None:
-    sums = taps.sum(-1, dtype=torch.float32) + last.sum(-1, dtype=torch.float32)  # one number that is not finite shows
-    broken = (~torch.isfinite(sums).cpu() & real).any(dim=1)  # [B]
-    if broken.any():
-        raise CheckError(
-            f"The target's hidden states of sample {batch[int(broken.nonzero()[0])]} are not finite.",
-            "Load the target in another type (target.dtype=bfloat16 or float32).",
-        )
-
-
-def _tokenise(
-    folder: Path,
-    target: CapturesStates,
-    conversations: Path,
-    inputs: dict[str, Any],
-    data: DataConfig,
-    mask_token_id: int | None,
-    report: Callable[[BuildProgress], None],
-) -> None:
-    """Fill `.build/` with the samples; `build.json` marks this stage as done."""
-    tally = store_tokens(
-        folder / WORK,
-        conversations,
-        target.tokenizer,
-        data.model_copy(update={"max_length": min(data.max_length, target.spec.max_position_embeddings)}),
-        mask_token_id=mask_token_id,
-        progress=lambda lines: report(BuildProgress("tokenise", lines, 0, 0, 0)),
-    )
-    notes = []
-    if data.max_length > target.spec.max_position_embeddings:
-        notes.append(f"Samples end at the target's {target.spec.max_position_embeddings} positions, before max_length.")
-    values = dataclasses.asdict(tally) | {"skipped": tally.skipped.to_json(), "notes": notes}
-    write_json(folder / REPORT, {"inputs": inputs, "result": values})
-
-
-def _read_report(folder: Path) -> tuple[Tally, tuple[str, ...]]:
-    result = dict(read_json(folder / REPORT)["result"])
-    notes = tuple(result.pop("notes"))
-    return Tally(**(result | {"skipped": SkipTally.from_json(result["skipped"])})), notes
-
-
 def _finished(folder: Path, started: float, reused: int | None = None) -> BuildReport:
     cache = TargetCache(folder)
-    tally, notes = _read_report(folder)
+    tally, notes = read_report(folder / REPORT)
     size = sum((folder / name).stat().st_size for name in cache.manifest.shard_files)
     return BuildReport(
         folder=folder,
@@ -273,7 +227,7 @@ def _check_folder(folder: Path, inputs: dict[str, Any]) -> None:
         )
 
 
-def _check_space(folder: Path, missing: int) -> None:
+def check_space(folder: Path, missing: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < missing + _SPARE_BYTES:
         raise EnvironmentFault(
@@ -282,33 +236,30 @@ def _check_space(folder: Path, missing: int) -> None:
         )
 
 
-def _check_mask_token(store: TokenStore, mask_token_id: int | None, folder: Path) -> None:
-    if mask_token_id is None:
-        return
-    for sample_id in range(len(store)):
-        if (store[sample_id].input_ids == mask_token_id).any():
-            raise InputError(
-                f"Sample {sample_id} of {folder} contains the draft's mask token {mask_token_id}.",
-                "Set draft.mask_token_id to a token the data never uses.",
-            )
-
-
-def _inputs(
-    target: CapturesStates, conversations: Path, taps: tuple[int, ...], data: DataConfig, cache: CacheConfig
+def inputs_of(
+    folder: Path, tokenizer: Any, name: str, dtype: str, conversations: Path, taps: Sequence[int], data: DataConfig
 ) -> dict[str, Any]:
-    """What the bytes of the cache depend on, as it can be told from outside."""
+    """What the hidden states depend on, as it can be told from outside; ``folder`` is the target's.
+
+    Raises:
+        InputError: there is no file ``conversations``.
+    """
     if not conversations.is_file():
         raise InputError(f"{conversations} does not exist.", "Check the path of the data file.")
     return {
         "conversations": sha256(conversations),
-        "target": _weights_identity(Path(target.folder)),
-        "chat_template": hashlib.sha256(str(target.tokenizer.chat_template).encode()).hexdigest(),
-        "target_name": target.spec.name,
-        "dtype": str(target.dtype),
+        "target": _weights_identity(folder),
+        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "target_name": name,
+        "dtype": dtype,
         "taps": list(taps),
         "data": data.model_dump(),
-        "cache": cache.model_dump(),
     }
+
+
+def layout_settings(cache: CacheConfig) -> dict[str, int]:
+    """The settings on which a cache's bytes depend."""
+    return cache.model_dump(include={"shard_bytes", "batch_tokens"})
 
 
 def _weights_identity(folder: Path) -> str:

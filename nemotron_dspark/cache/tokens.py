@@ -15,7 +15,7 @@ from nemotron_dspark.config.run import DataConfig
 from nemotron_dspark.data.conversations import Skipped, SkipTally
 from nemotron_dspark.data.samples import read_samples
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import write_whole
+from nemotron_dspark.files import read_json, write_json, write_whole
 
 
 @dataclasses.dataclass
@@ -90,3 +90,53 @@ def store_tokens(
     tally.cut = int((np.asarray(lengths) == data.max_length).sum())
     write_whole(folder / "lengths.npy", lambda file: np.save(file, np.asarray(lengths, dtype=np.int64)))
     return tally
+
+
+def tokenise(
+    folder: Path,
+    report: Path,
+    conversations: Path,
+    tokenizer: Any,
+    data: DataConfig,
+    *,
+    max_positions: int,
+    mask_token_id: int | None,
+    inputs: dict[str, Any],
+    progress: Callable[[int], None] = lambda lines: None,
+) -> None:
+    """`store_tokens` into ``folder``, no sample longer than ``max_positions``; the file ``report`` marks it as done.
+
+    ``report`` holds ``inputs`` and what came out.
+    """
+    tally = store_tokens(
+        folder,
+        conversations,
+        tokenizer,
+        data.model_copy(update={"max_length": min(data.max_length, max_positions)}),
+        mask_token_id=mask_token_id,
+        progress=progress,
+    )
+    notes = []
+    if data.max_length > max_positions:
+        notes.append(f"Samples end at the target's {max_positions} positions, before max_length.")
+    values = dataclasses.asdict(tally) | {"skipped": tally.skipped.to_json(), "notes": notes}
+    write_json(report, {"inputs": inputs, "result": values})
+
+
+def read_report(report: Path) -> tuple[Tally, tuple[str, ...]]:
+    """What came out of the conversations, and what a person should know about it."""
+    result = dict(read_json(report)["result"])
+    notes = tuple(result.pop("notes"))
+    return Tally(**(result | {"skipped": SkipTally.from_json(result["skipped"])})), notes
+
+
+def check_no_mask_token(store: TokenStore, mask_token_id: int | None, folder: Path) -> None:
+    """`InputError` naming the sample in which the draft's mask token occurs."""
+    if mask_token_id is None:
+        return
+    for sample_id in range(len(store)):
+        if (store[sample_id].input_ids == mask_token_id).any():
+            raise InputError(
+                f"Sample {sample_id} of {folder} contains the draft's mask token {mask_token_id}.",
+                "Set draft.mask_token_id to a token the data never uses.",
+            )

@@ -1,11 +1,10 @@
-"""From a target cache to the batches of each optimiser step: a function of the seed and the step, nothing else."""
+"""From samples to the batches of each optimiser step: a function of the seed and the step, nothing else."""
 
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,26 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.errors import InputError
-from nemotron_dspark.training.anchors import counted_slots, draw_anchors, epoch_order
-
-
-class SampleLike(Protocol):
-    """What `cache.reader.Sample` holds."""
-
-    input_ids: Tensor  # int64 [S]
-    loss_mask: Tensor  # bool [S]
-    taps: Tensor  # [S, T·H]
-    last: Tensor  # [S, H]
-
-
-class CacheLike(Protocol):
-    """What training asks of a cache; `cache.reader.TargetCache` has it."""
-
-    @property
-    def lengths(self) -> np.ndarray: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, sample_id: int) -> Any: ...
+from nemotron_dspark.training.anchors import counted_slots, draw_anchors
+from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.source import SampleLike, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +41,7 @@ class Batch:
         pinned = {
             field.name: value.pin_memory()
             for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            if isinstance(value := getattr(self, field.name), Tensor) and value.device.type == "cpu"
         }
         return dataclasses.replace(self, **pinned)
 
@@ -91,56 +73,8 @@ def collate(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which samples each optimiser step takes. Counted from 0, a step is all the position a run has."""
-
-    num_samples: int
-    steps_per_epoch: int  # a rest smaller than one global batch is left out of the epoch
-    total_steps: int
-    accumulation: int  # forwards per step
-
-    @staticmethod
-    def of(config: TrainConfig, num_samples: int) -> "Plan":
-        """The plan for a cache of ``num_samples``; `InputError` when the batch sizes do not fit it or each other."""
-        if config.global_batch_size % config.local_batch_size:
-            raise InputError(
-                f"train.global_batch_size {config.global_batch_size} is not a multiple of train.local_batch_size "
-                f"{config.local_batch_size}.",
-                "Change one of them.",
-            )
-        steps_per_epoch = num_samples // config.global_batch_size
-        if not steps_per_epoch:
-            raise InputError(
-                f"The cache has {num_samples} samples, but one optimiser step takes {config.global_batch_size}.",
-                f"Add data, or set train.global_batch_size to at most {num_samples}.",
-            )
-        return Plan(
-            num_samples,
-            steps_per_epoch,
-            config.max_steps or config.epochs * steps_per_epoch,
-            config.global_batch_size // config.local_batch_size,
-        )
-
-    def epoch(self, step: int) -> int:
-        return step // self.steps_per_epoch
-
-    def micro_batches(self, step: int, config: TrainConfig, lengths: np.ndarray) -> list[np.ndarray]:
-        """Sample ids of each forward of ``step``, longest first: forwards pad little and memory peaks early."""
-        size = config.global_batch_size
-        first = step % self.steps_per_epoch * size
-        ids = _cached_order(self.num_samples, config.seed, self.epoch(step))[first : first + size]
-        by_length = ids[np.argsort(-lengths[ids], kind="stable")]
-        return np.split(by_length, self.accumulation)
-
-
-@lru_cache(maxsize=2)
-def _cached_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    return epoch_order(num_samples, seed=seed, epoch=epoch)
-
-
 def batches(
-    cache: CacheLike,
+    source: Source,
     plan: Plan,
     config: TrainConfig,
     *,
@@ -149,33 +83,49 @@ def batches(
     block_size: int,
     with_last: bool,
     pin: bool = False,
+    stopped: Sequence[Any] = (),
 ) -> Iterator[Batch]:
-    """Every forward's batch from ``first_step`` to the end of the plan, read ahead by a thread."""
-    lengths = np.asarray(cache.lengths)
+    """Every forward's batch from ``first_step`` to the end of the plan, read ahead by a thread.
 
-    def load(epoch: int, ids: np.ndarray) -> Batch:
-        samples = [cache[sample_id] for sample_id in ids.tolist()]
+    Ends early once ``stopped`` has an element, also while it waits for a batch.
+    """
+
+    def load(step: int, ids: np.ndarray) -> Batch:
+        samples = source.samples(ids.tolist(), step)
         anchors = [
-            draw_anchors(sample.loss_mask, num_anchors, seed=config.seed, epoch=epoch, sample_id=sample_id)
+            draw_anchors(sample.loss_mask, num_anchors, seed=config.seed, epoch=plan.visit(step), sample_id=sample_id)
             for sample_id, sample in zip(ids.tolist(), samples, strict=True)
         ]
         batch = collate(samples, anchors, block_size, with_last=with_last)
         return batch.pinned() if pin else batch
 
     wanted = (
-        (plan.epoch(step), ids)
+        (step, ids)
         for step in range(first_step, plan.total_steps)
-        for ids in plan.micro_batches(step, config, lengths)
+        for ids in plan.micro_batches(step, config, source.lengths)
     )
-    return _ahead(load, wanted)
+    return _ahead(load, wanted, stopped)
 
 
-def _ahead(load: Any, wanted: Iterable[tuple], depth: int = 2) -> Iterator[Batch]:
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        waiting: collections.deque = collections.deque()
+def _ahead(load: Any, wanted: Iterable[tuple], stopped: Sequence[Any], depth: int = 2) -> Iterator[Batch]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    try:
+        waiting: collections.deque[Future] = collections.deque()
         for arguments in wanted:
             waiting.append(pool.submit(load, *arguments))
             if len(waiting) > depth:
+                if not _done(waiting[0], stopped):
+                    return
                 yield waiting.popleft().result()
-        while waiting:
+        while waiting and _done(waiting[0], stopped):
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # what it waits for may never come
+
+
+def _done(batch: Future, stopped: Sequence[Any]) -> bool:
+    """Wait for ``batch``; False when the run is stopped before."""
+    while not wait([batch], timeout=0.2).done:
+        if stopped:
+            return False
+    return True

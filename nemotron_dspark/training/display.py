@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from nemotron_dspark.training.batches import Plan
 from nemotron_dspark.training.loop import Watcher
 from nemotron_dspark.training.metrics import StepMetrics
+from nemotron_dspark.training.plan import Plan
 
 
 class Display(Watcher):

@@ -18,7 +18,7 @@ import torch
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError
-from nemotron_dspark.training.batches import CacheLike, Plan, batches
+from nemotron_dspark.training.batches import batches
 from nemotron_dspark.training.checkpoints import (
     Progress,
     damage,
@@ -30,6 +30,8 @@ from nemotron_dspark.training.checkpoints import (
 from nemotron_dspark.training.metrics import MetricsLog, StepMetrics, Window
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
 from nemotron_dspark.training.optimiser import MasterAdamW, learning_rate
+from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.source import CacheLike, CacheSource, Source
 
 
 class Watcher:
@@ -39,6 +41,8 @@ class Watcher:
     def forward(self, step: int, done: int) -> None: ...
     def metrics(self, metrics: StepMetrics) -> None: ...
     def note(self, text: str) -> None: ...
+    def working(self, text: str) -> None:
+        """What goes on beside the steps or before them, in a few words; from any thread, often."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ class TrainResult:
 
 
 def train(
-    cache: CacheLike,
+    source: Source | CacheLike,
     draft: DSparkDraft,
     config: TrainConfig,
     run_folder: Path,
@@ -61,7 +65,7 @@ def train(
     """Train ``draft`` in place to the end of the plan, from the newest whole checkpoint in ``run_folder`` on.
 
     The draft lies on its device in its type already, with the target's embeddings set. Checkpoints go to
-    ``run_folder/checkpoints``, metrics beside them.
+    ``run_folder/checkpoints``, metrics beside them. Whoever made ``source`` closes it.
 
     Raises:
         InputError: batch sizes and cache do not fit, or the cache turns out damaged.
@@ -71,7 +75,8 @@ def train(
     """
     watcher = watcher or Watcher()
     checkpoints = run_folder / "checkpoints"
-    plan = Plan.of(config, len(cache))
+    source = source if isinstance(source, Source) else CacheSource(source)
+    plan = source.plan(config)
     weights = LossWeights.of(config, draft)
     optimiser = MasterAdamW(draft.trainable_parameters(), config)
     progress = _restore(checkpoints, draft, optimiser, watcher) or Progress(0, 0, 0.0, ())
@@ -81,6 +86,7 @@ def train(
     if step >= plan.total_steps:
         return TrainResult(step, resumed_from, tokens, seconds, None)
 
+    source.open(step)
     log = MetricsLog(run_folder, step)
     draft.train()
     watcher.begin(plan, step)
@@ -93,24 +99,33 @@ def train(
             now = Progress(step, tokens, seconds + time.monotonic() - started, tuple(window.sums))
             save_checkpoint(checkpoints, draft, optimiser.tensors(), now, config.keep_checkpoints)
             saved = step
+            source.saved(step)
 
-    pin = draft.device.type == "cuda"
-    feed = batches(
-        cache,
-        plan,
-        config,
-        first_step=step,
-        num_anchors=draft.config.num_anchors,
-        block_size=draft.config.block_size,
-        with_last=weights.needs_target,
-        pin=pin,
-    )
-    with contextlib.closing(feed), contextlib.closing(log), _stop_signals() as stopped:
+    with (
+        contextlib.closing(log),
+        _stop_signals() as stopped,
+        contextlib.closing(
+            batches(
+                source,
+                plan,
+                config,
+                first_step=step,
+                num_anchors=draft.config.num_anchors,
+                block_size=draft.config.block_size,
+                with_last=weights.needs_target,
+                pin=draft.device.type == "cuda",
+                stopped=stopped,
+            )
+        ) as feed,
+    ):
         while step < plan.total_steps:
             sums: torch.Tensor | None = None
             step_tokens = 0
             for done in range(plan.accumulation):
-                batch = next(feed).to(draft.device)
+                batch = next(feed, None)
+                if batch is None:  # stopped while waiting for it
+                    break
+                batch = batch.to(draft.device)
                 hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
                 loss = dspark_loss(draft, hidden, batch, weights)
                 (loss.value / plan.accumulation).backward()
@@ -137,7 +152,7 @@ def train(
                 log.write(last)
                 watcher.metrics(last)
                 window = Window(draft.config.block_size)
-            if step % config.checkpoint_every == 0 or step == plan.total_steps:
+            if step % config.checkpoint_every == 0 or plan.must_save(step):
                 save()
     draft.eval()
     return TrainResult(step, resumed_from, tokens, seconds + time.monotonic() - started, last)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from nemotron_dspark.training.anchors import counted_slots, draw_anchors
-from nemotron_dspark.training.batches import Plan, batches
+from nemotron_dspark.training.batches import batches
+from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.source import CacheSource
 
 
 def mask_of(text):
@@ -65,7 +67,9 @@ def test_batches_go_on_at_any_step(make_cache, make_settings, first_step):
     plan = Plan.of(config, len(cache))
 
     def stream(start):
-        return list(batches(cache, plan, config, first_step=start, num_anchors=6, block_size=4, with_last=True))
+        return list(
+            batches(CacheSource(cache), plan, config, first_step=start, num_anchors=6, block_size=4, with_last=True)
+        )
 
     whole, part = stream(0), stream(first_step)
     assert len(whole) == plan.total_steps * plan.accumulation

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
-from nemotron_dspark.training.batches import Plan
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import read_metrics
+from nemotron_dspark.training.plan import Plan
 
 TIMED = ("tokens_per_second", "memory_mb")
 

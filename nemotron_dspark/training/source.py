@@ -1,0 +1,61 @@
+"""Where a run's samples come from: a finished cache, or the target itself while the draft trains."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.training.plan import Plan
+
+
+class SampleLike(Protocol):
+    """What `cache.reader.Sample` holds."""
+
+    input_ids: Tensor  # int64 [S]
+    loss_mask: Tensor  # bool [S]
+    taps: Tensor  # [S, T·H]
+    last: Tensor  # [S, H]
+
+
+class CacheLike(Protocol):
+    """What training asks of a cache; `cache.reader.TargetCache` has it."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, sample_id: int) -> Any: ...
+
+
+class Source:
+    """Samples by id. All but `samples` may stay as it is here; `samples` is called by the thread that reads ahead."""
+
+    lengths: np.ndarray  # int [samples], tokens of each
+
+    def plan(self, config: TrainConfig) -> Plan:
+        return Plan.of(config, len(self.lengths))
+
+    def open(self, step: int) -> None:
+        """Get ready to train from ``step`` on; not called where nothing is left to train."""
+
+    def samples(self, ids: Sequence[int], step: int) -> Sequence[SampleLike]:
+        """The samples of one forward of ``step``."""
+        raise NotImplementedError
+
+    def saved(self, step: int) -> None:
+        """A checkpoint after ``step`` steps is on the disk."""
+
+    def close(self) -> None:
+        """Stop whatever `open` has started."""
+
+
+class CacheSource(Source):
+    """A finished cache: nothing but reads."""
+
+    def __init__(self, cache: CacheLike):
+        self._cache = cache
+        self.lengths = np.asarray(cache.lengths)
+
+    def samples(self, ids: Sequence[int], step: int) -> list[SampleLike]:
+        return [self._cache[sample_id] for sample_id in ids]
