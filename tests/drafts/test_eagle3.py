@@ -1,0 +1,146 @@
+"""EAGLE-3: drafting token by token gives the numbers of training; the objective; what it refuses; lossless decoding."""
+
+import pytest
+import torch
+
+from nemotron_dspark.config import DraftSection
+from nemotron_dspark.decoding.decoder import Decoder
+from nemotron_dspark.decoding.pair import load_draft
+from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.drafts.context import DraftContext
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.drafts.eagle3_config import Eagle3Config, build_eagle3_config
+from nemotron_dspark.drafts.load import load_any_draft
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets import Target
+from nemotron_dspark.training.eagle3_objective import eagle3_loss
+
+CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 97,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "target_layer_ids": (0, 1, 2, 4, 6),
+    "num_target_layers": 8,
+    "ttt_length": 4,
+}
+
+
+@pytest.fixture
+def draft():
+    draft = Eagle3Draft(Eagle3Config(**CONFIG), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in draft.trainable_parameters().values():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    draft.set_embeddings(*torch.randn(2, 97, 64, generator=generator))
+    return draft.eval()
+
+
+def sequence(rows=1, length=20, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randint(0, 97, (rows, length), generator=generator),
+        torch.randn(rows, length, 5 * 64, generator=generator),
+    )
+
+
+def test_drafting_gives_the_numbers_of_training_for_rows_of_any_length(draft):
+    ids, taps = sequence(rows=3)
+    lengths = (9, 5, 13)  # verified positions
+    with torch.no_grad():
+        trained = [draft.logits(hidden) for hidden in draft(ids, taps)]
+    contexts = []
+    for row, length in enumerate(lengths):  # in two pieces; the second has positions beyond the count
+        context = draft.new_context()
+        draft.extend(context, taps[row : row + 1, :4], [4], ids[row : row + 1, 1:5])
+        draft.extend(context, taps[row : row + 1, 4 : length + 2], [length - 4], ids[row : row + 1, 5 : length + 3])
+        contexts.append(context)
+    together = DraftContext.cat(contexts).select([2, 0, 1])
+    block, at = draft.begin(together, torch.zeros(3, dtype=torch.long)), [lengths[2], lengths[0], lengths[1]]
+    for step in range(4):
+        previous = torch.stack([ids[row, length + step] for row, length in zip((2, 0, 1), at, strict=True)])
+        found = block.next_logits(previous)
+        expected = torch.stack([trained[step][row, length - 1] for row, length in zip((2, 0, 1), at, strict=True)])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_objective_is_its_formula_in_plain_loops(draft):
+    ids, taps = sequence(rows=2, length=12)
+    lengths = torch.tensor([12, 8])
+    mask = torch.arange(12) >= torch.tensor([[3], [2]])
+    mask &= torch.arange(12) < lengths[:, None]
+    mask[0, 6] = False
+    last = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(3))
+    loss = eagle3_loss(draft, ids, mask, lengths, taps, last)
+    expected, counted = 0.0, [0, 0, 0, 0]
+    with torch.no_grad():
+        for step, hidden in enumerate(draft(ids, taps)):
+            for row in range(2):
+                for position in range(12 - step):
+                    at = position + step
+                    if not mask[row, at] or at >= lengths[row] - 1:
+                        continue
+                    q = torch.softmax(draft.lm_head(last[row, at + 1]), -1)
+                    log_p = torch.log_softmax(draft.logits(hidden[row, position]), -1)
+                    expected -= 0.8**step * float((q * log_p).sum()) / 24
+                    counted[step] += 1
+    assert float(loss.value.detach()) == pytest.approx(expected, rel=1e-5)
+    assert loss.counted.tolist() == counted
+    assert torch.all(loss.accepted <= loss.counted)
+
+
+def test_padding_and_what_lies_behind_it_change_nothing(draft):
+    ids, taps = sequence(length=12)
+    mask, last = torch.ones(1, 8, dtype=torch.bool), torch.randn(1, 12, 64)
+    short = eagle3_loss(draft, ids[:, :8], mask, torch.tensor([8]), taps[:, :8], last[:, :8])
+    padded = torch.nn.functional.pad(mask, (0, 4))
+    long = eagle3_loss(draft, ids, padded, torch.tensor([8]), taps, last)
+    torch.testing.assert_close(long.value * 12, short.value * 8)  # it is divided by all positions, as DeepSpec's is
+
+
+def test_a_folder_is_read_back_and_recognised(draft, tmp_path):
+    draft.save(tmp_path)
+    again = load_any_draft(tmp_path)
+    assert isinstance(again, Eagle3Draft)
+    assert again.config == draft.config
+    for name, value in draft.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"target_layer_ids": (1, 2, 3, 4)}, "exactly five"),
+        ({"target_layer_ids": (-1, 2, 3, 4, 5)}, "exactly five"),
+        ({"ttt_length": 0}, "at least 1"),
+        ({"step_loss_decay": 0.0}, "positive"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Eagle3Config(**(CONFIG | changes))
+
+
+def test_greedy_decoding_with_eagle3_is_lossless_in_a_batch(tiny_hybrid, tmp_path):
+    target = Target.load(str(tiny_hybrid))
+    section = DraftSection(taps=[1, 2, 3, 4, 5], intermediate_size=64)
+    made = Eagle3Draft(build_eagle3_config(target.spec, section, ttt_length=3)[0], seed=1)
+    made.save(tmp_path, slim=True)
+    draft = load_draft(tmp_path, target)
+    sampling = Sampling(temperature=0.0, max_new_tokens=12)
+    prompts = [list(range(40, 40 + length)) for length in (3, 40, 11)]
+    plain = [Decoder(target).generate(ids, sampling).tokens for ids in prompts]
+    decoder = Decoder(target, draft)
+    running = [decoder.start(ids, sampling) for ids in prompts]
+    while any(generation.finished is None for generation in running):
+        decoder.step(running)
+    assert [generation.tokens for generation in running] == plain
+    with pytest.raises(InputError, match="no confidence head"):
+        Decoder(target, draft, confidence_threshold=0.5)
