@@ -137,7 +137,7 @@ def test_a_prompt_in_one_block_is_as_exact_as_token_by_token():
         (lambda: granitemoehybrid(["mamba", "attention", "mamba"]), "MDM"),
         (lambda: bamba(attn_layer_indices=None), "MMMMMM"),
         (lambda: falcon_h1(num_hidden_layers=2), "PP"),
-        (lambda: zamba2(), "MPMPPMPM"),
+        (lambda: zamba2(), "MMPPMMPM"),
     ],
 )
 def test_layers_by_the_names_on_the_hub_and_by_transformers_own(config, layout):
