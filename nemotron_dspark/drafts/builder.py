@@ -30,8 +30,9 @@ def build_draft_config(
             "(draft.rope_theta sets it)."
         )
     taps = chosen_taps(spec, section)
-    if section.taps is None:
-        notes.append(f"taps {', '.join(map(str, taps))}: the default choice for {spec.layout} (draft.taps sets them).")
+    if not isinstance(section.taps, list):
+        choice = f"the choice {section.taps!r}" if section.taps else "the default choice"
+        notes.append(f"taps {', '.join(map(str, taps))}: {choice} (draft.taps sets them).")
     with_markov = section.confidence_with_markov
     if section.confidence_head and with_markov and not section.markov_rank:
         with_markov = False
@@ -56,6 +57,8 @@ def build_draft_config(
         markov_head_type=section.markov_head,
         enable_confidence_head=section.confidence_head,
         confidence_head_with_markov=section.confidence_head and with_markov,
+        target_logit_multiplier=spec.logit_multiplier,
+        target_logit_softcap=spec.logit_softcap,
     )
     return config, tuple(notes)
 
