@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_dspark.errors import CheckError
+from nemotron_dspark.errors import CheckError, NdsError, first_line
 from nemotron_dspark.targets.taps import default_taps
 from nemotron_dspark.targets.target import Target
 
@@ -254,7 +254,13 @@ def run_proofs(target: Target, taps: Sequence[int] = ()) -> list[ProofResult]:
     results = []
     for proof in PROOFS:
         began = time.perf_counter()
-        error = proof.measure(target, taps)
+        cause = proof.cause
+        try:
+            error = proof.measure(target, taps)
+        except (NdsError, torch.OutOfMemoryError):
+            raise
+        except Exception as fault:  # whatever a model raises that cannot do what is asked of it
+            error, cause = float("inf"), f"the model stops with {type(fault).__name__}, {first_line(fault)}"
         tolerance = 1e-4 if target.dtype == torch.float32 else proof.half_tolerance
         results.append(
             ProofResult(
@@ -263,7 +269,7 @@ def run_proofs(target: Target, taps: Sequence[int] = ()) -> list[ProofResult]:
                 error=error,
                 tolerance=tolerance,
                 seconds=time.perf_counter() - began,
-                cause=proof.cause,
+                cause=cause,
                 cure=proof.cure,
                 note=_verify_note(target) if proof.name == "verify" else "",
             )

@@ -164,6 +164,26 @@ def test_a_family_nobody_wrote_is_refused_by_a_proof_that_says_why(tmp_path):
         prove(load(tmp_path, config, spread=10.0))
 
 
+def test_a_model_with_a_cache_of_its_own_is_refused_in_its_own_words(tmp_path):
+    from transformers import MiniMaxConfig
+
+    config = MiniMaxConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        block_size=32,
+        max_position_embeddings=4096,
+        **IDS,
+    )
+    with pytest.raises(CheckError, match=r"fails the verify proof .* ValueError, MiniMax uses cache of its own"):
+        prove(load(tmp_path, config))
+
+
 def test_a_target_without_attention_is_refused(tmp_path):
     from transformers import MambaConfig
 

@@ -185,7 +185,7 @@ def lfm2(model_type: str = "lfm2", **changes: Any):
     """Convolutions over three positions with a bias, an MLP whose stated width is adjusted, tied by default."""
     from transformers import AutoConfig
 
-    kinds = ["conv", "full_attention", "conv", "conv", "full_attention", "conv"]
+    kinds = ["conv", "full_attention", "conv", "conv"]
     values = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -209,7 +209,7 @@ def qwen3_next(model_type: str = "qwen3_next", **changes: Any):
     values = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 4,
         "full_attention_interval": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -243,7 +243,7 @@ def jamba(**changes: Any):
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 5,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "attn_layer_period": 3,
@@ -269,8 +269,8 @@ def _olmo_hybrid() -> Any:
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
-        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
         num_attention_heads=4,
         num_key_value_heads=2,
         linear_num_key_heads=4,
@@ -289,8 +289,8 @@ def _zaya() -> Any:
     return ZayaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
-        num_hidden_layers=4,
-        layer_types=["hybrid", "hybrid_sliding"] * 2,
+        num_hidden_layers=3,
+        layer_types=["hybrid", "hybrid_sliding", "hybrid"],
         sliding_window=WINDOW,
         num_attention_heads=4,
         num_key_value_heads=2,
