@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
@@ -27,8 +28,6 @@ def pair(make_config, tmp_path):
 
 def padded_batch(cfg, rows=2):
     from deepspec.data import CacheCollator
-
-    from nemotron_dspark.training.batches import pad_sequence
 
     cache = TargetCache(cfg.data.target_cache_path)
     samples = [cache[index] for index in range(rows)]

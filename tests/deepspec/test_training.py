@@ -12,10 +12,11 @@ from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
-from nemotron_dspark.training import batches
+from nemotron_dspark.training import plan
 from nemotron_dspark.training.eagle3_objective import eagle3_loss
 from nemotron_dspark.training.loop import train
 from nemotron_dspark.training.optimiser import MasterAdamW, learning_rate
+from nemotron_dspark.training.source import CacheSource
 
 
 def train_theirs(cfg):
@@ -43,6 +44,7 @@ def settings(cfg):
         max_steps=cfg.train.max_train_steps,
         checkpoint_every=cfg.logging.checkpointing_steps,
         num_anchors=cfg.model.get("num_anchors", 1),
+        seed=20261122,  # orders are remembered by seed, and ours must not be another test's
     )
 
 
@@ -51,11 +53,11 @@ def test_three_steps_of_deepspecs_loop_give_the_weights_of_ours(make_config, mon
     trainer, before = train_theirs(cfg)
     cache = TargetCache(cfg.data.target_cache_path)
     # More anchors than candidates: both take all of them, so only the order is left to be made the same.
-    monkeypatch.setattr(batches, "_cached_order", lambda count, seed, epoch: order_of_deepspec(count, epoch))
+    monkeypatch.setattr(plan, "epoch_order", lambda count, seed, epoch: order_of_deepspec(count, epoch))
     draft = DSparkDraft(DraftConfig.from_json(trainer.draft_model.config.to_dict()))
     draft.load_state_dict({name: value.clone() for name, value in before.items()}, assign=True)
     draft.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight)
-    train(cache, draft, settings(cfg), tmp_path / "ours")
+    train(CacheSource(cache), draft, settings(cfg), tmp_path / "ours")
     theirs = DSparkDraft.load(Path(cfg.logging.checkpoint_dir) / "step_3")
     ours = DSparkDraft.load(tmp_path / "ours" / "checkpoints" / "step-00000003" / "draft")
     assert_same_weights(ours, theirs, before)
