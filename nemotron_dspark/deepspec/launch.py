@@ -60,12 +60,15 @@ def load_config(checkout: Checkout, path: Path, opts: Sequence[str]) -> Any:
         )
     put_on_path(checkout)
     utils = deepspec_module("deepspec.utils")
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # not into the folder of a config
     try:
         cfg = utils.load_config(str(path))
     except NdsError:
         raise
     except Exception as error:  # it is Python: anything can go wrong in it
         raise InputError(f"{path} cannot be loaded: {first_line(error)}.", "Correct the file.") from None
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
     for section in ("model", "train", "logging", "data"):
         if not isinstance(cfg.get(section), dict):
             raise InputError(f"{path} has no section {section}.", "Start from `nds deepspec config --target T`.")

@@ -8,7 +8,7 @@ import torch
 
 from nemotron_dspark.cache.reader import Sample
 from nemotron_dspark.config import DraftSection, EvalConfig
-from nemotron_dspark.decoding.decoder import Decoder
+from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.builder import build_draft_config
@@ -120,3 +120,16 @@ def test_accepted_lengths_are_those_of_nds_eval(
         assert f"{row['acceptance_length']:.2f}" in printed
     assert ("Confidence head reliability" in printed) == (kind == "dspark")
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_round_that_an_accepted_stop_token_ends_is_counted_as_deepspec_counts_it(deepspec_on_cpu):
+    """Drafts behind an accepted stop token were not proposed, and such a round gains no token of the target's own."""
+    from nemotron_dspark.deepspec.evaluators import _proposed
+
+    generation = Generation(3, Sampling(max_new_tokens=99), frozenset({7}))
+    Decoder._note(generation, 4, [1, 2, 3])  # two drafts kept of four, then the target's own
+    Decoder._note(generation, 4, [1, 2, 3, 4, 7])  # all four kept; the stop token is the target's own
+    assert (generation.accepted, generation.survived, _proposed(generation)) == ([3, 5], [2, 4], [4, 4])
+    ended = Generation(3, Sampling(max_new_tokens=99), frozenset({7}))
+    Decoder._note(ended, 4, [1, 7, 3, 4])  # the second draft is the stop token
+    assert (ended.accepted, ended.survived, _proposed(ended)) == ([2], [2], [2])
