@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
+from nemotron_dspark.files import size_text
 
 if TYPE_CHECKING:
     from nemotron_dspark.cache.build import BuildProgress, BuildReport
@@ -152,7 +153,7 @@ def _print_report(report: "BuildReport", layers: tuple[int, ...]) -> None:
     table.add_row("cache", escape(str(report.folder)))
     table.add_row("samples", f"{report.samples:,}, {report.reused_samples:,} of them from an earlier run")
     table.add_row("tokens", f"{report.tokens:,}, {_share(report.loss_tokens, report.tokens)} of them train the draft")
-    table.add_row("size", f"{_size(report.bytes)} in {report.shards} shard{'s' * (report.shards != 1)}")
+    table.add_row("size", f"{size_text(report.bytes)} in {report.shards} shard{'s' * (report.shards != 1)}")
     table.add_row("taps", ", ".join(map(str, layers)))
     table.add_row("time", f"{report.seconds:.1f} s")
     shell.out.print(table)
@@ -172,7 +173,7 @@ def _print_info(found: "CacheInfo") -> None:
     share = "" if found.loss_tokens is None else f", {_share(found.loss_tokens, found.tokens)} of them train the draft"
     table.add_row("tokens", f"{found.tokens:,}{share}")
     shards = f"{found.shards} shard{'s' * (found.shards != 1)}"
-    table.add_row("size", f"{_size(found.bytes)} in {shards}, {found.bytes_per_token:,} bytes a token")
+    table.add_row("size", f"{size_text(found.bytes)} in {shards}, {found.bytes_per_token:,} bytes a token")
     shell.out.print(table)
     most = max((bin_.samples for bin_ in found.lengths), default=1)
     lengths = Table("tokens", "samples", "", title="Lengths", title_justify="left", box=None)
@@ -185,11 +186,3 @@ def _print_info(found: "CacheInfo") -> None:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "none"
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

@@ -1,4 +1,4 @@
-"""`nds train`: a draft for a target, from a target cache."""
+"""`nds train`: a draft for a target, from a target cache or from conversations."""
 
 import dataclasses
 import shlex
@@ -18,6 +18,10 @@ def register(app: typer.Typer) -> None:
     def train(
         target: shell.TargetOption,
         cache: Path | None = typer.Option(None, "--cache", help="Folder that `nds cache build` wrote."),
+        data: Path | None = typer.Option(
+            None, "--data", "-d", help="Instead of --cache: conversations, over which the target runs meanwhile."
+        ),
+        taps: shell.TapsOption = None,
         out: Path | None = typer.Option(None, "--out", "-o", help="Run folder; runs/<target> when not given."),
         config_file: shell.ConfigOption = None,
         assignments: shell.SetOption = None,
@@ -27,30 +31,46 @@ def register(app: typer.Typer) -> None:
         as_json: shell.JsonOption = False,
     ) -> None:
         """Train a draft. The same command again goes on where it stopped."""
-        config = load_run_config(config_file, [*(assignments or ()), *shell.trust_setting(trust)], target=target)
+        given = [*(assignments or ()), *shell.taps_setting(taps), *shell.trust_setting(trust)]
+        config = load_run_config(config_file, given, target=target)
         name = Path(target).name or "target"
-        if cache is None:
+        if (cache is None) == (data is None):
             folder = f"caches/{name}"
             raise InputError(
-                "Training reads the target's hidden states from a cache, and none was given.",
-                f"Build one with `nds cache build --target {shlex.quote(target)} --data conversations.jsonl "
-                f"--out {shlex.quote(folder)}`, then add `--cache {shlex.quote(folder)}`.",
+                "Training needs the target's hidden states, and neither --cache nor --data is given."
+                if cache is None
+                else "Both --cache and --data are given: hidden states come from one of them.",
+                "Give `--data conversations.jsonl` to run the target while the draft trains, which needs no disk; or "
+                f"build a cache once with `nds cache build --target {shlex.quote(target)} --data conversations.jsonl "
+                f"--out {shlex.quote(folder)}` and give `--cache {shlex.quote(folder)}`: the target runs once, not "
+                "once an epoch.",
             )
         shell.quiet_libraries()
         if engine != "native":
+            if cache is None:
+                raise InputError("DeepSpec's loop reads a cache; --data is given.", "Build one with `nds cache build`.")
             _train_with_deepspec(engine, target, cache, out or Path("runs") / name, config)
             return
         from nemotron_dspark.training.display import Display
         from nemotron_dspark.training.run import train_run
 
         with Display() as watcher:
-            report = train_run(target, cache, out or Path("runs") / name, config, resume=not fresh, watcher=watcher)
+            report = train_run(
+                target,
+                cache,
+                out or Path("runs") / name,
+                config,
+                conversations=data,
+                resume=not fresh,
+                watcher=watcher,
+            )
         if as_json:
             shell.emit(dataclasses.asdict(report))
             return
         table = Table(title="Draft trained", show_header=False, title_justify="left")
         for key, value in (
             ("draft", report.draft_folder),
+            ("hidden states", report.mode),
             ("steps", f"{report.steps}" + (f" (from {report.resumed_from})" if report.resumed_from else "")),
             ("samples", str(report.samples)),
             ("trained parameters", f"{report.parameters:,}"),

@@ -88,6 +88,7 @@ class DataConfig(_Section):
 class CacheConfig(_Section):
     """The target's hidden states on disk."""
 
+    mode: Literal["online"] = Field("online", description="what `nds train --data` does: online = keep none on disk")
     shard_bytes: int = Field(4 * 1024**3, ge=1, description="a shard is closed when it holds this many bytes")
     batch_tokens: int = Field(16384, ge=1, description="padded tokens of one target forward")
 

@@ -30,8 +30,9 @@ class Batch:
     tokens: int  # without padding
 
     def to(self, device: torch.device) -> "Batch":
+        ahead = device.type == "cuda"  # copies to the host must be waited for
         moved = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: value.to(device, non_blocking=ahead)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nemotron_dspark.training.loop import Watcher
 from nemotron_dspark.training.metrics import StepMetrics
@@ -25,9 +25,13 @@ class Display(Watcher):
             TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}"),
             TextColumn("{task.fields[numbers]}"),
+            TextColumn("[dim]{task.fields[beside]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
+        self._beside = ""
+        self._before: TaskID | None = None  # stands for the steps until they begin
+        self._task: TaskID | None = None
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -38,9 +42,17 @@ class Display(Watcher):
 
     def begin(self, plan: Plan, first_step: int) -> None:
         self._plan, self._first, self._started = plan, first_step, time.monotonic()
+        if self._before is not None:
+            self._progress.remove_task(self._before)
         total = plan.total_steps * plan.accumulation
         self._task = self._progress.add_task(
-            "", total=total, completed=first_step * plan.accumulation, step=self._step(first_step), left="…", numbers=""
+            "",
+            total=total,
+            completed=first_step * plan.accumulation,
+            step=self._step(first_step),
+            left="…",
+            numbers="",
+            beside=self._beside,
         )
         if first_step:
             self.note(f"Going on from step {first_step} of {plan.total_steps}.")
@@ -61,6 +73,15 @@ class Display(Watcher):
             self._progress.update(self._task, numbers="  ".join(numbers))
         else:
             self._console.print(f"step {self._step(metrics.step)}  {'  '.join(numbers)}", soft_wrap=True)
+
+    def working(self, text: str) -> None:
+        self._beside = text
+        if self._task is not None:
+            self._progress.update(self._task, beside=escape(text))
+        elif self._before is not None:
+            self._progress.update(self._before, beside=escape(text))
+        else:
+            self._before = self._progress.add_task("", total=None, step="-", left="…", numbers="", beside=escape(text))
 
     def note(self, text: str) -> None:
         self._console.print(escape(text), soft_wrap=True)

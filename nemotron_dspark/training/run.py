@@ -1,26 +1,26 @@
-"""One training run in one folder: checks that target, draft and cache fit, trains, leaves the finished draft.
+"""One training run in one folder: checks that target, draft and data fit, trains, leaves the finished draft.
 
-The target itself is never loaded; its config, tokenizer, embedding and LM head are all that is read.
+On a finished cache the target is never loaded; its config, tokenizer, embedding and LM head are all that is read. On
+conversations the target itself runs beside the draft.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-import platform
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 
-from nemotron_dspark import __version__, files
-from nemotron_dspark.cache.format import CHECKSUMS, INDEX, MANIFEST
+from nemotron_dspark import files
+from nemotron_dspark.cache.build import inputs_of
+from nemotron_dspark.cache.format import CHECKSUMS, INDEX, MANIFEST, bytes_per_token
 from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cache.tokens import read_report
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
-from nemotron_dspark.config import RunConfig, TrainConfig
+from nemotron_dspark.config import RunConfig, TargetConfig, TrainConfig
 from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
@@ -28,14 +28,21 @@ from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.families import needs_remote_code
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.target import resolve_device as target_device
 from nemotron_dspark.targets.weights import read_embedding_and_head
-from nemotron_dspark.training.batches import Plan
+from nemotron_dspark.training import online
+from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import StepMetrics
+from nemotron_dspark.training.source import CacheSource, Source
 
-RUN_FILE = "run.json"
 # These change neither the order of samples nor a number that is computed.
 _FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "device", "attention")
+_SUMMARIES = {
+    "cached": "cached: {samples}, {states} of hidden states are read; the target is not loaded.",
+    "online": "online: the target runs in the training loop; {samples}. No hidden states are written; a cache of them "
+    "would take {states}.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +51,7 @@ class TrainReport:
 
     run_folder: str
     draft_folder: str
+    mode: str  # where hidden states came from: "cached", or what `cache.mode` says
     steps: int
     resumed_from: int  # step of the checkpoint this call went on from; 0 = none
     samples: int
@@ -56,58 +64,92 @@ class TrainReport:
 
 def train_run(
     target_name: str,
-    cache_folder: Path,
+    cache_folder: Path | None,
     run_folder: Path,
     config: RunConfig,
     *,
+    conversations: Path | None = None,
     resume: bool = True,
     watcher: Watcher | None = None,
 ) -> TrainReport:
-    """Train a draft for ``target_name`` on ``cache_folder`` in ``run_folder``, from where an earlier call stopped.
+    """Train a draft for ``target_name`` in ``run_folder``, from where an earlier call stopped.
+
+    Either on ``cache_folder``, or on the file ``conversations``, over which the target runs meanwhile as ``cache.mode``
+    says.
 
     Raises:
-        InputError: target, cache, configuration and run folder do not fit together, or one of them is damaged; also
-            when ``resume`` is False and the folder holds a run.
-        CheckError: the loss became infinite or NaN.
+        InputError: target, cache or data, configuration and run folder do not fit together, or one of them is damaged;
+            also when ``resume`` is False and the folder holds a run.
+        CheckError: the loss became infinite or NaN, or the loaded target is not right.
         EnvironmentFault: no such device, or the disk is full.
     """
-    run_folder = Path(run_folder)
+    run_folder, watcher = Path(run_folder), watcher or Watcher()
     allowed = config.target.trust_remote_code
     folder = locate(target_name, revision=config.target.revision, weights=True, code=allowed)
     spec = TargetSpec.from_folder(folder, target_name, trust_remote_code=allowed)
     trusted = allowed and needs_remote_code(files.read_json(folder / "config.json"))
-    cache = TargetCache(cache_folder)
-    draft_config, notes = _draft_config(folder, spec, cache, config, trusted)
-    notes = [*notes, *_check_cache(cache, spec, draft_config, target_name)]
-    Plan.of(config.train, len(cache))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    cache = TargetCache(cache_folder) if conversations is None else None
+    draft_config, notes = _draft_config(tokenizer, spec, cache, config)
     device, dtype = resolve_device(config.train)
-    if config.draft.confidence_head and not config.train.confidence_alpha:
-        notes.append("the confidence head is not trained: train.confidence_alpha is 0.")
-
     settings = {
         "target": target_name,
-        "cache": cache_fingerprint(Path(cache_folder)),
+        "mode": "cached" if cache is not None else config.cache.mode,
         "draft": {**draft_config.to_json(), "dtype": str(dtype).removeprefix("torch.")},
         "train": {k: v for k, v in config.train.model_dump(mode="json").items() if k not in (*_FREE_KEYS, "precision")},
     }
-    _claim_folder(run_folder, settings, resume)
-    _describe(run_folder, settings, config, notes, cache_folder)
+    if cache is not None:
+        notes += _check_cache(cache, spec, draft_config, target_name)
+        settings["cache"] = cache_fingerprint(cache.folder)
+        source: Source = CacheSource(cache)
+        source.plan(config.train)  # refuses what does not fit before the folder is touched
+        folders.claim(run_folder, settings, resume)
+    else:
+        wanted = config.target.model_copy(update={"name": target_name})
+        settings["source"] = inputs_of(
+            folder,
+            tokenizer,
+            target_name,
+            _target_dtype(wanted),
+            conversations,
+            draft_config.target_layer_ids,
+            config.data,
+        )
+        folders.claim(run_folder, settings, resume)
+        store = online.tokenised(
+            run_folder,
+            conversations,
+            tokenizer,
+            config.data,
+            max_positions=spec.max_position_embeddings,
+            mask_token_id=draft_config.mask_token_id,
+            inputs=settings["source"],
+            progress=lambda lines: watcher.working(f"tokenising, line {lines:,}"),
+        )
+        notes += _notes_on_data(run_folder)
+        source = online.OnlineSource(store, wanted, draft_config.target_layer_ids, watcher.working)
+        source.plan(config.train)
+    if config.draft.confidence_head and not config.train.confidence_alpha:
+        notes.append("the confidence head is not trained: train.confidence_alpha is 0.")
+    folders.describe(run_folder, settings, config, notes, cache_folder if cache is not None else conversations)
 
     draft = DSparkDraft(draft_config, seed=config.train.seed)
     embeddings = read_embedding_and_head(folder, spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
     draft = draft.to(device=device, dtype=dtype)
     draft.attention = config.train.attention
-    watcher = watcher or Watcher()
     for note in notes:
         watcher.note(f"note: {note}")
-    result = train(cache, draft, config.train, run_folder, watcher=watcher)
+    watcher.note(_summary(settings["mode"], source, draft, config, run_folder))
+    with contextlib.closing(source):
+        result = train(source, draft, config.train, run_folder, watcher=watcher)
     return TrainReport(
         str(run_folder),
-        str(_publish(draft, run_folder / "draft")),
+        str(folders.publish(draft, run_folder / "draft")),
+        settings["mode"],
         result.steps,
         result.resumed_from,
-        len(cache),
+        len(source.lengths),
         result.tokens,
         result.seconds,
         sum(parameter.numel() for parameter in draft.trainable_parameters().values()),
@@ -146,15 +188,14 @@ def cache_fingerprint(folder: Path) -> str:
 
 
 def _draft_config(
-    folder: Path, spec: TargetSpec, cache: TargetCache, config: RunConfig, trusted: bool
-) -> tuple[DraftConfig, tuple[str, ...]]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    tokenizer: Any, spec: TargetSpec, cache: TargetCache | None, config: RunConfig
+) -> tuple[DraftConfig, list[str]]:
     mask = choose_mask_token(tokenizer, spec, override=config.draft.mask_token_id)
     section = config.draft
-    if section.taps is None:  # the cache was built with some; they are the only ones there are
+    if section.taps is None and cache is not None:  # it was built with some; they are the only ones there are
         section = section.model_copy(update={"taps": list(cache.taps)})
     draft_config, notes = build_draft_config(spec, section, mask_token_id=mask.id, num_anchors=config.train.num_anchors)
-    return draft_config, (*notes, f"mask token {mask.id}: {mask.reason} (draft.mask_token_id sets it).")
+    return draft_config, [*notes, f"mask token {mask.id}: {mask.reason} (draft.mask_token_id sets it)."]
 
 
 def _check_cache(cache: TargetCache, spec: TargetSpec, draft: DraftConfig, target_name: str) -> list[str]:
@@ -177,62 +218,31 @@ def _check_cache(cache: TargetCache, spec: TargetSpec, draft: DraftConfig, targe
     return []
 
 
-def _claim_folder(run_folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Refuse a folder that holds a run with other settings, or any run when ``resume`` is False."""
-    path = run_folder / RUN_FILE
-    if not path.is_file():
-        # Temporary names, which a kill may leave, do not count.
-        if run_folder.is_dir() and any(not path.name.startswith(".") for path in run_folder.iterdir()):
-            raise InputError(f"{run_folder} holds other files and no run.", "Give an empty or a new folder to --out.")
-        return
-    if not resume:
-        raise InputError(f"{run_folder} already holds a run.", "Give a new folder to --out, or leave out --fresh.")
-    before = files.read_json(path).get("settings", {})
-    different = _first_difference(before, settings)
-    if different:
-        key, old, new = different
-        raise InputError(
-            f"{run_folder} holds a run with other settings: {key} was {old!r}, now it is {new!r}.",
-            f"Set {key} back to go on with that run, or give a new folder to --out.",
-        )
+def _target_dtype(config: TargetConfig) -> str:
+    """What the target is loaded in, as far as that can be told before it is."""
+    on_cpu = target_device(config.device).type == "cpu"
+    return "float32" if config.dtype == "auto" and on_cpu else config.dtype
 
 
-def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple | None:
-    for key in [*now, *(key for key in before if key not in now)]:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found = _first_difference(old, new, f"{prefix}{key}.")
-            if found:
-                return found
-        elif old != new:
-            return f"{prefix}{key}", old, new
-    return None
+def _notes_on_data(run_folder: Path) -> list[str]:
+    tally, notes = read_report(run_folder / online.FOLDER / online.REPORT)
+    cut = [f"{tally.cut} samples were cut off at the maximal length."] if tally.cut else []
+    return [*notes, *cut, *tally.skipped.sentences()]
 
 
-def _describe(
-    run_folder: Path, settings: Mapping[str, Any], config: RunConfig, notes: list[str], cache_folder: Path
-) -> None:
-    """The folder explains itself: what was asked, what was assumed, and what it ran with.
-
-    ``config.yaml`` can be given to --config again.
-    """
-    versions = {
-        "nds": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    content = {"settings": settings, "cache_folder": str(cache_folder), "notes": notes, "versions": versions}
-    files.write_json(run_folder / RUN_FILE, content)
-    files.write_text(run_folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+def _summary(mode: str, source: Source, draft: DSparkDraft, config: RunConfig, run_folder: Path) -> str:
+    """What is about to run, and what it will take on the disk."""
+    tokens, shape = int(source.lengths.sum()), draft.config
+    states = tokens * bytes_per_token(len(shape.target_layer_ids), shape.hidden_size)
+    sizes = {"samples": f"{len(source.lengths):,} samples, {tokens:,} tokens", "states": files.size_text(states)}
+    disk = files.size_text(expected_disk(draft, config.train) + (0 if mode == "cached" else 5 * tokens))
+    return _SUMMARIES[mode].format(**sizes) + f" Expected in {run_folder}: {disk}."
 
 
-def _publish(draft: DSparkDraft, folder: Path) -> Path:
-    """Write the finished draft under a temporary name and put it in place."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    draft.save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    files.fsync_folder(folder.parent)
-    return folder
+def expected_disk(draft: DSparkDraft, config: TrainConfig) -> int:
+    """Bytes of the checkpoints that are kept, the one that is being written, and the finished draft."""
+    weights = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
+    size = draft.dtype.itemsize
+    checkpoint = weights * (size + 8 + (4 if draft.dtype != torch.float32 else 0))  # moments, and masters
+    shared = 2 * draft.embed_tokens.weight.numel() * size
+    return (config.keep_checkpoints + 1) * checkpoint + weights * size + shared

@@ -1,0 +1,118 @@
+"""The target in the training loop: conversations are tokenised once, hidden states never touch the disk.
+
+Order, ids and anchors are those of a cache of the same data, and hidden states are rounded as a cache rounds them. So
+the losses are those of cached training, up to what a forward in other company rounds differently.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron_dspark import files
+from nemotron_dspark.cache.capture import captured_states
+from nemotron_dspark.cache.reader import Sample
+from nemotron_dspark.cache.tokens import TokenStore, check_no_mask_token, tokenise
+from nemotron_dspark.config import DataConfig, TargetConfig
+from nemotron_dspark.errors import EnvironmentFault
+from nemotron_dspark.targets import Target, proofs
+from nemotron_dspark.training.source import Source
+
+FOLDER = "samples"  # of the tokenised conversations, inside the run folder
+REPORT = "samples.json"
+
+
+class OnlineSource(Source):
+    """Runs the target over the samples of each forward, in the thread that reads ahead."""
+
+    def __init__(
+        self,
+        tokens: TokenStore,
+        target: TargetConfig,
+        taps: tuple[int, ...],
+        working: Callable[[str], None] = lambda text: None,
+    ):
+        self.lengths = tokens.lengths
+        self._tokens = tokens
+        self._config = target
+        self._taps = taps
+        self._working = working
+        self._busy = threading.Lock()
+
+    def open(self, step: int) -> None:
+        self._target = proven_target(self._config, self._taps, self._working)
+
+    def samples(self, ids: Sequence[int], step: int) -> list[Sample]:
+        tokens = [self._tokens[sample_id] for sample_id in ids]
+        try:
+            with self._busy:
+                taps, last = captured_states(self._target, tokens, ids, self._taps)
+        except torch.OutOfMemoryError:
+            raise EnvironmentFault(
+                f"The target's forward over {len(ids)} samples of up to {max(self.lengths[ids])} tokens does not fit "
+                f"into the memory of {self._target.device}.",
+                "Lower train.local_batch_size or data.max_length, or give the draft another device (train.device).",
+            ) from None
+        return [
+            Sample(
+                torch.from_numpy(sample.input_ids.astype("int64")),
+                torch.from_numpy(sample.loss_mask != 0),
+                taps[row, : len(sample.input_ids)],
+                last[row, : len(sample.input_ids)],
+            )
+            for row, sample in enumerate(tokens)
+        ]
+
+    def close(self) -> None:
+        with self._busy:  # a forward that was begun ahead of a stop
+            pass
+
+
+def tokenised(
+    run_folder: Path,
+    conversations: Path,
+    tokenizer: Any,
+    data: DataConfig,
+    *,
+    max_positions: int,
+    mask_token_id: int,
+    inputs: dict[str, Any],
+    progress: Callable[[int], None],
+) -> TokenStore:
+    """The samples of ``conversations``, as a cache would hold them; read back where an earlier call has made them.
+
+    Raises:
+        InputError: no sample is left, or the mask token occurs in one.
+    """
+    folder = run_folder / FOLDER
+    report = folder / REPORT
+    if report.is_file() and files.read_json(report).get("inputs") == inputs:
+        store = TokenStore(folder)
+        check_no_mask_token(store, mask_token_id, conversations)
+        return store
+    report.unlink(missing_ok=True)  # it vouches for files that are about to change
+    tokenise(
+        folder,
+        report,
+        conversations,
+        tokenizer,
+        data,
+        max_positions=max_positions,
+        mask_token_id=mask_token_id,
+        inputs=inputs,
+        progress=progress,
+    )
+    return TokenStore(folder)
+
+
+def proven_target(config: TargetConfig, taps: tuple[int, ...], working: Callable[[str], None]) -> Target:
+    """Load the target and prove it right, unless ``config`` says not to."""
+    working("loading the target")
+    target = Target.of(config)
+    if config.proofs:
+        working("proving the target")
+        proofs.prove(target, taps)
+    working("")
+    return target

@@ -1,0 +1,96 @@
+"""The folder of a run: it belongs to one run, explains itself, and ends with the finished draft."""
+
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from nemotron_dspark import __version__, files
+from nemotron_dspark.config import RunConfig
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.training import online
+
+RUN_FILE = "run.json"
+# What the source of a run's samples is known by, where it is no setting.
+_CONTENTS = {
+    "cache": "another cache",
+    "source.conversations": "other conversations",
+    "source.target": "a target with other weights",
+    "source.chat_template": "a target with another chat template",
+}
+
+
+def claim(run_folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Refuse a folder that holds a run with other settings, or any run when ``resume`` is False."""
+    path = run_folder / RUN_FILE
+    if not path.is_file():
+        # Temporary names, which a kill may leave, do not count, nor do samples of a run that never began.
+        if run_folder.is_dir() and any(
+            not path.name.startswith(".") and path.name != online.FOLDER for path in run_folder.iterdir()
+        ):
+            raise InputError(f"{run_folder} holds other files and no run.", "Give an empty or a new folder to --out.")
+        return
+    if not resume:
+        raise InputError(f"{run_folder} already holds a run.", "Give a new folder to --out, or leave out --fresh.")
+    before = files.read_json(path).get("settings", {})
+    different = _first_difference(before, settings)
+    if not different:
+        return
+    key, old, new = different
+    if key in _CONTENTS and old and new:
+        raise InputError(
+            f"{run_folder} holds a run on {_CONTENTS[key]}.",
+            "Give what that run was begun with to go on with it, or give a new folder to --out.",
+        )
+    key = key.removeprefix("source.")
+    raise InputError(
+        f"{run_folder} holds a run with other settings: {key} was {old!r}, now it is {new!r}.",
+        f"Set {key} back to go on with that run, or give a new folder to --out.",
+    )
+
+
+def describe(
+    run_folder: Path, settings: Mapping[str, Any], config: RunConfig, notes: Sequence[str], read_from: Path
+) -> None:
+    """Write what was asked, what was assumed, and what it runs with. ``read_from`` is the cache or the conversations.
+
+    ``config.yaml`` can be given to --config again.
+    """
+    versions = {
+        "nds": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    content = {"settings": settings, "read_from": str(read_from), "notes": list(notes), "versions": versions}
+    files.write_json(run_folder / RUN_FILE, content)
+    files.write_text(run_folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def publish(draft: DSparkDraft, folder: Path) -> Path:
+    """Write the finished draft under a temporary name and put it in place."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    draft.save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    files.fsync_folder(folder.parent)
+    return folder
+
+
+def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple | None:
+    for key in [*now, *(key for key in before if key not in now)]:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found = _first_difference(old, new, f"{prefix}{key}.")
+            if found:
+                return found
+        elif old != new:
+            return f"{prefix}{key}", old, new
+    return None

@@ -1,0 +1,304 @@
+"""The target in the training loop: the same training as on a cache, without the cache."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nemotron_dspark.cache.build import build_cache
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cli import app
+from nemotron_dspark.config import load_run_config
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.errors import CheckError, InputError
+from nemotron_dspark.targets import Target, proofs
+from nemotron_dspark.training import run_folder
+from nemotron_dspark.training.loop import Watcher, train
+from nemotron_dspark.training.metrics import read_metrics
+from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.run import train_run
+from nemotron_dspark.training.source import CacheSource
+
+SETTINGS = (
+    "target.device=cpu",
+    "target.proofs=false",
+    "draft.taps=[1,4]",
+    "draft.num_layers=1",
+    "draft.block_size=3",
+    "draft.markov_rank=4",
+    "data.min_loss_tokens=4",
+    "data.max_length=100",
+    "train.device=cpu",
+    "train.max_steps=8",
+    "train.local_batch_size=3",
+    "train.global_batch_size=9",
+    "train.log_every=1",
+    "train.checkpoint_every=2",
+    "train.num_anchors=8",
+    "cache.shard_bytes=100000",
+    "cache.batch_tokens=400",
+)
+
+
+def config(*more):
+    return load_run_config(assignments=[*SETTINGS, *more])
+
+
+def write_conversations(path, count=24):
+    with open(path, "w") as file:
+        for n in range(count):
+            turns = [("user", f"question {n} " * (1 + n % 5)), ("assistant", "state of a hybrid " * (1 + n * 7 % 6))]
+            file.write(json.dumps({"conversations": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory):
+    return write_conversations(tmp_path_factory.mktemp("online") / "data.jsonl")
+
+
+@pytest.fixture(scope="session")
+def cache(tiny_hybrid, conversations, tmp_path_factory):
+    folder, asked = tmp_path_factory.mktemp("online") / "cache", config()
+    target = Target.load(str(tiny_hybrid), device="cpu")
+    build_cache(target, conversations, folder, taps=(1, 4), data=asked.data, cache=asked.cache)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cached_run(tiny_hybrid, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("online") / "cached"
+    train_run(str(tiny_hybrid), cache, folder, config())
+    return folder
+
+
+@pytest.fixture
+def run(tiny_hybrid, conversations, tmp_path):
+    """Train on conversations: run(folder name, settings)."""
+
+    def run(name="run", *settings, data=conversations, watcher=None, **options):
+        path = Path(tmp_path, name)
+        return train_run(
+            str(tiny_hybrid), None, path, config(*settings), conversations=data, watcher=watcher, **options
+        )
+
+    return run
+
+
+def weights(folder):
+    return DSparkDraft.load(Path(folder) / "draft").trainable_parameters()
+
+
+def assert_close(found, expected):
+    for name, value in weights(expected).items():
+        assert (weights(found)[name] - value).norm() <= 1e-5 * value.norm(), name
+    for here, there in zip(read_metrics(Path(found)), read_metrics(Path(expected)), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+
+
+def assert_same_bits(found, expected):
+    name = "draft/model.safetensors"
+    assert Path(found, name).read_bytes() == Path(expected, name).read_bytes()
+    timed = ("tokens_per_second", "memory_mb")
+    lines = [
+        [{key: value for key, value in line.items() if key not in timed} for line in read_metrics(Path(folder))]
+        for folder in (found, expected)
+    ]
+    assert lines[0] == lines[1]
+
+
+def killed(tiny_hybrid, conversations, folder, settings, kills):
+    """Newest checkpoint after each kill."""
+    program = Path(__file__).with_name("killed_sources.py")
+    done = subprocess.run(
+        [sys.executable, program, tiny_hybrid, conversations, folder, settings.model_dump_json(), str(kills)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_online_training_equals_cached_training(run, cache, cached_run):
+    lengths, asked = TargetCache(cache).lengths, config().train
+    forwards = Plan.of(asked, len(lengths)).micro_batches(0, asked, lengths)
+    assert len(forwards) == 3
+    assert any(len(set(lengths[ids])) > 1 for ids in forwards)  # there is padding
+    report = run()
+    assert (report.mode, report.samples, report.steps) == ("online", len(lengths), 8)
+    assert_close(report.run_folder, cached_run)
+
+
+def test_no_hidden_state_is_written_and_the_target_runs_once_a_forward(run, monkeypatch):
+    rows, capture = [], Target.capture
+
+    def counted(self, input_ids, mask, taps):
+        rows.append(len(input_ids))
+        return capture(self, input_ids, mask, taps)
+
+    monkeypatch.setattr(Target, "capture", counted)
+    folder = Path(run().run_folder)
+    assert rows == [3] * 24  # eight steps of three forwards
+    files = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    assert files <= {"run.json", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "draft", "samples"}
+    assert {path.name for path in (folder / "samples").iterdir()} == {"tokens.bin", "lengths.npy", "samples.json"}
+
+
+def test_online_run_killed_at_random_moments_equals_the_undisturbed_one(run, tiny_hybrid, conversations, tmp_path):
+    settings = ("train.global_batch_size=6", "train.checkpoint_every=1", "train.max_steps=10")
+    run("whole", *settings)
+    reached = killed(tiny_hybrid, conversations, tmp_path / "cut", config(*settings), 3)
+    report = run("cut", *settings)
+    assert 0 < report.resumed_from == reached[-1] < 10
+    assert_same_bits(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_finished_run_does_not_load_the_target_again(run, monkeypatch):
+    run()
+    monkeypatch.setattr(Target, "load", lambda *_, **__: pytest.fail("the target was loaded"))
+    assert run().final is None
+
+
+def test_training_on_a_cache_never_loads_the_target(tiny_hybrid, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(Target, "load", lambda *_, **__: pytest.fail("the target was loaded"))
+    asked = config("target.proofs=true", "train.max_steps=1")
+    assert train_run(str(tiny_hybrid), cache, tmp_path / "run", asked).mode == "cached"
+
+
+def test_proofs_come_before_the_first_step(run, monkeypatch):
+    def failing(target, taps):
+        assert taps == (1, 4)
+        raise CheckError("The target fails a proof.", "Do something.")
+
+    class NoStep(Watcher):
+        def forward(self, step, done):
+            pytest.fail("a step was taken")
+
+    monkeypatch.setattr(proofs, "prove", failing)
+    with pytest.raises(CheckError, match="fails a proof"):
+        run("run", "target.proofs=true", watcher=NoStep())
+
+
+def test_other_data_or_another_target_does_not_mix_into_a_run(run, tiny_hybrid, tmp_path, conversations, cache):
+    run("run", "train.max_steps=1")
+    before = (tmp_path / "run" / "samples" / "tokens.bin").read_bytes()
+    with pytest.raises(InputError, match="a run on other conversations"):
+        run("run", "train.max_steps=1", data=write_conversations(tmp_path / "more.jsonl", 25))
+    with pytest.raises(InputError, match=r"data\.max_length was 100, now it is 90"):
+        run("run", "train.max_steps=1", "data.max_length=90")
+    with pytest.raises(InputError, match="mode was 'online', now it is 'cached'"):
+        train_run(str(tiny_hybrid), cache, tmp_path / "run", config("train.max_steps=1"))
+    copy = shutil.copytree(tiny_hybrid, tmp_path / "target")
+    begun = ("train.max_steps=1",)
+    train_run(str(copy), None, tmp_path / "other", config(*begun), conversations=conversations)
+    weights_file = copy / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(InputError, match="a run on a target with other weights"):
+        train_run(str(copy), None, tmp_path / "other", config(*begun), conversations=conversations)
+    assert (tmp_path / "run" / "samples" / "tokens.bin").read_bytes() == before
+
+
+def test_data_that_cannot_be_used_leaves_the_folder_free_for_better_data(run, tmp_path, conversations):
+    used = np.fromfile(Path(run("any", "train.max_steps=1").run_folder) / "samples" / "tokens.bin", "<i4", count=12)
+    with pytest.raises(InputError, match=r"data.jsonl:1 contains the draft's mask token"):
+        run("run", f"draft.mask_token_id={used[9]}")
+    with pytest.raises(InputError, match="24 samples, but one optimiser step takes 30"):
+        run("run", "train.global_batch_size=30")
+    with pytest.raises(InputError, match="leaves no sample"):
+        run("run", "data.min_loss_tokens=1000")
+    with pytest.raises(InputError, match=r"missing.jsonl does not exist"):
+        run("run", data=tmp_path / "missing.jsonl")
+    assert not (tmp_path / "run" / run_folder.RUN_FILE).exists()
+    assert run("run", "train.max_steps=1").steps == 1
+
+
+def test_a_stop_is_heard_while_the_loop_waits_for_the_target(make_cache, make_draft, make_settings, tmp_path):
+    class Blocking(CacheSource):
+        released, over = threading.Event(), []
+
+        def samples(self, ids, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.released.wait(60)
+            self.over.append(step)
+            return super().samples(ids, step)
+
+    cache = make_cache()
+    with pytest.raises(KeyboardInterrupt):
+        train(Blocking(cache), make_draft(cache=cache), make_settings(), tmp_path)
+    assert Blocking.over == []
+    Blocking.released.set()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("target", "draft"), [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
+def test_target_and_draft_on_any_devices(run, cached_run, target, draft):
+    devices = (f"target.device={target}", f"train.device={draft}", "target.dtype=float32", "train.precision=fp32")
+    report = run("run", *devices, "train.attention=dense")
+    last = read_metrics(cached_run)[-1]["loss"]
+    assert report.final.loss == pytest.approx(last, rel=1e-3)
+
+
+def nds(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_command_without_cache_and_data_names_both_ways(tiny_hybrid, conversations, cache):
+    for given in ((), ("--data", conversations, "--cache", cache)):
+        result = nds("train", "--target", tiny_hybrid, *given)
+        assert isinstance(result.exception, InputError)
+        assert result.exception.exit_code == 2
+        assert f"nds cache build --target {tiny_hybrid} --data" in result.exception.do
+        assert "--data conversations.jsonl` to run the target" in result.exception.do
+    assert "both" in result.exception.what.lower()
+
+
+def test_command_trains_on_conversations_and_says_what_it_does(tiny_hybrid, conversations, tmp_path):
+    options = [part for setting in SETTINGS if "taps" not in setting for part in ("--set", setting)]
+    out = tmp_path / "run"
+    words = ("train", "-t", tiny_hybrid, "--data", conversations, "--taps", "1,4", "--out", out, *options)
+    result = nds(*words, "--set", "train.max_steps=2", "--json")
+    assert result.exit_code == 0, result.exception
+    assert json.loads(result.stdout)["mode"] == "online"
+    assert "online: the target runs in the training loop; 24 samples" in result.stderr
+    assert "No hidden states are written" in result.stderr
+    shown = nds(*words, "--set", "train.max_steps=2")
+    assert "online" in shown.stdout
+
+
+def test_checkpoints_take_the_disk_that_was_announced(cached_run):
+    from nemotron_dspark.training.run import expected_disk
+
+    draft = DSparkDraft.load(cached_run / "draft")
+    kept = [path for path in (cached_run / "checkpoints").rglob("*") if path.is_file()]
+    sizes = sum(path.stat().st_size for path in [*kept, *(cached_run / "draft").iterdir()])
+    one = sum(path.stat().st_size for path in kept) / 2
+    assert expected_disk(draft, config().train) == pytest.approx(sizes + one, rel=0.1)
+
+
+def test_states_are_those_of_the_model(tiny_hybrid, cache):
+    """What online training reads of a padded batch is, row by row, what the target says of the sample alone."""
+    from nemotron_dspark.cache.capture import captured_states
+    from nemotron_dspark.chat.mask import Tokenised
+
+    target, stored = Target.load(str(tiny_hybrid), device="cpu"), TargetCache(cache)
+    samples = [Tokenised(stored[n].input_ids.numpy(), stored[n].loss_mask.numpy()) for n in range(4)]
+    taps, last = captured_states(target, samples, range(4), (1, 4))
+    assert taps.dtype == last.dtype == torch.bfloat16
+    for row, sample in enumerate(samples):
+        alone = target.capture(torch.from_numpy(sample.input_ids)[None], None, (1, 4))
+        length = len(sample.input_ids)
+        torch.testing.assert_close(taps[row, :length].float(), alone.taps[0], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(last[row, :length].float(), alone.last[0], rtol=1e-2, atol=1e-3)
