@@ -161,6 +161,17 @@ def test_nds_train_with_the_deepspec_engine_is_the_same_thing(deepspec_on_cpu, e
     assert isinstance(result.exception, InputError)
 
 
+def test_prepare_builds_what_train_then_accepts(cfg, conversations, tmp_path):
+    out = tmp_path / "prepared"
+    command = ["deepspec", "prepare", str(tmp_path / "config.py"), "--data", str(conversations), "--out", str(out)]
+    for _ in range(2):  # the second time there is nothing left to do
+        result = CliRunner().invoke(app, [*command, "--device", "cpu", "--min-loss-tokens", "4", "--json"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["samples"] == 12
+    cfg.data.target_cache_path = str(out)
+    assert launch.check_training(cfg, 1) == ()
+
+
 def test_eval_becomes_our_entry_point_in_the_checkout(cfg, executed, monkeypatch, tmp_path):
     moved = []
     monkeypatch.setattr(os, "chdir", moved.append)
