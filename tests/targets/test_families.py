@@ -153,7 +153,7 @@ def test_embedding_and_head_are_found_in_the_checkpoint(target):
 
 
 def test_greedy_speculative_decoding_is_lossless(target):
-    """With a random draft whose head is the target's, against plain decoding by whole uncached forwards."""
+    """With a random draft whose head is the target's, against the choices of whole uncached forwards."""
     config, _ = build_draft_config(
         target.spec, DraftSection(num_layers=1, markov_rank=16), mask_token_id=5, num_anchors=8
     )
@@ -168,9 +168,8 @@ def test_greedy_speculative_decoding_is_lossless(target):
         decoder.step(active)
     identical = 0
     for prompt, generation in zip(prompts, found, strict=True):
-        expected = list(prompt)
-        for _ in range(10):
-            expected.append(int(fresh(target, expected)[-1].argmax()))
-        identical += generation.tokens == expected[len(prompt) :]
+        # If each token is the plain choice after what precedes it, all of them are what plain decoding gives.
+        plain = fresh(target, prompt + generation.tokens)[len(prompt) - 1 : -1].argmax(-1)
+        identical += len(generation.tokens) == 10 and plain.tolist() == generation.tokens
     report(target, prompts=PROMPTS, identical=identical)
     assert identical == PROMPTS
