@@ -5,7 +5,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -74,9 +74,7 @@ def inspect(
             loaded = Target.of(run.target)
             proofs = run_proofs(loaded, description.draft.target_layer_ids)
     if json:
-        import dataclasses
-
-        shell.emit(description.to_json() | {"proofs": proofs and [dataclasses.asdict(proof) for proof in proofs]})
+        shell.emit(description.to_json() | {"proofs": proofs and [_proof_json(proof) for proof in proofs]})
     elif proofs is not None:
         _print_proofs(proofs)
     if proofs and not all(proof.passed for proof in proofs):
@@ -219,6 +217,14 @@ def _table(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:
         if value is not None:
             table.add_row(label, escape(value))
     return table
+
+
+def _proof_json(proof: "ProofResult") -> dict[str, Any]:
+    """The result's fields; an error that is no number is null, as JSON has no infinity."""
+    import dataclasses
+    import math
+
+    return dataclasses.asdict(proof) | {"error": proof.error if math.isfinite(proof.error) else None}
 
 
 def _print_proofs(proofs: Sequence["ProofResult"]) -> None:
