@@ -108,12 +108,36 @@ def _zamba2() -> Any:
     )
 
 
+def _qwen3_next() -> Any:
+    from transformers import Qwen3NextConfig
+
+    heads = {"linear_num_key_heads": 8, "linear_num_value_heads": 16, "head_dim": 64}
+    return Qwen3NextConfig(num_hidden_layers=12, num_experts=0, **heads, **SIZES, **GROUPED)
+
+
+def _lfm2() -> Any:
+    from transformers import Lfm2Config
+
+    kinds = ["full_attention" if layer in (5, 10) else "conv" for layer in range(12)]
+    return Lfm2Config(num_hidden_layers=12, layer_types=kinds, **SIZES, **GROUPED)
+
+
+def _jamba() -> Any:
+    from transformers import JambaConfig
+
+    period = {"attn_layer_period": 5, "attn_layer_offset": 0}
+    return JambaConfig(num_hidden_layers=12, num_experts=1, **period, **SIZES, **GROUPED)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "nemotron_h": _nemotron_h,
     "granitemoehybrid": _granitemoehybrid,
     "bamba": _bamba,
     "falcon_h1": _falcon_h1,
     "zamba2": _zamba2,
+    "qwen3_next": _qwen3_next,
+    "lfm2": _lfm2,
+    "jamba": _jamba,
 }
 
 
@@ -168,7 +192,7 @@ def measure(config: Any, repetitions: int, prompt: int) -> dict[str, Any]:
 def _as_trained(model: Any) -> None:
     """Step sizes and decays as Mamba-2 starts its training; with transformers' own every head forgets at once."""
     for mixer in model.modules():
-        if hasattr(mixer, "A_log"):
+        if hasattr(mixer, "dt_bias"):  # not Mamba-1, whose channels start with all rates there are
             heads = mixer.A_log.numel()
             step = torch.exp(torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)))
             mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # its softplus is the step
