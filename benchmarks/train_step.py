@@ -1,4 +1,4 @@
-"""One training step, forward and backward, here and in the other projects that train DSpark drafts, on the same weights.
+"""One training step, forward and backward, here and in other projects that train DSpark drafts, on the same weights.
 
     python benchmarks/train_step.py [--vocab 131072] [--vocab 8192] [--threads 2] [--repetitions 9] [--json]
 

@@ -13,7 +13,10 @@ from nemotron_dspark.drafts.config import DraftConfig
 class IndependentSlots(nn.Module):
     """No sequential head (rank 0): slots do not see each other's tokens."""
 
-    def latents(self, hidden: Tensor, previous: Tensor) -> None:
+    def embed(self, previous: Tensor) -> None:
+        return None
+
+    def latents(self, hidden: Tensor, embedded: None) -> None:
         return None
 
     def teacher_forced(self, base_logits: Tensor, hidden: Tensor, previous: Tensor) -> Tensor:
@@ -35,13 +38,17 @@ class VanillaHead(nn.Module):
         self.markov_w1 = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, self.rank), freeze=False)
         self.markov_w2 = nn.Linear(self.rank, config.vocab_size, bias=False)
 
+    def embed(self, previous: Tensor) -> Tensor:
+        """W1 of tokens: [...] to [..., r]."""
+        return self.markov_w1(previous)
+
     def latents(
         self,
         hidden: Tensor,  # [..., γ, H]
-        previous: Tensor,  # [..., γ] token before each slot; the anchor for slot 0
+        embedded: Tensor,  # [..., γ, r] of the token before each slot; the anchor for slot 0
     ) -> Tensor:
         """Latent of every slot [..., γ, r]."""
-        return self.markov_w1(previous)
+        return embedded
 
     def teacher_forced(
         self,
@@ -50,7 +57,7 @@ class VanillaHead(nn.Module):
         previous: Tensor,  # [..., γ]
     ) -> Tensor:
         """Logits [..., γ, V] of whole blocks whose previous tokens are known."""
-        return base_logits + self.markov_w2(self.latents(hidden, previous))
+        return base_logits + self.markov_w2(self.latents(hidden, self.embed(previous)))
 
     def start(self, rows: int) -> Tensor | None:
         """State before slot 0 of ``rows`` blocks; None for the heads without one."""
@@ -64,7 +71,7 @@ class VanillaHead(nn.Module):
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [B, V] of the next slot and the state after it."""
-        return base_logits + self.markov_w2(self.latents(hidden, previous)), state
+        return base_logits + self.markov_w2(self.latents(hidden, self.embed(previous))), state
 
 
 class GatedHead(VanillaHead):
@@ -74,8 +81,7 @@ class GatedHead(VanillaHead):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size + self.rank, self.rank)
 
-    def latents(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        embedded = self.markov_w1(previous)
+    def latents(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(torch.cat((hidden, embedded), dim=-1))) * embedded
 
 
@@ -86,11 +92,10 @@ class RecurrentHead(VanillaHead):
         super().__init__(config)
         self.joint_proj = nn.Linear(2 * self.rank + config.hidden_size, 3 * self.rank)
 
-    def latents(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        embedded = self.markov_w1(previous)
-        state = embedded.new_zeros(*previous.shape[:-1], self.rank)
+    def latents(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        state = embedded.new_zeros(*embedded.shape[:-2], self.rank)
         slots = []
-        for slot in range(previous.shape[-1]):
+        for slot in range(embedded.shape[-2]):
             latent, state = self._advance(state, embedded[..., slot, :], hidden[..., slot, :])
             slots.append(latent)
         return torch.stack(slots, dim=-2)

@@ -6,7 +6,12 @@ p the draft's distribution, q the target's, s = sign(p - q) and y the label's on
 
     d CE / d logits = p - y          d L1 / d logits = p ⊙ (s - Σ_v s_v p_v)
 
-Slots that predict the same position share the target's logits, which are computed once per position.
+Slots that predict the same position share the target's logits, which are computed once per position of a chunk.
+
+Two sizes decide the speed. A chunk is large, because every chunk reads the weights from memory several times over.
+What lies between its matrix products touches each logit a dozen times, so on a CPU it goes through the chunk in groups
+of a few rows that stay in the processor's cache; products that read or write the same logits go through it together, a
+tile of the vocabulary at a time. All of it works in place on buffers that the chunks share.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +19,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 23  # logits held at a time, slots x vocabulary
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time, slots x vocabulary; the target's positions come on top
+GROUP_ELEMENTS = 1 << 17  # of them worked on at a time by one thread of a CPU
+TILE = 1 << 13  # words of the vocabulary multiplied at a time on a CPU
 
 
 def slot_losses(
@@ -26,66 +33,77 @@ def slot_losses(
     weights: tuple[Tensor, Tensor],  # [N] each: what CE and L1 of a slot count in the sum
     last: Tensor | None,  # [P, H] the target's hidden states of the positions that slots predict from
     position: Tensor,  # [N] row of ``last`` each slot belongs to, ascending
-    target_logits: Callable[[Tensor], Tensor],  # [p, H] to [p, V]
+    finish: Callable[[Tensor], Tensor],  # what the target does to the output of its head before the softmax
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Σ w_ce·CE + w_l1·L1, differentiable in ``hidden``, ``latents`` and ``markov``; CE [N] and L1 [N], which are not.
 
     L1 is None without ``last``. Sums and softmaxes are at least fp32; matrix products are in the type of the weights.
     """
     wanted = torch.is_grad_enabled()
-    total, ce, l1 = _SlotLosses.apply(
-        hidden, latents, markov, head, labels, *weights, last, position, target_logits, wanted
-    )
+    total, ce, l1 = _SlotLosses.apply(hidden, latents, markov, head, labels, *weights, last, position, finish, wanted)
     return total, ce, l1 if last is not None else None
 
 
 class _SlotLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, latents, markov, head, labels, w_ce, w_l1, last, position, target_logits, wanted):
+    def forward(ctx, hidden, latents, markov, head, labels, w_ce, w_l1, last, position, finish, wanted):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         ce = torch.zeros(len(labels), dtype=wide, device=hidden.device)
         l1 = torch.zeros_like(ce)
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_latents = torch.empty_like(latents) if wanted and latents is not None else None
-        grad_markov = torch.zeros_like(markov, dtype=wide) if wanted and markov is not None else None
-        for rows in _chunks(position, max(1, CHUNK_ELEMENTS // len(head))):
-            logits = hidden[rows] @ head.T
-            if markov is not None:
-                logits = torch.addmm(logits, latents[rows], markov.T, out=logits)
-            p = logits.to(wide)
-            chosen = p.gather(1, labels[rows, None])[:, 0]
-            norm = p.amax(-1)
-            p.sub_(norm[:, None]).exp_()
-            mass = p.sum(-1)
-            ce[rows] = norm + mass.log() - chosen
-            p.div_(mass[:, None])
-            gradient = None
+        grad_hidden, grad_latents, grad_markov = (
+            torch.zeros_like(given, dtype=wide) if wanted and given is not None else None
+            for given in (hidden, latents, markov)
+        )
+        chunks = list(_slices(len(labels), max(1, CHUNK_ELEMENTS // len(head))))
+        spans = [slice(int(position[rows.start]), int(position[rows.stop - 1]) + 1) for rows in chunks]
+        draft_buffer = head.new_empty(_longest(chunks), len(head), dtype=wide)
+        target_buffer = head.new_empty(_longest(spans) if last is not None else 0, len(head), dtype=wide)
+        group = _group_rows(head, len(draft_buffer))
+        difference, size = (draft_buffer.new_empty(group if last is not None else 0, len(head)) for _ in range(2))
+        tiles = list(_slices(len(head), TILE if head.device.type == "cpu" else len(head)))
+        for rows, span in zip(chunks, spans, strict=True):
+            p = draft_buffer[: rows.stop - rows.start]
+            for tile in tiles:
+                _product(p[:, tile], hidden[rows], head[tile].T)
+                if markov is not None:
+                    _add_product(p[:, tile], latents[rows], markov[tile].T)
             if last is not None:
-                first, end = int(position[rows.start]), int(position[rows.stop - 1]) + 1
-                q = torch.softmax(target_logits(last[first:end]).to(wide), dim=-1)
-                difference = p - q[position[rows] - first]
-                del q
-                l1[rows] = torch.linalg.vector_norm(difference, ord=1, dim=-1)
+                q = target_buffer[: span.stop - span.start]
+                _product(q, last[span], head.T)
+                for part in _slices(len(q), group):
+                    _softmax_(_finish_(q[part], finish))
+                index = position[rows] - span.start
+            for part in _slices(len(p), group):
+                at = slice(rows.start + part.start, rows.start + part.stop)
+                p_part, label, scale = p[part], labels[at, None], w_ce[at, None]
+                chosen = p_part.gather(1, label)
+                ce[at] = (_softmax_(p_part) - chosen)[:, 0]
+                if last is not None:
+                    d, absolute = difference[: len(p_part)], size[: len(p_part)]
+                    torch.index_select(q, 0, index[part], out=d)
+                    torch.sub(p_part, d, out=d)
+                    torch.sum(torch.abs(d, out=absolute), -1, out=l1[at])
+                    if wanted:
+                        d.sign_().mul_(p_part)
+                        w = w_l1[at, None]
+                        p_part.mul_(scale - w * d.sum(-1, keepdim=True)).addcmul_(d, w)
+                elif wanted:
+                    p_part.mul_(scale)
                 if wanted:
-                    gradient = difference.sign_()
-                    inner = torch.linalg.vecdot(gradient, p)
-                    scale = w_l1[rows, None]
-                    gradient.sub_(inner[:, None]).mul_(scale).add_(w_ce[rows, None]).mul_(p)
-            elif wanted:
-                gradient = p.mul_(w_ce[rows, None])
+                    p_part.scatter_add_(1, label, -scale)
             if not wanted:
                 continue
-            gradient.scatter_add_(1, labels[rows, None], -w_ce[rows, None])
-            gradient = gradient.to(hidden.dtype)
-            torch.mm(gradient, head, out=grad_hidden[rows])
-            if markov is not None:
-                torch.mm(gradient, markov, out=grad_latents[rows])
-                if grad_markov.dtype == gradient.dtype:
-                    grad_markov.addmm_(gradient.T, latents[rows])
-                else:
-                    grad_markov += gradient.T @ latents[rows]
+            for tile in tiles:
+                gradient = p[:, tile].to(hidden.dtype)
+                _add_product(grad_hidden[rows], gradient, head[tile])
+                if markov is not None:
+                    _add_product(grad_latents[rows], gradient, markov[tile])
+                    _add_product(grad_markov[tile], gradient.T, latents[rows])
         if wanted:
-            ctx.gradients = (grad_hidden, grad_latents, grad_markov.to(markov.dtype) if markov is not None else None)
+            ctx.gradients = [
+                None if gradient is None else gradient.to(given.dtype)
+                for gradient, given in ((grad_hidden, hidden), (grad_latents, latents), (grad_markov, markov))
+            ]
         ctx.mark_non_differentiable(ce, l1)
         return (w_ce * ce).sum() + (w_l1 * l1).sum(), ce, l1
 
@@ -96,19 +114,45 @@ class _SlotLosses(torch.autograd.Function):
         return (*scaled, *[None] * 8)
 
 
-def _chunks(position: Tensor, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` slots; one ends where a position ends, unless a position alone has more slots."""
-    ends = position.new_ones(len(position), dtype=torch.bool)
-    ends[:-1] = position[1:] != position[:-1]
-    borders = (ends.nonzero()[:, 0] + 1).tolist()
-    start = previous = 0
-    for border in borders:
-        if border - start > size and previous > start:
-            yield slice(start, previous)
-            start = previous
-        while border - start > size:
-            yield slice(start, start + size)
-            start += size
-        previous = border
-    if previous > start:
-        yield slice(start, previous)
+def _product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == to.dtype:
+        torch.mm(left, right, out=to)
+    else:
+        to.copy_(left @ right)
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == to.dtype:
+        to.addmm_(left, right)
+    else:
+        to += left @ right
+
+
+def _finish_(logits: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    finished = finish(logits)
+    return logits if finished is logits else logits.copy_(finished)
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """Softmax in place; returns the log of what was divided by, [n, 1]."""
+    # Four plain passes over what lies in the cache: measured faster than torch.softmax, and one row uses all threads.
+    largest = logits.amax(-1, keepdim=True)
+    mass = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    logits.div_(mass)
+    return largest + mass.log()
+
+
+def _group_rows(weight: Tensor, most: int) -> int:
+    if weight.device.type != "cpu":  # a kernel's launch costs more than its way to memory
+        return max(1, most)
+    return max(1, min(most, GROUP_ELEMENTS // len(weight) * torch.get_num_threads()))
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    """As few slices of ``range(total)`` as ``size`` allows, all of about the same length."""
+    count = -(-total // size)
+    return (slice(total * i // count, total * (i + 1) // count) for i in range(count))
+
+
+def _longest(slices: list[slice]) -> int:
+    return max((one.stop - one.start for one in slices), default=0)

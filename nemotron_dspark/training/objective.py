@@ -11,6 +11,7 @@ slots of one forward:
 """
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn import functional
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
 from nemotron_dspark.training.fused import slot_losses
 
@@ -90,7 +92,8 @@ def dspark_loss(
     previous = _previous_tokens(batch)  # [B, A, γ]
 
     hidden_n = hidden[rows, blocks, slots]  # [N, H]
-    latents = draft.sequential.latents(hidden, previous)
+    embedded = draft.sequential.embed(previous)  # once for both heads: its gradient is as large as the vocabulary
+    latents = draft.sequential.latents(hidden, embedded)
     weight = torch.ones(len(place), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     if weights.decay is not None:
         weight = torch.exp(-slots.to(weight.dtype) / weights.decay)
@@ -106,14 +109,19 @@ def dspark_loss(
         (weights.ce * weight, weights.l1 * weight),
         batch.last.flatten(0, 1)[places].to(draft.dtype) if weights.needs_target else None,
         position,
-        draft.target_logits,
+        partial(
+            finish_logits,
+            multiplier=draft.config.target_logit_multiplier,
+            softcap=draft.config.target_logit_softcap,
+        ),
     )
     ce_sum = (weight * ce).sum()
     l1_sum = (weight * l1).sum() if l1 is not None else zero
     accept = (1 - l1 / 2).clamp(0, 1) if l1 is not None else None
     confidence_sum = zero
     if weights.confidence:
-        logit = _wide(draft.confidence(hidden_n, previous[rows, blocks, slots]))
+        seen = embedded[rows, blocks, slots] if draft.config.confidence_head_with_markov else None
+        logit = _wide(draft.confidence_head(hidden_n, seen))
         bce = functional.binary_cross_entropy_with_logits(logit, accept, reduction="none")
         confidence_sum = (weight * bce).sum()
 
