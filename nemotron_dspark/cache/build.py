@@ -37,6 +37,7 @@ class Tokens(Protocol):
     """Tokenised samples; `cache.tokens.TokenStore` has it."""
 
     lengths: np.ndarray  # int64 [samples]
+    ids: np.ndarray  # int64 [samples], what a person knows them by
 
     def __len__(self) -> int: ...
     def __getitem__(self, sample_id: int) -> Tokenised: ...
@@ -176,7 +177,7 @@ def write_states(
     for batch in batches(writer.layout, batch_tokens):
         if not writer.written[batch].all():
             samples = [store[sample_id] for sample_id in batch]
-            taps, last = captured_states(target, samples, batch, writer.manifest.taps)
+            taps, last = captured_states(target, samples, store.ids[batch], writer.manifest.taps)
             taps, last = taps.cpu(), last.cpu()
             for row, (sample_id, sample) in enumerate(zip(batch, samples, strict=True)):
                 length = len(sample.input_ids)

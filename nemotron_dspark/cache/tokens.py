@@ -34,6 +34,7 @@ class TokenStore:
 
     def __init__(self, folder: Path):
         self.lengths: np.ndarray = np.load(folder / "lengths.npy", allow_pickle=False)  # int64 [samples]
+        self.ids = np.arange(len(self.lengths))
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]) * 5
         self._data = np.memmap(folder / "tokens.bin", dtype=np.uint8, mode="r")
 
@@ -44,6 +45,21 @@ class TokenStore:
         start, length = int(self._starts[sample_id]), int(self.lengths[sample_id])
         ids = np.frombuffer(self._data, "<i4", count=length, offset=start)
         return Tokenised(ids.copy(), self._data[start + 4 * length : start + 5 * length].copy())
+
+
+class Selected:
+    """Some of the samples of a store, numbered from 0."""
+
+    def __init__(self, store: TokenStore, ids: np.ndarray):
+        self.lengths = store.lengths[ids]
+        self.ids = ids
+        self._store = store
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: int) -> Tokenised:
+        return self._store[int(self.ids[place])]
 
 
 def store_tokens(

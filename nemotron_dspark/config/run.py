@@ -88,7 +88,11 @@ class DataConfig(_Section):
 class CacheConfig(_Section):
     """The target's hidden states on disk."""
 
-    mode: Literal["online"] = Field("online", description="what `nds train --data` does: online = keep none on disk")
+    mode: Literal["online", "rolling"] = Field(
+        "online", description="what `nds train --data` keeps of them: online = nothing, rolling = at most budget_gb"
+    )
+    budget_gb: float = Field(200.0, gt=0, description="rolling: gigabytes (10^9 bytes) on the disk at any time")
+    reuse: int = Field(5, ge=1, description="rolling: epochs for which a part of the data stays on the disk")
     shard_bytes: int = Field(4 * 1024**3, ge=1, description="a shard is closed when it holds this many bytes")
     batch_tokens: int = Field(16384, ge=1, description="padded tokens of one target forward")
 

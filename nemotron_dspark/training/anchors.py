@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ORDER, _ANCHORS = 0, 1  # keeps the two uses of a seed apart
+_ORDER, _ANCHORS, _ROUNDS = 0, 1, 2  # keeps the uses of a seed apart
 
 
 def draw_anchors(
@@ -45,3 +45,8 @@ def counted_slots(
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     """The samples in the order of one epoch, int64 [num_samples]."""
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(num_samples)
+
+
+def round_order(num_samples: int, *, seed: int, number: int) -> np.ndarray:
+    """The samples in the order in which round ``number`` of a rolling cache takes them, int64 [num_samples]."""
+    return np.random.default_rng([_ROUNDS, seed, number]).permutation(num_samples)

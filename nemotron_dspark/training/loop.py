@@ -84,6 +84,7 @@ def train(
     window = Window(draft.config.block_size, progress.window)
     tokens, seconds, last = progress.tokens, progress.seconds, None
     if step >= plan.total_steps:
+        source.saved(step)  # the call that finished may have been killed before it said so
         return TrainResult(step, resumed_from, tokens, seconds, None)
 
     source.open(step)

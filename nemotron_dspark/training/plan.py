@@ -1,13 +1,14 @@
 """Which samples each optimiser step takes. Counted from 0, a step is all the position a run has."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.training.anchors import epoch_order
+from nemotron_dspark.training.anchors import epoch_order, round_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,128 @@ class Plan:
         ids = self.samples(step, config)
         by_length = ids[np.argsort(-lengths[ids], kind="stable")]
         return np.split(by_length, self.accumulation)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Window:
+    """Samples that are on the disk together, and the steps that take them. ``first_step`` tells windows apart."""
+
+    first_step: int
+    steps: int  # of one pass over the samples
+    passes: int
+    first_epoch: int  # of the first pass
+    ids: np.ndarray  # int64, ascending
+    size: int  # bytes
+
+    @property
+    def stop_step(self) -> int:
+        return self.first_step + self.steps * self.passes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RollingPlan(Plan):
+    """Every round takes all samples once, window after window, and each window for several passes.
+
+    A window is a number of whole global batches of at most half the budget: while one trains, the next is made. A
+    function of sizes, seed and step alone, so any window can be made again. Where the budget holds all samples there is
+    one window and its steps are those of `Plan`.
+    """
+
+    sizes: np.ndarray  # int64 [samples], bytes of each
+    budget: int  # bytes
+    reuse: int  # passes over a window
+    epochs: int  # of the whole run
+    seed: int
+    _batch: int  # samples of one step
+    _rounds: dict[int, list[Window]] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def rolling(config: TrainConfig, sizes: np.ndarray, *, budget: int, reuse: int) -> "RollingPlan":
+        """The plan for samples of ``sizes`` bytes.
+
+        Raises:
+            InputError: the batch sizes do not fit the data, or a global batch does not fit into half the budget.
+        """
+        plan = Plan.of(config, len(sizes))
+        whole = int(sizes.sum()) <= budget
+        largest = int(np.sort(sizes)[-config.global_batch_size :].sum())
+        if not whole and largest > budget // 2:
+            raise InputError(
+                f"The longest samples of one optimiser step take {largest / 1e9:.3g} GB, more than half of "
+                f"cache.budget_gb ({budget / 1e9:g}).",
+                f"Set cache.budget_gb to at least {2.02 * largest / 1e9:.3g}, or lower train.global_batch_size.",
+            )
+        epochs = -(-plan.total_steps // plan.steps_per_epoch)
+        return RollingPlan(
+            **vars(plan),
+            sizes=sizes,
+            budget=budget,
+            reuse=epochs if whole else reuse,
+            epochs=epochs,
+            seed=config.seed,
+            _batch=config.global_batch_size,
+        )
+
+    @property
+    def whole(self) -> bool:
+        """The budget holds all samples."""
+        return int(self.sizes.sum()) <= self.budget
+
+    def window(self, step: int) -> Window:
+        """The window of ``step``."""
+        windows = self._round(step // (self.steps_per_epoch * self.reuse))
+        return next(window for window in windows if step < window.stop_step)
+
+    def windows(self, step: int) -> Iterator[Window]:
+        """The window of ``step`` and all behind it."""
+        while step < self.total_steps:
+            window = self.window(step)
+            yield window
+            step = window.stop_step
+
+    def visit(self, step: int) -> int:
+        window = self.window(step)
+        return window.first_epoch + (step - window.first_step) // window.steps
+
+    def must_save(self, step: int) -> bool:
+        return super().must_save(step) or step == self.window(step - 1).stop_step
+
+    def samples(self, step: int, config: TrainConfig) -> np.ndarray:
+        window, size = self.window(step), config.global_batch_size
+        order = cached_order(len(window.ids), self.seed, self.visit(step))
+        first = (step - window.first_step) % window.steps * size
+        return window.ids[order[first : first + size]]
+
+    def _round(self, number: int) -> list[Window]:
+        if number not in self._rounds:
+            for old in [known for known in list(self._rounds) if known < number - 1]:
+                self._rounds.pop(old, None)
+            self._rounds[number] = self._windows_of(number)
+        return self._rounds[number]
+
+    def _windows_of(self, number: int) -> list[Window]:
+        groups = self._groups(number)
+        first_epoch = number * self.reuse
+        passes = min(self.reuse, self.epochs - first_epoch)
+        step, windows = first_epoch * self.steps_per_epoch, []
+        for ids in groups:
+            steps = self.steps_per_epoch if len(groups) == 1 else len(ids) // self._batch
+            size = int(self.sizes[ids].sum())
+            windows.append(Window(step, steps, passes, first_epoch, np.sort(ids), size))
+            step = windows[-1].stop_step
+        return windows
+
+    def _groups(self, number: int) -> list[np.ndarray]:
+        """Sample ids of each window: as few windows as fit, as equal as whole steps allow."""
+        if self.whole:
+            return [np.arange(self.num_samples)]
+        order = round_order(self.num_samples, seed=self.seed, number=number)
+        steps = order[: self.steps_per_epoch * self._batch].reshape(self.steps_per_epoch, self._batch)
+        per_step = self.sizes[steps].sum(axis=1)
+        count = -(-int(per_step.sum()) // (self.budget // 2))
+        while any(part.sum() > self.budget // 2 for part in np.array_split(per_step, count)):
+            count += 1
+        return [part.flatten() for part in np.array_split(steps, count)]
 
 
 @lru_cache(maxsize=2)

@@ -30,7 +30,7 @@ from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.target import resolve_device as target_device
 from nemotron_dspark.targets.weights import read_embedding_and_head
-from nemotron_dspark.training import online
+from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import StepMetrics
@@ -42,6 +42,10 @@ _SUMMARIES = {
     "cached": "cached: {samples}, {states} of hidden states are read; the target is not loaded.",
     "online": "online: the target runs in the training loop; {samples}. No hidden states are written; a cache of them "
     "would take {states}.",
+    "rolling": "rolling: the target runs beside the training; {samples}. Of {states} of hidden states at most {budget} "
+    "are on the disk; each is made again after {reuse} epochs.",
+    "whole": "rolling: the target runs beside the training; {samples}. All {states} of hidden states fit into the budget "
+    "and are made once.",
 }
 
 
@@ -115,6 +119,8 @@ def train_run(
             draft_config.target_layer_ids,
             config.data,
         )
+        if config.cache.mode == "rolling":
+            settings["source"]["cache"] = config.cache.model_dump(exclude={"mode"})
         folders.claim(run_folder, settings, resume)
         store = online.tokenised(
             run_folder,
@@ -127,7 +133,20 @@ def train_run(
             progress=lambda lines: watcher.working(f"tokenising, line {lines:,}"),
         )
         notes += _notes_on_data(run_folder)
-        source = online.OnlineSource(store, wanted, draft_config.target_layer_ids, watcher.working)
+        taps = draft_config.target_layer_ids
+        if config.cache.mode == "online":
+            source = online.OnlineSource(store, wanted, taps, watcher.working)
+        else:
+            source = rolling.RollingSource(
+                run_folder / rolling.FOLDER,
+                store,
+                wanted,
+                spec,
+                taps,
+                config.cache,
+                note=watcher.note,
+                working=watcher.working,
+            )
         source.plan(config.train)
     if config.draft.confidence_head and not config.train.confidence_alpha:
         notes.append("the confidence head is not trained: train.confidence_alpha is 0.")
@@ -234,9 +253,17 @@ def _summary(mode: str, source: Source, draft: DSparkDraft, config: RunConfig, r
     """What is about to run, and what it will take on the disk."""
     tokens, shape = int(source.lengths.sum()), draft.config
     states = tokens * bytes_per_token(len(shape.target_layer_ids), shape.hidden_size)
-    sizes = {"samples": f"{len(source.lengths):,} samples, {tokens:,} tokens", "states": files.size_text(states)}
-    disk = files.size_text(expected_disk(draft, config.train) + (0 if mode == "cached" else 5 * tokens))
-    return _SUMMARIES[mode].format(**sizes) + f" Expected in {run_folder}: {disk}."
+    budget = min(states, int(config.cache.budget_gb * 1e9))
+    disk = expected_disk(draft, config.train)
+    disk += {"cached": 0, "online": 5 * tokens, "rolling": 5 * tokens + budget}[mode]
+    whole = mode == "rolling" and states <= budget
+    text = _SUMMARIES["whole" if whole else mode].format(
+        samples=f"{len(source.lengths):,} samples, {tokens:,} tokens",
+        states=files.size_text(states),
+        budget=files.size_text(budget),
+        reuse=config.cache.reuse,
+    )
+    return f"{text} Expected in {run_folder}: {files.size_text(disk)}."
 
 
 def expected_disk(draft: DSparkDraft, config: TrainConfig) -> int:

@@ -1,5 +1,6 @@
-"""The target in the training loop: the same training as on a cache, without the cache."""
+"""The target beside the draft, in the loop or a window ahead: the same training as on a cache, without the cache."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,14 +18,14 @@ from typer.testing import CliRunner
 from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cli import app
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import TrainConfig, load_run_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.errors import CheckError, InputError
+from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from nemotron_dspark.targets import Target, proofs
 from nemotron_dspark.training import run_folder
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import read_metrics
-from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.plan import Plan, RollingPlan
 from nemotron_dspark.training.run import train_run
 from nemotron_dspark.training.source import CacheSource
 
@@ -302,3 +303,171 @@ def test_states_are_those_of_the_model(tiny_hybrid, cache):
         length = len(sample.input_ids)
         torch.testing.assert_close(taps[row, :length].float(), alone.taps[0], rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(last[row, :length].float(), alone.last[0], rtol=1e-2, atol=1e-3)
+
+
+# --- rolling ---
+
+ROLLING = (
+    "cache.mode=rolling",
+    "cache.budget_gb=0.0006",
+    "cache.reuse=2",
+    "train.global_batch_size=6",
+    "train.max_steps=null",
+    "train.epochs=3",
+)
+
+
+def rolling_plan(budget, reuse=2, samples=40, **changes):
+    values = {"global_batch_size": 4, "local_batch_size": 2, "epochs": 5} | changes
+    sizes = np.random.default_rng(0).integers(1000, 9000, size=samples)
+    asked = TrainConfig(**values)
+    return RollingPlan.rolling(asked, sizes, budget=budget, reuse=reuse), asked, sizes
+
+
+def test_windows_fit_their_budget_and_cover_the_data_as_often_as_asked():
+    plan, asked, sizes = rolling_plan(120_000)
+    windows = list(plan.windows(0))
+    assert plan.total_steps == 5 * 10 == sum(window.steps * window.passes for window in windows)
+    assert [window.first_step for window in windows[1:]] == [window.stop_step for window in windows[:-1]]
+    assert all(sizes[window.ids].sum() == window.size <= 60_000 for window in windows)
+    assert {window.passes for window in windows} == {2, 1}  # two rounds of two epochs, one of one
+    taken = np.zeros((5, 40), dtype=int)
+    for step in range(plan.total_steps):
+        ids = plan.samples(step, asked)
+        assert set(ids.tolist()) <= set(plan.window(step).ids.tolist())
+        taken[plan.visit(step), ids] += 1
+        assert plan.must_save(step + 1) == (plan.window(step).stop_step == step + 1)
+    assert (taken == 1).all()  # each epoch, each sample once
+    first, other = (set(plan.window(step).ids.tolist()) for step in (0, 20))
+    assert first != other  # rounds mix the data anew
+
+
+def test_a_budget_that_holds_everything_has_the_steps_of_a_cache():
+    rolled, asked, sizes = rolling_plan(10**9, samples=42)
+    plain = Plan.of(asked, 42)
+    assert len(list(rolled.windows(0))) == 1
+    lengths = sizes // 100
+    for step in range(plain.total_steps):
+        for one, other in zip(
+            rolled.micro_batches(step, asked, lengths), plain.micro_batches(step, asked, lengths), strict=True
+        ):
+            assert one.tolist() == other.tolist()
+        assert rolled.visit(step) == plain.visit(step)
+
+
+def test_steps_that_end_early_end_the_last_window():
+    plan, _, _ = rolling_plan(120_000, max_steps=17)
+    assert list(plan.windows(0))[-1].stop_step >= 17 == plan.total_steps
+    assert plan.must_save(17)
+
+
+def test_a_budget_below_two_steps_is_refused_with_the_one_that_is_needed():
+    with pytest.raises(InputError, match=r"cache.budget_gb") as refused:
+        rolling_plan(40_000)
+    needed = float(refused.value.do.split("at least ")[1].split(",")[0])
+    rolling_plan(int(needed * 1e9))
+
+
+def test_rolling_over_a_budget_that_holds_everything_equals_cached_training_bit_for_bit(run, cached_run):
+    report = run("run", "cache.mode=rolling")
+    assert report.mode == "rolling"
+    assert_same_bits(report.run_folder, cached_run)
+
+
+class Disk(Watcher):
+    """The most bytes of hidden states that were ever there."""
+
+    def __init__(self, folder):
+        self.folder, self.most, self.notes = folder, 0, []
+
+    def forward(self, step, done):
+        self.look()
+
+    def working(self, text):
+        self.look()
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def look(self):
+        found = 0
+        for path in (self.folder / "windows").rglob("shard*"):
+            with contextlib.suppress(FileNotFoundError):
+                found += path.stat().st_size
+        self.most = max(self.most, found)
+
+
+def test_windows_are_replaced_within_the_budget(run, tmp_path, monkeypatch):
+    rows, capture = [], Target.capture
+
+    def counted(self, input_ids, mask, taps):
+        rows.append(len(input_ids))
+        return capture(self, input_ids, mask, taps)
+
+    monkeypatch.setattr(Target, "capture", counted)
+    disk = Disk(tmp_path / "run")
+    report = run("run", *ROLLING, watcher=disk)
+    assert report.steps == 12
+    assert sum(rows) == 2 * 24  # two rounds over the data for three epochs
+    made = [note for note in disk.notes if note.startswith("hidden states for steps")]
+    assert len(made) >= 4
+    assert 300_000 < disk.most <= 600_000
+    assert not (tmp_path / "run" / "windows").exists()
+    assert any("at most 600 kB are on the disk" in note for note in disk.notes)
+
+
+def test_rolling_run_killed_at_random_moments_equals_the_undisturbed_one(run, tiny_hybrid, conversations, tmp_path):
+    settings = (*ROLLING, "train.checkpoint_every=5")
+    run("whole", *settings)
+    reached = killed(tiny_hybrid, conversations, tmp_path / "cut", config(*settings), 4)
+    assert len(set(reached)) > 1
+    report = run("cut", *settings)
+    assert 0 < report.resumed_from == reached[-1] < 12
+    assert_same_bits(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_window_that_is_gone_is_made_again(run, tmp_path):
+    """A damaged checkpoint sends the run back to a window that has been replaced."""
+    run("whole", *ROLLING)
+
+    class Stop(Watcher):
+        def forward(self, step, done):
+            if step == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", *ROLLING, watcher=Stop())
+    checkpoints = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    assert checkpoints[-1].name == "step-00000009"
+    damaged = checkpoints[-1] / "optimiser.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    shutil.rmtree(tmp_path / "cut" / "windows")
+    assert run("cut", *ROLLING).resumed_from == 8
+    assert_same_bits(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_what_stops_the_target_stops_the_training(run, monkeypatch):
+    capture = Target.capture
+
+    def broken(self, input_ids, mask, taps):
+        found = capture(self, input_ids, mask, taps)
+        found.last[0, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(Target, "capture", broken)
+    with pytest.raises(CheckError, match="are not finite"):
+        run("run", *ROLLING)
+
+
+def test_a_disk_without_room_is_said_before_the_target_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(Target, "load", lambda *_, **__: pytest.fail("the target was loaded"))
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(EnvironmentFault, match="has 1 kB free"):
+        run("run", *ROLLING)
+
+
+def test_other_windows_do_not_mix_into_a_run(run):
+    run("run", *ROLLING)
+    with pytest.raises(InputError, match=r"cache\.reuse was 2, now it is 3"):
+        run("run", *ROLLING, "cache.reuse=3")

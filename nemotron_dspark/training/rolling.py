@@ -1,0 +1,194 @@
+"""A cache that rolls: while the draft trains on one window of samples, the target computes the next.
+
+A window is an ordinary target cache of the samples that `RollingPlan` gives it. A kill leaves it to be finished, and
+one that is gone can be made again, byte for byte; so a run's weights never depend on what was on the disk. A window
+goes when a checkpoint lies behind it.
+"""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nemotron_dspark import files
+from nemotron_dspark.cache.build import BuildProgress, check_space, write_states
+from nemotron_dspark.cache.format import MANIFEST, RECORD, bytes_per_token
+from nemotron_dspark.cache.reader import Sample, TargetCache
+from nemotron_dspark.cache.tokens import Selected, TokenStore
+from nemotron_dspark.cache.writer import WORK, CacheWriter
+from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig
+from nemotron_dspark.errors import EnvironmentFault
+from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.training.online import proven_target
+from nemotron_dspark.training.plan import RollingPlan, Window
+from nemotron_dspark.training.source import Source
+
+FOLDER = "windows"  # inside the run folder
+
+
+class _Stopped(Exception):
+    """Somebody waits no longer."""
+
+
+class RollingSource(Source):
+    """Samples out of the window of a step; a thread makes the windows in their order, at most two at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokens: TokenStore,
+        target: TargetConfig,
+        spec: TargetSpec,
+        taps: tuple[int, ...],
+        cache: CacheConfig,
+        *,
+        note: Callable[[str], None] = lambda text: None,
+        working: Callable[[str], None] = lambda text: None,
+    ):
+        self.lengths = tokens.lengths
+        self._folder = folder
+        self._tokens = tokens
+        self._config = target
+        self._taps = taps
+        self._width = spec.hidden_size
+        self._cache = cache
+        self._note = note
+        self._working = working
+        self._changed = threading.Condition()  # guards everything below
+        self._on_disk: dict[int, Window] = {}  # by first step; finished or being made
+        self._ready: dict[int, TargetCache] = {}
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self._producer: threading.Thread | None = None
+
+    def plan(self, config: TrainConfig) -> RollingPlan:
+        per_token = bytes_per_token(len(self._taps), self._width)
+        self._plan = RollingPlan.rolling(
+            config,
+            self.lengths * per_token + RECORD.itemsize,
+            budget=int(self._cache.budget_gb * 1e9),
+            reuse=self._cache.reuse,
+        )
+        return self._plan
+
+    def open(self, step: int) -> None:
+        kept = list(self._plan.windows(step))[:2]
+        self._remove_all_but(kept)
+        with files.disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        missing = sum(window.size for window in kept) - _size(self._folder)
+        free = shutil.disk_usage(self._folder).free
+        if free < missing:
+            raise EnvironmentFault(
+                f"The hidden states need {files.size_text(missing)} more, and {self._folder} has "
+                f"{files.size_text(free)} free.",
+                "Free some space, give --out on another disk, or lower cache.budget_gb and begin a new run.",
+            )
+        self._target = proven_target(self._config, self._taps, self._working)
+        self._producer = threading.Thread(target=self._produce, args=(step,), name="windows")
+        self._producer.start()
+
+    def samples(self, ids: Sequence[int], step: int) -> list[Sample]:
+        window = self._plan.window(step)
+        with self._changed:
+            self._changed.wait_for(lambda: window.first_step in self._ready or self._failure or self._stopped)
+            if self._stopped:
+                raise _Stopped
+            if window.first_step not in self._ready:
+                raise self._failure
+            cache = self._ready[window.first_step]
+        return [cache[place] for place in np.searchsorted(window.ids, ids).tolist()]
+
+    def saved(self, step: int) -> None:
+        over = step >= self._plan.total_steps
+        with self._changed:
+            done = [window for window in self._on_disk.values() if over or window.stop_step <= step]
+            for window in done:
+                self._ready.pop(window.first_step, None)
+        for window in done:
+            _remove(self._path(window))
+        with self._changed:  # only now is there room for the next
+            for window in done:
+                del self._on_disk[window.first_step]
+            self._changed.notify_all()
+        if over:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        if self._producer is not None:
+            self._producer.join()
+
+    def _produce(self, step: int) -> None:
+        try:
+            for window in self._plan.windows(step):
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._on_disk) < 2 or self._stopped)
+                    self._on_disk[window.first_step] = window
+                cache = self._made(window)
+                with self._changed:
+                    self._ready[window.first_step] = cache
+                    self._changed.notify_all()
+        except _Stopped:
+            pass
+        except BaseException as error:  # is raised where the window is waited for
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _made(self, window: Window) -> TargetCache:
+        folder, tokens = self._path(window), Selected(self._tokens, window.ids)
+        steps = f"steps {window.first_step + 1}-{min(window.stop_step, self._plan.total_steps)}"
+
+        def report(progress: BuildProgress) -> None:
+            if self._stopped:
+                raise _Stopped
+            self._working(f"target, for {steps}: {progress.tokens / max(progress.total_tokens, 1):.0%}")
+
+        if self._stopped:
+            raise _Stopped
+        if (folder / MANIFEST).is_file():
+            shutil.rmtree(folder / WORK, ignore_errors=True)  # killed between the manifest and this
+            return TargetCache(folder)
+        with CacheWriter(
+            folder,
+            tokens.lengths,
+            taps=self._taps,
+            hidden_size=self._width,
+            shard_bytes=self._cache.shard_bytes,
+            extra={"target_model_name_or_path": self._config.name},
+        ) as writer:
+            check_space(folder, writer.missing_bytes)
+            write_states(self._target, tokens, writer, self._cache.batch_tokens, report)
+            writer.finish()
+        self._working("")
+        self._note(f"hidden states for {steps}: {len(tokens):,} samples, {files.size_text(window.size)}.")
+        return TargetCache(folder)
+
+    def _path(self, window: Window) -> Path:
+        return self._folder / f"step-{window.first_step:08d}"
+
+    def _remove_all_but(self, kept: Sequence[Window]) -> None:
+        names = {self._path(window).name for window in kept}
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if path.name not in names:
+                _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a window; a kill leaves it whole or under a name that is never looked for."""
+    gone = folder.with_name(f".{folder.name.removeprefix('.')}")
+    if folder != gone:
+        shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
