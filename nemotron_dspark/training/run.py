@@ -44,8 +44,8 @@ _SUMMARIES = {
     "would take {states}.",
     "rolling": "rolling: the target runs beside the training; {samples}. Of {states} of hidden states at most {budget} "
     "are on the disk; each is made again after {reuse} epochs.",
-    "whole": "rolling: the target runs beside the training; {samples}. All {states} of hidden states fit into the budget "
-    "and are made once.",
+    "whole": "rolling: the target runs beside the training; {samples}. All {states} of hidden states fit into the "
+    "budget and are made once.",
 }
 
 
