@@ -6,8 +6,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-oldest lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/nds demo $(ARGS)
@@ -15,6 +17,13 @@ demo: $(INSTALLED)
 # One torch thread per worker: tiny models gain nothing from more, and workers would fight for the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(if $(ARGS),,$(MAKE) --no-print-directory test-oldest)
+
+# The target tests with the oldest transformers that pyproject.toml allows. `test_families` runs the proofs on every family;
+# `test_proofs` breaks our own code, which is the same here.
+test-oldest: $(OLDEST_INSTALLED)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' \
+		tests/targets --ignore tests/targets/test_proofs.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,6 +43,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[all,dev]'
 	touch $@
 
+# A layer over $(VENV): it sees all that is installed there, torch above all, and goes first with what it has itself.
+$(OLDEST_INSTALLED): $(INSTALLED) constraints-oldest.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv $(OLDEST)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/layer.pth"
+	$(OLDEST)/bin/pip install --quiet --no-compile --constraint constraints-oldest.txt transformers
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

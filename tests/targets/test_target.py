@@ -43,6 +43,7 @@ def random_ids(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(32, 384, (count,), generator=generator).tolist()
 
 
+@pytest.mark.slow
 def test_rollback_equals_fresh_forward_for_every_acceptance_length(hybrid):
     """200 random blocks; rows of one batch keep 0, 1, … γ + 1 tokens of the same block."""
     generator = torch.Generator().manual_seed(1)
