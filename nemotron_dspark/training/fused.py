@@ -6,7 +6,8 @@ p the draft's distribution, q the target's, s = sign(p - q) and y the label's on
 
     d CE / d logits = p - y          d L1 / d logits = p ⊙ (s - Σ_v s_v p_v)
 
-Slots that predict the same position share the target's logits, which are computed once per position of a chunk.
+Slots that predict the same position share the target's logits, which are computed once per position of a chunk; fewer
+at a time than the draft's, since no gradient goes back through them.
 
 Two sizes decide the speed. A chunk is large, because every chunk reads the weights from memory several times over.
 What lies between its matrix products touches each logit a dozen times, so on a CPU it goes through the chunk in groups
@@ -14,12 +15,14 @@ of a few rows that stay in the processor's cache; products that read or write th
 tile of the vocabulary at a time. All of it works in place on buffers that the chunks share.
 """
 
+import bisect
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24  # logits held at a time, slots x vocabulary; the target's positions come on top
+CHUNK_ELEMENTS = 3 << 22  # logits of the draft held at a time, slots x vocabulary
+TARGET_ELEMENTS = CHUNK_ELEMENTS // 4  # and of the target, positions x vocabulary
 GROUP_ELEMENTS = 1 << 17  # of them worked on at a time by one thread of a CPU
 TILE = 1 << 13  # words of the vocabulary multiplied at a time on a CPU
 
@@ -55,42 +58,44 @@ class _SlotLosses(torch.autograd.Function):
             for given in (hidden, latents, markov)
         )
         chunks = list(_slices(len(labels), max(1, CHUNK_ELEMENTS // len(head))))
-        spans = [slice(int(position[rows.start]), int(position[rows.stop - 1]) + 1) for rows in chunks]
+        places = position.tolist()
         draft_buffer = head.new_empty(_longest(chunks), len(head), dtype=wide)
-        target_buffer = head.new_empty(_longest(spans) if last is not None else 0, len(head), dtype=wide)
+        most = min(max(1, TARGET_ELEMENTS // len(head)), len(draft_buffer)) if last is not None else 0
+        target_buffer = head.new_empty(most, len(head), dtype=wide)
         group = _group_rows(head, len(draft_buffer))
         difference, size = (draft_buffer.new_empty(group if last is not None else 0, len(head)) for _ in range(2))
         tiles = list(_slices(len(head), TILE if head.device.type == "cpu" else len(head)))
-        for rows, span in zip(chunks, spans, strict=True):
+        for rows in chunks:
             p = draft_buffer[: rows.stop - rows.start]
             for tile in tiles:
                 _product(p[:, tile], hidden[rows], head[tile].T)
                 if markov is not None:
                     _add_product(p[:, tile], latents[rows], markov[tile].T)
-            if last is not None:
-                q = target_buffer[: span.stop - span.start]
-                _product(q, last[span], head.T)
-                for part in _slices(len(q), group):
-                    _softmax_(_finish_(q[part], finish))
-                index = position[rows] - span.start
-            for part in _slices(len(p), group):
-                at = slice(rows.start + part.start, rows.start + part.stop)
-                p_part, label, scale = p[part], labels[at, None], w_ce[at, None]
-                chosen = p_part.gather(1, label)
-                ce[at] = (_softmax_(p_part) - chosen)[:, 0]
+            for start, end, first, beyond in _shared_targets(places, rows, most):
                 if last is not None:
-                    d, absolute = difference[: len(p_part)], size[: len(p_part)]
-                    torch.index_select(q, 0, index[part], out=d)
-                    torch.sub(p_part, d, out=d)
-                    torch.sum(torch.abs(d, out=absolute), -1, out=l1[at])
+                    q = target_buffer[: beyond - first]
+                    _product(q, last[first:beyond], head.T)
+                    for part in _slices(len(q), group):
+                        _softmax_(_finish_(q[part], finish))
+                for part in _slices(end - start, group):
+                    at = slice(start + part.start, start + part.stop)
+                    p_part = p[at.start - rows.start : at.stop - rows.start]
+                    label, scale = labels[at, None], w_ce[at, None]
+                    chosen = p_part.gather(1, label)
+                    ce[at] = (_softmax_(p_part) - chosen)[:, 0]
+                    if last is not None:
+                        d, absolute = difference[: len(p_part)], size[: len(p_part)]
+                        torch.index_select(q, 0, position[at] - first, out=d)
+                        torch.sub(p_part, d, out=d)
+                        torch.sum(torch.abs(d, out=absolute), -1, out=l1[at])
+                        if wanted:
+                            d.sign_().mul_(p_part)
+                            w = w_l1[at, None]
+                            p_part.mul_(scale - w * d.sum(-1, keepdim=True)).addcmul_(d, w)
+                    elif wanted:
+                        p_part.mul_(scale)
                     if wanted:
-                        d.sign_().mul_(p_part)
-                        w = w_l1[at, None]
-                        p_part.mul_(scale - w * d.sum(-1, keepdim=True)).addcmul_(d, w)
-                elif wanted:
-                    p_part.mul_(scale)
-                if wanted:
-                    p_part.scatter_add_(1, label, -scale)
+                        p_part.scatter_add_(1, label, -scale)
             if not wanted:
                 continue
             for tile in tiles:
@@ -112,6 +117,19 @@ class _SlotLosses(torch.autograd.Function):
         scaled = [None if gradient is None else gradient.mul_(grad_total) for gradient in ctx.gradients]
         del ctx.gradients
         return (*scaled, *[None] * 8)
+
+
+def _shared_targets(places: list[int], rows: slice, most: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cuts ``rows`` so that at most ``most`` positions are needed at a time (0: none is, no cut).
+
+    Yields first slot, slot behind the last, first position, position behind the last.
+    """
+    start = rows.start
+    while start < rows.stop:
+        first = places[start]
+        end = bisect.bisect_left(places, first + most, start, rows.stop) if most else rows.stop
+        yield start, end, first, places[end - 1] + 1
+        start = end
 
 
 def _product(to: Tensor, left: Tensor, right: Tensor) -> None:

@@ -13,6 +13,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.describe import cache_bytes_per_token
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.training.fused import CHUNK_ELEMENTS
 from tests.recipe.nemotrons import NEMOTRONS
 
 FILES = sorted(resource_folder("configs").glob("*.yaml"))
@@ -71,6 +72,15 @@ def shape_of(path):
     return next((row for row in rows if row.repository == name), rows[0])
 
 
+def training_activations(draft, length=4096, anchors=512) -> int:
+    """Bytes in bf16 of what the draft's forward keeps for its backward, with docs/recipe.md's formula."""
+    slots, hidden = anchors * draft.block_size, draft.hidden_size
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    layer = slots * (6 * hidden + 4 * queries + 4 * draft.intermediate_size) + (length + slots) * (hidden + 4 * keys)
+    once = length * (len(draft.target_layer_ids) + 2) * hidden + 2 * slots * hidden
+    return 2 * (draft.num_hidden_layers * layer + once)
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_a_page_with_the_right_figures(path):
     row, said, known = shape_of(path), page(path), known_target(load_run_config(path).target.name)
@@ -83,6 +93,7 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
     with torch.device("meta"):
         trainable = sum(p.numel() for p in DSparkDraft(draft).trainable_parameters().values())
     embedding = spec.vocab_size * spec.hidden_size
+    activations, objective = training_activations(draft), 16 * CHUNK_ELEMENTS + 6 * spec.vocab_size * draft.markov_rank
     bytes_per_token = cache_bytes_per_token(spec.hidden_size, len(draft.target_layer_ids))
     count = {kind: spec.layers.count(kind) for kind in LayerKind}
     heads, width, state = row.mamba
@@ -109,8 +120,9 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
         ),
         "Memory": (
             f"{2 * row.billions:.1f} GB of target",
-            f"Training: {(20 * trainable + 4 * embedding + 32 * 512 * 7 * spec.vocab_size) / 1e9:.1f} GB",
+            f"Training: {(20 * trainable + 4 * embedding + activations + objective) / 1e9:.1f} GB",
             f"{4 * embedding / 1e9:.1f} of frozen embedding",
+            f"{activations / 1e9:.1f} of activations, {objective / 1e9:.1f} of the objective",
             f"{4 * count[LayerKind.MAMBA2] * heads * width * state / 1e6:.0f} MB of state a request",
             f"{4 * count[LayerKind.ATTENTION] * spec.num_key_value_heads * spec.head_dim / 1e3:.1f} kB of keys",
         ),

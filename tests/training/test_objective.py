@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training import fused
 from nemotron_dspark.training.anchors import draw_anchors
@@ -204,6 +205,54 @@ def test_loss_and_gradients_equal_the_plain_implementation(
         reached += 1
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-7, atol=1e-12, msg=name)
     assert reached >= 14
+
+
+def unfused_loss(draft, batch, weights):
+    """The loss with every distribution whole, [B, A, γ, V], and autograd for all of it."""
+    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+    at = batch.anchors[..., None] + torch.arange(draft.config.block_size)
+    rows = torch.arange(len(at))[:, None, None]
+    previous, label = (batch.input_ids[rows, (at + k).clamp(max=batch.input_ids.shape[1] - 1)] for k in (0, 1))
+    logits = draft.sequential.teacher_forced(draft.base_logits(hidden), hidden, previous)
+    q = torch.softmax(draft.target_logits(batch.last[rows, at.clamp(max=batch.input_ids.shape[1] - 1)]), dim=-1)
+    w = batch.counted * torch.exp(-torch.arange(draft.config.block_size) / weights.decay)
+    ce = torch.nn.functional.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="none").view_as(w)
+    l1 = (torch.softmax(logits, dim=-1) - q).abs().sum(-1)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(
+        draft.confidence(hidden, previous), (1 - l1 / 2).detach(), reduction="none"
+    )
+    return (w * (weights.ce * ce + weights.l1 * l1 + weights.confidence * bce)).sum() / (w.sum() + 1e-6)
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_every_gradient_in_fp32_is_that_of_whole_distributions(make_draft, make_cache, head, monkeypatch):
+    """With chunks, tiles and shared targets that all cut somewhere."""
+    vocabulary, width = 3001, 24
+    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 50 * vocabulary)
+    monkeypatch.setattr(fused, "TARGET_ELEMENTS", 9 * vocabulary)
+    monkeypatch.setattr(fused, "GROUP_ELEMENTS", 4 * vocabulary)
+    monkeypatch.setattr(fused, "TILE", 700)
+    config = dataclasses.replace(make_draft().config, vocab_size=vocabulary, markov_head_type=head, markov_rank=16)
+    draft = DSparkDraft(config, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(vocabulary, width, generator=generator) * 0.5
+    draft.set_embeddings(embedding, embedding)
+    with torch.no_grad():
+        for parameter in draft.trainable_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    cache = make_cache(8, dtype=torch.float32)
+    samples = [cache[index] for index in range(8)]
+    anchors = [draw_anchors(sample.loss_mask, 8, seed=1, epoch=0, sample_id=i) for i, sample in enumerate(samples)]
+    batch = collate(samples, anchors, draft.config.block_size)
+    assert batch.counted.sum() > 150
+
+    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+    dspark_loss(draft, hidden, batch, LossWeights()).value.backward()
+    found = {name: parameter.grad for name, parameter in draft.trainable_parameters().items()}
+    draft.zero_grad()
+    unfused_loss(draft, batch, LossWeights()).backward()
+    for name, parameter in draft.trainable_parameters().items():
+        assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
 
 
 def test_no_tensor_of_the_loss_is_larger_than_a_chunk_or_a_weight(make_draft, make_cache, monkeypatch):
