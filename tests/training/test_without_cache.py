@@ -26,6 +26,7 @@ from nemotron_dspark.training import run_folder
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import read_metrics
 from nemotron_dspark.training.plan import Plan, RollingPlan
+from nemotron_dspark.training.rolling import RollingSource
 from nemotron_dspark.training.run import train_run
 from nemotron_dspark.training.source import CacheSource
 
@@ -375,12 +376,14 @@ def test_rolling_over_a_budget_that_holds_everything_equals_cached_training_bit_
 
 
 class Disk(Watcher):
-    """The most bytes of hidden states that were ever there."""
+    """The most bytes of hidden states that were ever there; the first step leaves the target time to run too far."""
 
     def __init__(self, folder):
-        self.folder, self.most, self.notes = folder, 0, []
+        self.folder, self.most, self.notes, self.third = folder, 0, [], threading.Event()
 
     def forward(self, step, done):
+        if (step, done) == (0, 1):
+            assert not self.third.wait(2)
         self.look()
 
     def working(self, text):
@@ -388,6 +391,8 @@ class Disk(Watcher):
 
     def note(self, text):
         self.notes.append(text)
+        if sum(note.startswith("hidden states for") for note in self.notes) == 3:
+            self.third.set()
 
     def look(self):
         found = 0
@@ -443,6 +448,26 @@ def test_a_window_that_is_gone_is_made_again(run, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     shutil.rmtree(tmp_path / "cut" / "windows")
     assert run("cut", *ROLLING).resumed_from == 8
+    assert_same_bits(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_stop_leaves_a_window_to_be_finished(run, tmp_path, monkeypatch):
+    run("whole", *ROLLING)
+    capture, close, closing, calls = Target.capture, RollingSource.close, threading.Event(), []
+
+    def stopping(self, input_ids, mask, taps):
+        calls.append(len(input_ids))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert closing.wait(60)
+        return capture(self, input_ids, mask, taps)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Target, "capture", stopping)
+        patched.setattr(RollingSource, "close", lambda self: (closing.set(), close(self)))
+        with pytest.raises(KeyboardInterrupt):
+            run("cut", *ROLLING)
+    assert len(calls) == 1
+    run("cut", *ROLLING)
     assert_same_bits(tmp_path / "cut", tmp_path / "whole")
 
 
