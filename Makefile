@@ -25,6 +25,11 @@ test-oldest: $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' \
 		tests/targets --ignore tests/targets/test_proofs.py
 
+# Ratios, all of one run; docs/performance.md says what they mean. NDS_PEERS and DEEPSPEC_HOME name other projects' code.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/train_step.py $(ARGS)
+	$(BIN)/python benchmarks/rollback.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

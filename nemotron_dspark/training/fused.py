@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 3 << 22  # logits of the draft held at a time, slots x vocabulary
-TARGET_ELEMENTS = CHUNK_ELEMENTS // 4  # and of the target, positions x vocabulary
+CHUNK_ELEMENTS = 5 << 21  # logits of the draft held at a time, slots x vocabulary
+TARGET_ELEMENTS = 1 << 22  # and of the target, positions x vocabulary
 GROUP_ELEMENTS = 1 << 17  # of them worked on at a time by one thread of a CPU
 TILE = 1 << 13  # words of the vocabulary multiplied at a time on a CPU
 
@@ -124,11 +124,11 @@ def _shared_targets(places: list[int], rows: slice, most: int) -> Iterator[tuple
 
     Yields first slot, slot behind the last, first position, position behind the last.
     """
+    first, beyond = places[rows.start], places[rows.stop - 1] + 1
     start = rows.start
-    while start < rows.stop:
-        first = places[start]
-        end = bisect.bisect_left(places, first + most, start, rows.stop) if most else rows.stop
-        yield start, end, first, places[end - 1] + 1
+    for part in _slices(beyond - first, most or beyond - first):
+        end = bisect.bisect_left(places, first + part.stop, start, rows.stop)
+        yield start, end, first + part.start, first + part.stop
         start = end
 
 
