@@ -112,7 +112,7 @@ def random_model(config: Any, seed: int = 0, spread: float = 3.0) -> PreTrainedM
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "linear_attn" not in name and ".conv" in name and parameter.dim() == 3:
-                parameter.uniform_(-1.0, 1.0)
+                parameter.uniform_(-0.7, 0.7)
             elif "linear_attn" not in name and name.endswith("dt_bias"):
                 parameter.uniform_(-3.0, 0.0)  # steps of 0.05 to 0.7 before the input has its say
             elif parameter.dim() >= 2 and not any(part in name for part in ("embed", "conv", "A_log")):
