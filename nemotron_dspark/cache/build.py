@@ -233,7 +233,8 @@ def check_space(folder: Path, missing: int) -> None:
     if free < missing + _SPARE_BYTES:
         raise EnvironmentFault(
             f"The cache needs {missing / 1e9:.2f} GB more and {folder} has {free / 1e9:.2f} GB free.",
-            "Free some space, choose another disk, or use fewer conversations or taps; the same command goes on.",
+            "Free some space, and the same command goes on; or choose another disk, fewer conversations or taps, or no "
+            "cache (`nds train --data`): `nds plan` compares them.",
         )
 
 

@@ -16,6 +16,7 @@ COMMANDS = (
     "demo",
     "selftest",
     "inspect",
+    "plan",
     "config",
     "data",
     "chat",

@@ -21,6 +21,7 @@ from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 from nemotron_dspark.targets.weights import missing_shards, parameter_count
 
 SHORT_CONTEXT = 8192
+_EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
 _UNCHECKED = "not checked, there is no tokenizer here"
 OLDEST_RIGHT_TRANSFORMERS = (5, 15)  # earlier ones scan Nemotron-H wrongly when there are no CUDA kernels
 
@@ -39,6 +40,7 @@ class Description:
     quantised: str | None  # how the weights are stored when not in full precision
     licence: str | None
     parameters: int | None  # as transformers builds it from the config
+    active_parameters: int | None  # of them, those that one token passes through: all but experts it is not sent to
     stored_parameters: int | None  # elements in the folder's safetensors files
     draft: DraftConfig
     draft_parameters: int  # trainable ones
@@ -79,7 +81,7 @@ def describe(name: str, config: RunConfig) -> Description:
     spec = TargetSpec.from_folder(folder, name, trust_remote_code=trusted)
     warnings: list[str] = []
 
-    parameters = _built_parameters(folder, trusted, warnings)
+    parameters, active = _built_parameters(folder, values, trusted, warnings)
     known = _known(name, values, spec, parameters, warnings)
     tokenizer = _tokenizer(folder, trusted, warnings)
     mask_token, mask_reason = _mask_token(tokenizer, spec, config.draft.mask_token_id, known, warnings)
@@ -101,6 +103,7 @@ def describe(name: str, config: RunConfig) -> Description:
         quantised=quantised,
         licence=known.licence if known else None,
         parameters=parameters,
+        active_parameters=active,
         stored_parameters=_stored_parameters(folder, quantised, parameters, warnings),
         draft=draft,
         draft_parameters=_draft_parameters(draft),
@@ -137,6 +140,11 @@ def _known(
         + (f" configs/{known.preset} applies all the same: rename the folder or check the values." * bool(known.preset))
     )
     return None
+
+
+def tokenizer_in(found: Description, *, trusted: bool = False) -> Any | None:
+    """The described target's tokenizer, or None where its folder has none that loads."""
+    return _tokenizer(found.folder, trusted, [])
 
 
 def _tokenizer(folder: Path, trusted: bool, warnings: list[str]) -> Any | None:
@@ -225,7 +233,7 @@ def _mamba(values: Mapping[str, Any]) -> str | None:
 
 
 def _experts(values: Mapping[str, Any]) -> str | None:
-    count = _first(values, "n_routed_experts", "num_local_experts", "num_experts")
+    count = _first(values, *_EXPERT_COUNTS)
     width = _first(values, "moe_intermediate_size", "intermediate_size")
     if not count or count == 1:
         return None
@@ -303,8 +311,10 @@ def _warn(
         )
 
 
-def _built_parameters(folder: Path, trusted: bool, warnings: list[str]) -> int | None:
-    """Parameters of the model as transformers builds it, without memory for one of them."""
+def _built_parameters(
+    folder: Path, values: Mapping[str, Any], trusted: bool, warnings: list[str]
+) -> tuple[int | None, int | None]:
+    """Parameters of the model as transformers builds it, all and active ones, without memory for one of them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -314,8 +324,12 @@ def _built_parameters(folder: Path, trusted: bool, warnings: list[str]) -> int |
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except Exception as error:  # whatever the library raises on a config it does not like
         warnings.append(f"transformers cannot build a model from this config: {first_line(error)}.")
-        return None
-    return sum(parameter.numel() for parameter in model.parameters())
+        return None, None
+    count, used = _first(values, *_EXPERT_COUNTS), _first(values, "num_experts_per_tok")
+    idle = 1 - used / count if count and used else 0
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - round(idle * experts)
 
 
 def _stored_parameters(folder: Path, quantised: str | None, built: int | None, warnings: list[str]) -> int | None:

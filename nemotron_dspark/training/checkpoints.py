@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemotron_dspark import files
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.errors import InputError
+from nemotron_dspark.errors import EnvironmentFault, InputError
 
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
@@ -57,6 +57,27 @@ def save_checkpoint(
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def check_space(run_folder: Path, draft: DSparkDraft, keep: int) -> None:
+    """`EnvironmentFault` when the disk cannot hold the checkpoints that are still to come and the finished draft.
+
+    ``keep`` of them stay and one more is being written; each holds weights, two moments, and masters where the weights
+    are not fp32.
+    """
+    trained = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
+    width = draft.fc.weight.element_size()
+    one = trained * (width + 8 + (4 if width < 4 else 0))
+    there = len(list_checkpoints(run_folder / "checkpoints"))
+    missing = one * max(1, keep + 1 - there) + width * (trained + 2 * draft.lm_head.weight.numel())
+    free = shutil.disk_usage(run_folder).free
+    if free < missing:
+        raise EnvironmentFault(
+            f"The checkpoints and the draft need {files.size_text(missing)} more, and {run_folder} has "
+            f"{files.size_text(free)} free.",
+            "Free some space, give --out on another disk, or keep fewer (train.keep_checkpoints); `nds plan` tells "
+            "what a run needs before it starts.",
+        )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from nemotron_dspark.targets.target import resolve_device as target_device
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
+from nemotron_dspark.training.checkpoints import check_space
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import StepMetrics
 from nemotron_dspark.training.source import CacheSource, Source
@@ -157,6 +158,7 @@ def train_run(
     draft.set_embeddings(embeddings.embedding, embeddings.head)
     draft = draft.to(device=device, dtype=dtype)
     draft.attention = config.train.attention
+    check_space(run_folder, draft, config.train.keep_checkpoints)
     for note in notes:
         watcher.note(f"note: {note}")
     watcher.note(_summary(settings["mode"], source, draft, config, run_folder))

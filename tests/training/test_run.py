@@ -1,6 +1,7 @@
 """A whole run from `nds train`: its folder, its refusals, its resumption."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -177,3 +178,18 @@ def test_config_show_prints_yaml_that_it_reads_itself(tmp_path):
     assert load_run_config(path) == expected
     as_json = nds("config", "show", "--config", path, "--json")
     assert json.loads(as_json.stdout) == expected.model_dump(mode="json")
+
+
+def test_too_little_disk_for_the_checkpoints_is_said_before_the_first_step(tiny_hybrid, cache, tmp_path, monkeypatch):
+    whole = train_run(str(tiny_hybrid), cache, tmp_path / "whole", config("train.checkpoint_every=1"))
+    one = max((tmp_path / "whole" / "checkpoints").iterdir())
+    room = 3 * sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("nemotron_dspark.training.run.train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room * 9 // 10))
+    with pytest.raises(EnvironmentFault, match=r"checkpoints and the draft need .* free.*nds plan"):
+        train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * room))
+    train_run(str(tiny_hybrid), cache, tmp_path / "run", config("train.checkpoint_every=1"))
+    assert whole.steps == 4

@@ -1,0 +1,159 @@
+"""`nds plan`: disk, memory, hours and dollars of a run, from a target's config alone."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from nemotron_dspark.cli import shell
+from nemotron_dspark.errors import InputError
+
+if TYPE_CHECKING:
+    from nemotron_dspark.recipe.plan import Column, Memory, Plan
+    from nemotron_dspark.recipe.workload import Workload
+
+DISK = {
+    "target": "target's weights",
+    "cache": "cache",
+    "tokens": "tokenised samples",
+    "checkpoints": "checkpoints",
+    "draft": "draft",
+}
+STAGES = {"answers": "answers", "cache": "cache", "train": "train", "eval": "eval"}
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan", help="Say what a run needs before it starts: disk, memory, hours, dollars.")(plan)
+
+
+def plan(
+    target: shell.TargetOption,
+    data: Annotated[Path | None, typer.Option("--data", "-d", help="JSON lines of conversations.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Instead of --data: how many conversations.")] = None,
+    mean_length: Annotated[int | None, typer.Option("--mean-length", help="Their mean length in tokens.")] = None,
+    answer_share: Annotated[float, typer.Option("--answer-share", help="Share of the tokens that are answers.")] = 0.6,
+    machine: Annotated[
+        str, typer.Option("--machine", "-m", help="dgx-spark, h100x8, h200, cpu, or here (measured).")
+    ] = "here",
+    price: Annotated[float | None, typer.Option("--price", help="Dollars an hour for the whole machine.")] = None,
+    taps: shell.TapsOption = None,
+    config: shell.ConfigOption = None,
+    set_: shell.SetOption = None,
+    trust: shell.TrustOption = False,
+    as_json: shell.JsonOption = False,
+) -> None:
+    from nemotron_dspark.config import load_run_config
+    from nemotron_dspark.recipe.machines import machine as machine_called
+
+    if price is not None and not price >= 0:
+        raise InputError(f"--price {price:g} is negative.", "Give dollars an hour.")
+    assignments = [*(set_ or []), *shell.taps_setting(taps), *shell.trust_setting(trust)]
+    run = load_run_config(config, assignments, target=target)
+    if (data is None) == (samples is None) or (samples is None) != (mean_length is None):
+        raise InputError(
+            "A plan needs to know how much data there is: either a file or two numbers.",
+            "Give --data answers.jsonl, or --samples 50000 --mean-length 800.",
+        )
+    where = machine_called(machine)
+    shell.quiet_libraries()
+    from nemotron_dspark.recipe import plan as planning
+    from nemotron_dspark.recipe.describe import describe
+    from nemotron_dspark.recipe.needs import Shape
+
+    with shell.err.status("reading the target's config"):
+        described = describe(target, run)
+        if described.parameters is None and described.stored_parameters is None:
+            raise InputError(
+                f"The size of {target} cannot be told: {described.warnings[0]}", "Check the target's config.json."
+            )
+    options = ["--config", str(config)] if config else []
+    for text in assignments:
+        options += ["--set", text]
+    workload = _workload(data, samples, mean_length, answer_share, run.data, described, trust)
+    found = planning.plan(
+        Shape.of(described),
+        run,
+        workload,
+        where,
+        price=price,
+        options=[
+            *(("--config", str(config)) if config else ()),
+            *(part for text in assignments for part in ("--set", text)),
+        ],
+        data=str(data) if data else "answers.jsonl",
+    )
+    if as_json:
+        shell.emit(found.to_json())
+    else:
+        _print(found)
+
+
+def _workload(data, samples, mean_length, answer_share, section, described, trusted) -> "Workload":
+    from nemotron_dspark.recipe.describe import tokenizer_in
+    from nemotron_dspark.recipe.workload import from_file, from_numbers
+
+    positions = described.spec.max_position_embeddings
+    if data is None:
+        return from_numbers(samples, mean_length, section, positions, answer_share)
+    with shell.err.status("tokenising"):
+        return from_file(data, tokenizer_in(described, trusted=trusted), section, positions)
+
+
+def _print(found: "Plan") -> None:
+    from nemotron_dspark.files import size_text as size
+    from nemotron_dspark.recipe.plan import hours
+
+    machine = found.machine
+    shell.out.print(f"[bold]{escape(found.target)}[/] on {escape(machine.title)}")
+    shell.out.print(escape(found.workload.source))
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for column in found.columns:
+        style = "red" if column.problems else "green" if column.mode == found.recommended else ""
+        table.add_column(column.mode, justify="right", style=style, no_wrap=True)
+    _rows(table, "Disk", found.columns, DISK, lambda column: column.disk, size)
+    _total(table, [size(column.total_disk) for column in found.columns], f"of {size(machine.disk_bytes)}")
+    if machine.gpus and not machine.unified:
+        _rows(table, "GPU memory", found.columns, STAGES, lambda c: {k: m.gpu for k, m in c.memory.items()}, size)
+        table.add_row(f"[dim]  of {size(machine.gpu_bytes)}[/]")
+        _rows(table, "Main memory", found.columns, STAGES, lambda c: {k: m.host for k, m in c.memory.items()}, size)
+        table.add_row(f"[dim]  of {size(machine.host_bytes)}[/]")
+    else:
+        _rows(table, "Memory", found.columns, STAGES, lambda c: {k: _whole(m) for k, m in c.memory.items()}, size)
+        table.add_row(f"[dim]  of {size(machine.gpu_bytes if machine.unified else machine.host_bytes)}[/]")
+    _rows(table, "Time", found.columns, STAGES, lambda column: column.hours, hours)
+    _total(table, [hours(column.total_hours) for column in found.columns])
+    if any(column.dollars is not None for column in found.columns):
+        table.add_row("[bold]Dollars[/]", *(f"{column.dollars:,.2f}" for column in found.columns))
+    shell.out.print(table)
+    for column in found.columns:
+        for problem in column.problems:
+            shell.out.print(f"[red]{column.mode} does not fit:[/] {escape(problem)}")
+        for advice in column.advice:
+            shell.out.print(f"  {escape(advice)}")
+    verdict = f"[green]Recommended: {found.recommended}.[/]" if found.recommended else "[red]Recommended: none.[/]"
+    shell.out.print(f"{verdict} {escape(found.reason)}")
+    for command in found.commands:
+        shell.out.print(f"  {escape(command)}", soft_wrap=True)
+    shell.out.print()
+    for sentence in (f"Machine: {machine.note}.", *found.assumptions, "Computed, not measured; see docs/plan.md."):
+        shell.out.print(f"[dim]{escape(sentence)}[/]")
+
+
+def _whole(memory: "Memory") -> float:
+    return memory.gpu + memory.host
+
+
+def _rows(table: Table, title: str, columns: "tuple[Column, ...]", labels: dict, values, text) -> None:
+    """A heading, then a row for each label that any column has."""
+    table.add_row(f"[bold]{title}[/]")
+    for key, label in labels.items():
+        found = [values(column).get(key) for column in columns]
+        if any(value is not None for value in found):
+            table.add_row(f"  {label}", *("-" if value is None else text(value) for value in found))
+
+
+def _total(table: Table, totals: list[str], of: str = "") -> None:
+    table.add_row("  total" + (f" [dim]{of}[/]" if of else ""), *totals)

@@ -1,0 +1,153 @@
+"""What a machine has: memory, disk, speed. Published figures of the ones people rent or own, or measured here.
+
+Sources are in docs/plan.md. GB and TB are powers of ten.
+"""
+
+import dataclasses
+import difflib
+import os
+import shutil
+import time
+from pathlib import Path
+
+from nemotron_dspark.errors import InputError
+
+GB, TB = 1e9, 1e12
+_MEASURE_SECONDS = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """``flops`` and ``bandwidth`` are those of one GPU, or of the processor where there is none."""
+
+    name: str
+    title: str
+    gpus: int  # 0: everything runs on the processor
+    gpu_bytes: float  # memory of one GPU; of the whole machine where it is unified
+    host_bytes: float  # main memory; 0 where it is unified
+    disk_bytes: float  # that a run may fill
+    flops: float  # dense matrix products a second, bf16 on a GPU, fp32 on a processor
+    bandwidth: float  # bytes of memory a second
+    unified: bool = False
+    note: str = ""  # where the figures come from, in a few words
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one weight in training: bf16 on a GPU, fp32 on a processor."""
+        return 2 if self.gpus else 4
+
+
+# Of the nominal memory and disk a part is the system's: 8 GB of the Spark's 128, a tenth of every disk.
+MACHINES = {
+    "dgx-spark": Machine(
+        "dgx-spark",
+        "DGX Spark",
+        gpus=1,
+        gpu_bytes=120 * GB,
+        host_bytes=0,
+        disk_bytes=3.6 * TB,
+        flops=62e12,
+        bandwidth=273 * GB,
+        unified=True,
+        note="128 GB unified, 273 GB/s; 62 TFLOPS bf16 is what users measured",
+    ),
+    "h100x8": Machine(
+        "h100x8",
+        "8 x H100 SXM",
+        gpus=8,
+        gpu_bytes=80 * GB,
+        host_bytes=2 * TB,
+        disk_bytes=27 * TB,
+        flops=989e12,
+        bandwidth=3350 * GB,
+        note="per GPU 80 GB, 3.35 TB/s, 989 TFLOPS bf16 dense; host and disk of a DGX H100",
+    ),
+    "h200": Machine(
+        "h200",
+        "H200 SXM",
+        gpus=1,
+        gpu_bytes=141 * GB,
+        host_bytes=256 * GB,
+        disk_bytes=3.4 * TB,
+        flops=989e12,
+        bandwidth=4800 * GB,
+        note="141 GB, 4.8 TB/s, 989 TFLOPS bf16 dense; host and disk an eighth of a DGX H200",
+    ),
+}
+NAMES = (*MACHINES, "cpu", "here")
+
+
+def machine(name: str, folder: Path | str = ".") -> Machine:
+    """The machine called ``name``; "here" is measured, with its GPUs if any, "cpu" is measured without them.
+
+    The disk of both is what is free where ``folder`` lies.
+
+    Raises:
+        InputError: no such machine; the nearest name is given.
+    """
+    if name in MACHINES:
+        return MACHINES[name]
+    if name not in NAMES:
+        close = difflib.get_close_matches(name.lower().replace("_", "-").replace(" ", "-"), NAMES, n=1, cutoff=0.4)
+        raise InputError(
+            f"There is no machine {name!r}.",
+            (f"Did you mean {close[0]}? " if close else "") + f"Known are {', '.join(NAMES)}.",
+        )
+    return measured(name, Path(folder))
+
+
+def measured(name: str, folder: Path) -> Machine:
+    """This machine, in about half a second a GPU kind; every GPU is taken to be like the first."""
+    import torch
+
+    gpus = torch.cuda.device_count() if name == "here" and torch.cuda.is_available() else 0
+    device = torch.device("cuda" if gpus else "cpu")
+    available, disk = available_memory(), shutil.disk_usage(folder.absolute()).free
+    flops, bandwidth = _speed(device)
+    common = {"disk_bytes": float(disk), "flops": flops, "bandwidth": bandwidth}
+    if not gpus:
+        title = f"this machine's processor ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"
+        return Machine(name, title, 0, 0.0, float(available), note="measured just now, in fp32", **common)
+    properties = torch.cuda.get_device_properties(0)
+    # A GPU on the processor's memory: the free-memory call leaves out what the system would give back.
+    unified = bool(getattr(properties, "is_integrated", 0))
+    memory = float(available if unified else properties.total_memory)
+    host = 0.0 if unified else float(available)
+    title = f"this machine ({gpus} x {properties.name})" if gpus > 1 else f"this machine ({properties.name})"
+    return Machine(name, title, gpus, memory, host, unified=unified, note="measured just now, in bf16", **common)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that a process may take, as the kernel reckons; reclaimable file pages count as free."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _speed(device) -> tuple[float, float]:
+    """Matrix products a second and bytes copied a second, the best of a few tries."""
+    import torch
+
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.empty(1 << (28 if device.type == "cuda" else 25), dtype=torch.uint8, device=device)
+    into = torch.empty_like(source)
+    result = torch.empty_like(left)
+    flops = 2 * size**3 / _best(lambda: torch.mm(left, left, out=result), device)
+    return flops, 2 * source.numel() / _best(lambda: into.copy_(source), device)  # a copy reads and writes
+
+
+def _best(work, device) -> float:
+    import torch
+
+    best, end = float("inf"), time.monotonic() + _MEASURE_SECONDS / 2
+    while time.monotonic() < end or best == float("inf"):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,345 @@
+"""The formulas of a plan: bytes on disk, bytes of memory, seconds. docs/plan.md has them in words.
+
+Everything follows from a target's config, a run's configuration and the lengths of its samples. Disk is exact;
+memory was compared with real runs (`benchmarks/plan.py`); seconds are work divided by an assumed share of the
+machine's peak, and every assumption is in `ASSUMED`.
+"""
+
+import dataclasses
+import math
+
+from nemotron_dspark.cache.format import RECORD_SIZE, bytes_per_token
+from nemotron_dspark.config import EvalConfig, TrainConfig
+from nemotron_dspark.drafts.attention import PIECES
+from nemotron_dspark.files import read_json
+from nemotron_dspark.recipe.describe import Description
+from nemotron_dspark.recipe.machines import Machine
+from nemotron_dspark.recipe.workload import Workload
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.training.fused import CHUNK_ELEMENTS, TARGET_ELEMENTS
+
+READ_AHEAD = 3  # batches in memory at a time: the one in use and two that were read ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """What cannot be known beforehand."""
+
+    forward: float = 0.4  # share of the peak that a forward of the target reaches
+    train: float = 0.3  # likewise a training step
+    bandwidth: float = 0.6  # share of the memory's bandwidth that generation reaches
+    requests: int = 64  # answered at a time by an engine on a GPU
+    requests_cpu: int = 8  # likewise without one: `serve.slots`
+    read: float = 3e9  # bytes a second from the disk
+    write: float = 1e9  # bytes a second to it, with flush and checksum
+    eval_prompts: int = 128
+    accepted: float = 3.0  # tokens a round
+    libraries: float = 0.5e9  # an idle process with everything imported
+    cuda_libraries: float = 3e9  # likewise with CUDA's, in main memory
+    cuda_context: float = 0.6e9  # and on the GPU
+
+
+ASSUMED = Assumed()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of a target and its draft."""
+
+    name: str
+    spec: TargetSpec
+    config: dict  # the target's config.json: sizes of its mixers
+    hidden: int
+    vocab: int
+    taps: int
+    parameters: int  # the target's
+    active: int  # of them, those that one token passes through: all but the experts it is not sent to
+    stored_bytes: int  # of the target's checkpoint
+    weights_here: bool
+    trainable: int  # the draft's
+    tensors: int  # trainable ones
+    layers: int  # the draft's, from here on
+    queries: int  # heads x head size
+    keys: int  # key heads x head size
+    width: int  # SwiGLU
+    block: int
+    rank: int
+
+    @staticmethod
+    def of(found: Description) -> "Shape":
+        """The sizes in what `describe` says of a target."""
+        spec, draft = found.spec, found.draft
+        parameters = found.parameters or found.stored_parameters or 0
+        return Shape(
+            name=spec.name,
+            spec=spec,
+            config=read_json(found.folder / "config.json"),
+            hidden=spec.hidden_size,
+            vocab=spec.vocab_size,
+            taps=len(draft.target_layer_ids),
+            parameters=parameters,
+            active=found.active_parameters or parameters,
+            stored_bytes=2 * parameters,
+            weights_here=found.stored_parameters is not None,
+            trainable=found.draft_parameters,
+            tensors=11 * draft.num_hidden_layers + 7,
+            layers=draft.num_hidden_layers,
+            queries=draft.num_attention_heads * draft.head_dim,
+            keys=draft.num_key_value_heads * draft.head_dim,
+            width=draft.intermediate_size,
+            block=draft.block_size,
+            rank=draft.markov_rank,
+        )
+
+
+# --- disk ---
+
+
+def cache_bytes(shape: Shape, samples: int, tokens: int) -> int:
+    """2·H·(T+1) + 6 a token and 56 a sample. While it is built 5 more a token lie beside it."""
+    return bytes_per_token(shape.taps, shape.hidden) * tokens + RECORD_SIZE * samples
+
+
+def token_bytes(tokens: int) -> int:
+    """Tokenised samples: an int32 id and a mask byte a token."""
+    return 5 * tokens
+
+
+def checkpoint_bytes(shape: Shape, weight_bytes: int) -> int:
+    """Weights and two fp32 moments of D trained parameters, and fp32 masters unless the weights are fp32.
+
+    12·D with fp32 weights, 14·D with bf16. Headers and checksums take about 120 bytes a tensor in each file.
+    """
+    masters = 4 if weight_bytes < 4 else 0
+    return (weight_bytes + 8 + masters) * shape.trainable + 120 * shape.tensors * (3 + bool(masters))
+
+
+def draft_bytes(shape: Shape, weight_bytes: int) -> int:
+    """The finished draft: D trained parameters, embedding and head."""
+    return weight_bytes * (shape.trainable + 2 * shape.vocab * shape.hidden) + 120 * shape.tensors
+
+
+# --- memory ---
+
+
+def capture_bytes(shape: Shape, batch_tokens: int, length: int, weight_bytes: int) -> float:
+    """Activations of one forward of the target over ``batch_tokens`` padded tokens in rows of ``length``.
+
+    The largest of two moments: inside the most demanding kind of layer, with the residual stream, its norm and the
+    taps so far; or at the end, where the taps are put side by side (in the target's type) and rounded to bf16.
+    """
+    hidden, taps = shape.hidden, shape.taps
+    ends = weight_bytes * hidden * (2 * taps + 2) + 2 * hidden * (taps + 1)
+    most = max((layer_bytes(shape, kind, length, weight_bytes) for kind in set(shape.spec.layers)), default=0.0)
+    return batch_tokens * max(ends, most + weight_bytes * hidden * (taps + 2))
+
+
+def layer_bytes(shape: Shape, kind: LayerKind, length: int, b: int) -> float:
+    """Bytes a token of the activations inside one layer of ``kind``, through plain torch operations.
+
+    CUDA kernels for Mamba need about a fifth of what Mamba-2 takes here. Kinds without a count of their own take
+    Mamba-2's or the MLP's.
+    """
+    spec, values = shape.spec, shape.config
+    attention = b * (4 * spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim + 1.25 * b * length
+    mlp = b * (4 if spec.mlp == "gated" else 3) * (spec.intermediate_size or 0)
+    if kind is LayerKind.ATTENTION:
+        return attention
+    if kind is LayerKind.MLP:
+        return mlp
+    if kind in (LayerKind.DECODER, LayerKind.MOE):
+        used = _size(values, 1, "num_experts_per_tok")
+        expert = _size(values, 0, "moe_intermediate_size")
+        experts = b * used * (2 * shape.hidden + 3 * expert) if expert else 0
+        return max(experts, mlp, attention if kind is LayerKind.DECODER else 0) + b * shape.hidden
+    mamba = _mamba_bytes(shape, length, b)
+    return max(mamba, attention) + b * shape.hidden if kind is LayerKind.PARALLEL else mamba
+
+
+def _mamba_bytes(shape: Shape, length: int, b: int) -> float:
+    """Mamba-2's chunked scan: in fp32 per token seven vectors of its width, B and C for every head, and three scores
+    for every head and position of a chunk; rows are padded to whole chunks. The projection and the convolution before
+    it are in the weights' type.
+    """
+    values = shape.config
+    heads = _size(values, shape.spec.num_attention_heads, "mamba_num_heads", "mamba_n_heads", "linear_num_value_heads")
+    head = _size(values, shape.spec.head_dim, "mamba_head_dim", "mamba_d_head", "linear_value_head_dim")
+    state = _size(values, 64, "ssm_state_size", "mamba_d_state", "linear_key_head_dim")
+    groups = _size(values, 1, "n_groups", "mamba_n_groups")
+    chunk = _size(values, 64, "chunk_size", "mamba_chunk_size")
+    inner = heads * head
+    padded = math.ceil(length / chunk) * chunk / length
+    scan = 7 * inner + 3 * heads * state + 3 * heads * chunk + inner * state / chunk
+    return 4 * padded * scan + b * (3 * inner + 4 * groups * state + heads)
+
+
+def _size(values: dict, default: int, *keys: str) -> int:
+    return int(next((values[key] for key in keys if values.get(key)), default))
+
+
+def cache_batch_bytes(shape: Shape, tokens: int) -> float:
+    """Hidden states of a batch as a cache stores them, in main memory."""
+    return float(bytes_per_token(shape.taps, shape.hidden) * tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Bytes where the draft trains, and in main memory beside it (0 without a GPU: it is all one)."""
+
+    device: float
+    host: float
+
+
+def training_bytes(
+    shape: Shape, config: TrainConfig, length: int, answer_share: float, weight_bytes: int, gpu: bool
+) -> Training:
+    """The highest point of training on samples of ``length`` tokens.
+
+    Fixed: 16·D for fp32 weights (weight, gradient, two moments), 20·D for bf16 (and its fp32 master and gradient);
+    the frozen embedding and head; the batches read ahead. On top of it the larger of
+
+    - a forward's saved activations with the objective's chunk or the last layer's gradients (`_saved`, `_objective`);
+    - a checkpoint being written: its bytes once more, in main memory, after the gradients were freed.
+    """
+    b = weight_bytes
+    trained, frozen = shape.trainable, 2 * shape.vocab * shape.hidden
+    rows = config.local_batch_size
+    batch = rows * length * (bytes_per_token(shape.taps, shape.hidden) + 8)
+    anchors = min(config.num_anchors, max(1, round(answer_share * length)))
+    slots = rows * anchors * shape.block
+    saved = _saved(shape, rows, length, slots, answer_share, b, dense=not gpu)
+    positions = rows * distinct_positions(answer_share * length, anchors, shape.block)
+    top = max(
+        _objective(shape, slots, positions, b, gpu=gpu), 3 * b * slots * shape.width + b * shape.hidden * shape.width
+    )
+    optimiser = (8 if b == 4 else 12) * trained
+    fixed = 2 * b * trained + optimiser + (4 * trained if b < 4 else 0) + b * frozen
+    if gpu:  # the optimiser's tensors come to main memory, and once more as the file's bytes
+        host = 2 * optimiser + 2 * frozen + READ_AHEAD * batch
+        return Training(fixed + 2 * batch + saved + top, max(host, 4.0 * (trained + frozen)))
+    gradients = 4 * trained
+    writing = optimiser - gradients
+    return Training(fixed + READ_AHEAD * batch + max(saved + top, writing), 0.0)
+
+
+def distinct_positions(eligible: float, anchors: int, block: int) -> float:
+    """Positions that at least one of ``anchors`` blocks, drawn among ``eligible``, predicts from (expected)."""
+    share = min(1.0, anchors / max(1.0, eligible))
+    return eligible * (1 - (1 - share) ** block)
+
+
+def _saved(shape: Shape, rows: int, length: int, slots: int, answer_share: float, b: int, *, dense: bool) -> float:
+    """What the draft's forward keeps for its backward, bytes.
+
+    With N slots, K = context + slots: per layer N·(6·H + 4·heads + 4·SwiGLU) + K·(H + 4·keys); once
+    context·(T+2)·H, and 2·N·H at the end. Where FlexAttention is not used, also per layer the masks as fp32 and the
+    keys and values of every piece that the blocks are cut into; a piece sees the context before its last anchor.
+    """
+    context = rows * length
+    per_layer = slots * (6 * shape.hidden + 4 * shape.queries + 4 * shape.width)
+    per_layer += (context + slots) * (shape.hidden + 4 * shape.keys)
+    once = context * (shape.taps + 2) * shape.hidden + 2 * slots * shape.hidden
+    masks = 0.0
+    if dense:
+        seen = length * (1 - answer_share * (PIECES - 1) / (2 * PIECES))  # by the mean piece; anchors are in order
+        masks = slots * (seen + slots / rows / PIECES)
+        per_layer += 2 * shape.keys * rows * (PIECES * seen - length)
+    return b * (shape.layers * per_layer + once) + (4 * shape.layers + 1) * masks
+
+
+def _objective(shape: Shape, slots: int, positions: float, b: int, *, gpu: bool) -> float:
+    """A chunk of the fused objective at its highest, and the gradients it makes.
+
+    fp32 logits of the chunk's slots and of a few of the positions they predict from; on a GPU two and a half more of
+    the former (difference, its size, the gradient in the weights' type). Gradients of hidden states, latents and the
+    sequential head in fp32; hidden states of draft and target.
+    """
+    chunk = math.ceil(slots / math.ceil(slots * shape.vocab / CHUNK_ELEMENTS))
+    logits = 4 * (chunk * (3.5 if gpu else 1) + min(chunk, max(1, TARGET_ELEMENTS // shape.vocab)))
+    gradients = (4 + (b if b < 4 else 0)) * (shape.vocab * shape.rank + slots * (shape.hidden + shape.rank))
+    return shape.vocab * logits + gradients + b * (slots * (shape.hidden + 2 * shape.rank) + positions * shape.hidden)
+
+
+def serving_bytes(shape: Shape, weight_bytes: int, requests: int, length: int) -> float:
+    """Target and draft, and per request recurrent states in fp32 and the keys and values of ``length`` tokens."""
+    spec, values = shape.spec, shape.config
+    heads = _size(values, 0, "mamba_num_heads", "mamba_n_heads", "linear_num_value_heads")
+    head = _size(values, spec.head_dim, "mamba_head_dim", "mamba_d_head", "linear_value_head_dim")
+    state = _size(values, 64, "ssm_state_size", "mamba_d_state", "linear_key_head_dim")
+    recurrent = 4 * sum(kind.recurrent for kind in spec.layers) * heads * head * state
+    attending = sum(kind.attends for kind in spec.layers)
+    keys = 2 * weight_bytes * (attending * spec.num_key_value_heads * spec.head_dim + shape.layers * shape.keys)
+    draft = weight_bytes * shape.trainable
+    return weight_bytes * shape.parameters + draft + requests * (recurrent + keys * length)
+
+
+# --- time ---
+
+
+def concurrency(machine: Machine) -> int:
+    """Requests that are answered at a time on one GPU, or on the processor."""
+    return ASSUMED.requests if machine.gpus else ASSUMED.requests_cpu
+
+
+def forward_seconds(shape: Shape, tokens: int, machine: Machine) -> float:
+    """2 operations a token and active parameter, without embedding and head, at the assumed share of the peak."""
+    body = shape.active - shape.vocab * shape.hidden * (1 if shape.spec.tie_word_embeddings else 2)
+    return 2 * max(body, 0) * tokens / (machine.flops * ASSUMED.forward)
+
+
+def decode_seconds(shape: Shape, machine: Machine, requests: int) -> float:
+    """One token for each of ``requests``: all weights are read once, or computed with, whichever is slower."""
+    reading = machine.weight_bytes * shape.parameters / (machine.bandwidth * ASSUMED.bandwidth)
+    if requests == 1:
+        reading *= shape.active / max(1, shape.parameters)
+    return max(reading, 2 * shape.active * requests / (machine.flops * ASSUMED.forward))
+
+
+def answer_seconds(shape: Shape, workload: Workload, machine: Machine) -> float:
+    """Every prompt read and every answer generated by an engine on each GPU, `concurrency` requests at a time."""
+    requests = concurrency(machine)
+    prompts = forward_seconds(shape, workload.tokens - workload.loss_tokens, machine)
+    answers = workload.loss_tokens / requests * decode_seconds(shape, machine, requests)
+    return (prompts + answers) / max(1, machine.gpus)
+
+
+def epochs(config: TrainConfig, samples: int) -> float:
+    """Times that every sample is taken."""
+    if config.max_steps is None:
+        return float(config.epochs)
+    return config.max_steps * config.global_batch_size / samples
+
+
+def training_operations(shape: Shape, config: TrainConfig, workload: Workload) -> float:
+    """Operations of forward and backward over one sample of the mean length.
+
+    Backward costs twice the forward. The head is frozen: it gives gradients to the hidden states only.
+    """
+    length = workload.mean
+    eligible = workload.answer_share * length
+    anchors = min(config.num_anchors, max(1, round(eligible)))
+    slots = anchors * shape.block
+    hidden, vocab = shape.hidden, shape.vocab
+    per_slot = hidden * (2 * shape.queries + 3 * shape.width) + 2 * shape.queries * (length / 2 + shape.block)
+    per_key = 2 * hidden * shape.keys
+    body = shape.layers * (slots * per_slot + (length + slots) * per_key) + length * shape.taps * hidden * hidden
+    objective = 2 * slots * vocab * hidden + 3 * slots * vocab * shape.rank
+    objective += distinct_positions(eligible, anchors, shape.block) * vocab * hidden
+    return 2 * (3 * body + objective)
+
+
+def training_seconds(shape: Shape, config: TrainConfig, workload: Workload, machine: Machine, epochs_: float) -> float:
+    """All forwards and backwards, and the optimiser, which moves some 40 bytes a parameter and step."""
+    computed = epochs_ * workload.samples * training_operations(shape, config, workload)
+    steps = epochs_ * workload.samples / config.global_batch_size
+    moved = steps * 40 * shape.trainable
+    return computed / (machine.flops * ASSUMED.train) + moved / (machine.bandwidth * ASSUMED.bandwidth)
+
+
+def evaluation_seconds(shape: Shape, config: EvalConfig, machine: Machine) -> float:
+    """Every prompt one by one, with the draft and without, at each temperature."""
+    tokens = ASSUMED.eval_prompts * config.max_new_tokens * len(config.temperatures)
+    one = decode_seconds(shape, machine, 1)
+    draft = machine.weight_bytes * (shape.trainable + shape.vocab * shape.hidden)
+    drafted = one + draft / (machine.bandwidth * ASSUMED.bandwidth)
+    return tokens * (one + drafted / ASSUMED.accepted)

@@ -1,0 +1,307 @@
+"""What a run will need before anything of it runs: disk, memory, hours and dollars, for every mode there is.
+
+`needs` has the formulas; here they are put together for one target, one workload and one machine, compared with what
+the machine has, and turned into the commands that get the recommended mode.
+"""
+
+import dataclasses
+import math
+import shlex
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemotron_dspark.config import CacheConfig, RunConfig
+from nemotron_dspark.files import size_text as size
+from nemotron_dspark.recipe import needs
+from nemotron_dspark.recipe.machines import GB, Machine
+from nemotron_dspark.recipe.needs import ASSUMED, Shape
+from nemotron_dspark.recipe.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One way to bring hidden states to the draft. Here is all that differs between them."""
+
+    name: str
+    setting: str | None  # that gets it with `nds train --data`; None: it takes a cache
+    stored: Callable[[float, CacheConfig], float]  # (bytes of the whole cache, settings) to bytes on the disk
+    forwards: Callable[[float, CacheConfig], float]  # (epochs, settings) to times the target runs over the data
+    batch: Callable[[float, float], float]  # (tokens of a capture's, of a training forward) to those in the loop
+
+
+MODES = (
+    Mode("cached", None, lambda whole, _: whole, lambda epochs, _: 1.0, lambda capture, train: 0.0),
+    Mode(
+        "rolling",
+        "cache.mode=rolling",
+        lambda whole, cache: min(whole, 1e9 * cache.budget_gb),
+        lambda epochs, cache: math.ceil(epochs / cache.reuse),
+        lambda capture, train: capture,
+    ),
+    Mode("online", "cache.mode=online", lambda whole, _: 0.0, lambda epochs, _: epochs, lambda capture, train: train),
+)
+
+
+def modes() -> tuple[Mode, ...]:
+    """Those of `MODES` that this version's configuration accepts."""
+    known = typing.get_args(CacheConfig.model_fields["mode"].annotation)
+    return tuple(mode for mode in MODES if mode.setting is None or mode.name in known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes at the highest point of a stage, on one GPU and in main memory."""
+
+    gpu: float
+    host: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """What one mode needs. ``problems`` say why it does not fit; none: it does."""
+
+    mode: str
+    disk: dict[str, float]
+    memory: dict[str, Memory]
+    hours: dict[str, float]
+    dollars: float | None
+    problems: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def total_disk(self) -> float:
+        return sum(self.disk.values())
+
+    @property
+    def total_hours(self) -> float:
+        return sum(self.hours.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    target: str
+    machine: Machine
+    workload: Workload
+    columns: tuple[Column, ...]
+    recommended: str | None
+    reason: str
+    commands: tuple[str, ...]
+    assumptions: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values; bytes and hours."""
+        values = dataclasses.asdict(self)
+        for column, given in zip(values["columns"], self.columns, strict=True):
+            column |= {"total_disk": given.total_disk, "total_hours": given.total_hours, "fits": not given.problems}
+        return values
+
+
+def plan(
+    shape: Shape,
+    config: RunConfig,
+    workload: Workload,
+    machine: Machine,
+    *,
+    price: float | None = None,
+    options: Sequence[str] = (),
+    data: str = "answers.jsonl",
+) -> Plan:
+    """The plan for the target that ``shape`` describes.
+
+    ``price`` is dollars an hour for the whole machine; ``options`` are the user's own, such as ``--set``, and ``data``
+    is the file, both for the commands.
+    """
+    columns = tuple(_column(mode, shape, config, workload, machine, price) for mode in modes())
+    fitting = [column for column in columns if not column.problems]
+    best = min(fitting, key=lambda column: column.total_hours) if fitting else None
+    commands = _commands(best, shape, options, data) if best else ()
+    return Plan(
+        shape.name,
+        machine,
+        workload,
+        columns,
+        best.mode if best else None,
+        _reason(best, columns),
+        commands,
+        assumptions(machine),
+    )
+
+
+def assumptions(machine: Machine) -> tuple[str, ...]:
+    """Sentences on everything that is neither in the config nor a property of the machine."""
+    gpus = f"Answers use all {machine.gpus} GPUs; the other stages of nds use one. " if machine.gpus > 1 else ""
+    return (
+        f"{gpus}Of the peak, a forward of the target reaches {ASSUMED.forward:.0%}, training {ASSUMED.train:.0%}; of "
+        f"the memory's bandwidth, generation reaches {ASSUMED.bandwidth:.0%} with {needs.concurrency(machine)} "
+        "requests at a time.",
+        f"Disk: {ASSUMED.read / GB:g} GB/s read, {ASSUMED.write / GB:g} GB/s written, flushed and checksummed.",
+        f"Evaluation: {ASSUMED.eval_prompts} prompts, {ASSUMED.accepted:g} tokens a round.",
+    )
+
+
+def _column(
+    mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine, price: float | None
+) -> Column:
+    disk = _disk(mode, shape, config, workload, machine)
+    memory = _memory(mode, shape, config, workload, machine)
+    hours = _hours(mode, shape, config, workload, machine)
+    problems, advice = [], []
+    if sum(disk.values()) > machine.disk_bytes:
+        problems.append(f"disk: {size(sum(disk.values()))} are needed, there are {size(machine.disk_bytes)}.")
+        if mode.setting is None:
+            advice += _smaller_cache(shape, config, workload, machine, disk)
+    for stage, need in memory.items():
+        lacking = _lacking(need, machine)
+        if lacking:
+            problems.append(f"{stage}: {lacking}.")
+            remedy = _smaller_memory(stage, mode, shape, config, workload, machine)
+            if remedy:
+                advice.append(remedy)
+    dollars = price * sum(hours.values()) if price is not None else None
+    return Column(mode.name, disk, memory, hours, dollars, tuple(problems), tuple(advice))
+
+
+def _disk(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine) -> dict[str, float]:
+    found = {} if shape.weights_here else {"target": float(shape.stored_bytes)}
+    stored = mode.stored(needs.cache_bytes(shape, workload.samples, workload.tokens), config.cache)
+    if stored:
+        found["cache"] = float(stored)
+    if mode.setting:
+        found["tokens"] = float(needs.token_bytes(workload.tokens))
+    one = needs.checkpoint_bytes(shape, machine.weight_bytes)
+    found["checkpoints"] = float((config.train.keep_checkpoints + 1) * one)
+    found["draft"] = float(needs.draft_bytes(shape, machine.weight_bytes))
+    return found
+
+
+def _memory(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine) -> dict[str, Memory]:
+    """Per stage; without a GPU everything is in main memory."""
+    width = machine.weight_bytes
+    train_batch = config.train.local_batch_size * workload.longest
+    cache_batch = min(max(config.cache.batch_tokens, workload.longest), workload.samples * workload.longest)
+    capture = needs.capture_bytes(shape, cache_batch, workload.longest, width)
+    train = needs.training_bytes(
+        shape, config.train, workload.longest, workload.answer_share, width, bool(machine.gpus)
+    )
+    target = shape.parameters * width
+    serve = needs.serving_bytes(shape, width, 1, workload.longest)
+    found = {}
+    if mode.setting is None:
+        found["cache"] = (target + capture, needs.cache_batch_bytes(shape, cache_batch))
+        found["train"] = (train.device, train.host)
+    else:
+        beside = needs.capture_bytes(shape, mode.batch(cache_batch, train_batch), workload.longest, width)
+        found["train"] = (train.device + target + beside, train.host)
+    found["eval"] = (serve, 0.0)
+    if not machine.gpus:
+        return {stage: Memory(0.0, ASSUMED.libraries + sum(both)) for stage, both in found.items()}
+    return {
+        stage: Memory(ASSUMED.cuda_context + gpu, ASSUMED.cuda_libraries + host) for stage, (gpu, host) in found.items()
+    }
+
+
+def _hours(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine) -> dict[str, float]:
+    epochs = needs.epochs(config.train, workload.samples)
+    work = needs.training_seconds(shape, config.train, workload, machine, epochs)
+    forward = needs.forward_seconds(shape, workload.tokens, machine)
+    seconds = {"answers": needs.answer_seconds(shape, workload, machine)}
+    whole = needs.cache_bytes(shape, workload.samples, workload.tokens)
+    stored = mode.stored(whole, config.cache)
+    produced = mode.forwards(epochs, config.cache)
+    made = produced * (max(forward, whole / ASSUMED.write) if stored else forward)
+    read = epochs * whole / ASSUMED.read if stored else 0.0
+    if mode.setting is None:
+        seconds["cache"] = made
+        seconds["train"] = max(work, read)
+    else:  # on the same device, so one after the other
+        seconds["train"] = max(work, read) + made
+    seconds["eval"] = needs.evaluation_seconds(shape, config.eval, machine)
+    return {stage: value / 3600 for stage, value in seconds.items()}
+
+
+def _lacking(need: Memory, machine: Machine) -> str:
+    """What ``machine`` has too little of, or an empty text."""
+    if machine.unified or not machine.gpus:
+        has = machine.gpu_bytes if machine.unified else machine.host_bytes
+        total = need.gpu + need.host
+        return f"{size(total)} of memory are needed, there are {size(has)}" if total > has else ""
+    if need.gpu > machine.gpu_bytes:
+        return f"{size(need.gpu)} on one GPU are needed, it has {size(machine.gpu_bytes)}"
+    if need.host > machine.host_bytes:
+        return f"{size(need.host)} of main memory are needed, there are {size(machine.host_bytes)}"
+    return ""
+
+
+def _smaller_cache(
+    shape: Shape, config: RunConfig, workload: Workload, machine: Machine, disk: dict[str, float]
+) -> list[str]:
+    """Fewer samples, or fewer taps, with which the cache fits."""
+    room = machine.disk_bytes - (sum(disk.values()) - disk["cache"])
+    fitting = math.floor(workload.samples * room / disk["cache"])
+    found = [f"The disk holds the cache of about {fitting:,} samples."] if fitting > 0 else []
+    for taps in range(shape.taps - 1, 0, -1):
+        smaller = dataclasses.replace(shape, taps=taps)
+        if needs.cache_bytes(smaller, workload.samples, workload.tokens) <= room:
+            return [*found, f"It holds all with --set draft.num_taps={taps}."]
+    return found
+
+
+def _smaller_memory(
+    stage: str, mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine
+) -> str | None:
+    """The setting with which ``stage`` fits, or that none of the usual ones makes it fit."""
+    keys: dict[str, tuple[str, str, Callable[[int], int]]] = {
+        "cache": ("cache", "batch_tokens", lambda value: value // 2),
+        "train": ("train", "num_anchors", lambda value: value // 2),
+    }
+    if stage not in keys:
+        return None
+    section, key, smaller = keys[stage]
+    value = getattr(getattr(config, section), key)
+    while (value := smaller(value)) >= 16:
+        changed = config.model_copy(
+            update={section: getattr(config, section).model_copy(update={key: value})},
+        )
+        if not _lacking(_memory(mode, shape, changed, workload, machine)[stage], machine):
+            return f"{stage} fits with --set {section}.{key}={value}."
+    return f"{stage} does not fit whatever {section}.{key} is: it takes a machine with more memory."
+
+
+def _reason(best: Column | None, columns: Sequence[Column]) -> str:
+    if best is None:
+        return "No mode fits this machine."
+    others = [column for column in columns if column is not best]
+    said = []
+    for other in others:
+        if other.problems:
+            said.append(f"{other.mode} does not fit ({other.problems[0].rstrip('.')})")
+        elif other.total_hours > 1.02 * best.total_hours:
+            said.append(f"{other.mode} takes {hours(other.total_hours)} instead of {hours(best.total_hours)}")
+        else:
+            said.append(f"{other.mode} takes as long")
+    more = f"; it needs {size(best.total_disk)} of disk" if not best.problems and others else ""
+    return f"{best.mode} fits" + (f", and {'; '.join(said)}" if said else "") + f"{more}."
+
+
+def _commands(best: Column, shape: Shape, options: Sequence[str], data: str) -> tuple[str, ...]:
+    name = Path(shape.name).name.lower() or "target"
+    target = f"--target {shlex.quote(shape.name)}"
+    given = "".join(f" {shlex.quote(text)}" for text in options)
+    cache, run = f"caches/{shlex.quote(name)}", f"runs/{shlex.quote(name)}"
+    data = shlex.quote(data)
+    setting = next(mode.setting for mode in MODES if mode.name == best.mode)
+    build = [f"nds cache build {target} --data {data} --out {cache}{given}"] if setting is None else []
+    states = f"--cache {cache}" if setting is None else f"--data {data} --set {setting}"
+    train = f"nds train {target} {states} --out {run}{given}"
+    return (*build, train, f"nds eval {target} --draft {run}/draft --prompts held_out.jsonl{given}")
+
+
+def hours(value: float) -> str:
+    """Hours as a person reads them."""
+    if value < 1 / 60:
+        return f"{value * 3600:.0f} s"
+    if value < 1:
+        return f"{value * 60:.0f} min"
+    return f"{value:.1f} h" if value < 100 else f"{value:,.0f} h"

@@ -1,0 +1,89 @@
+"""How much data a run has, from a file or from two numbers: what a plan needs to know of it."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from nemotron_dspark.config import DataConfig
+from nemotron_dspark.data.conversations import Skipped, read
+from nemotron_dspark.data.samples import samples_of
+from nemotron_dspark.errors import InputError
+
+WHOLE_BYTES = 16_000_000  # of a larger file every k-th conversation is tokenised
+CHARACTERS_PER_TOKEN = 4  # where there is no tokenizer
+ANSWER_SHARE = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    samples: int
+    tokens: int
+    loss_tokens: int  # those that train the draft: the target's answers
+    longest: int  # tokens of the longest sample
+    source: str  # how this is known, in words
+
+    @property
+    def mean(self) -> float:
+        return self.tokens / self.samples
+
+    @property
+    def answer_share(self) -> float:
+        return self.loss_tokens / self.tokens
+
+
+def from_numbers(
+    samples: int, mean_length: int, data: DataConfig, max_positions: int, answer_share: float = ANSWER_SHARE
+) -> Workload:
+    """A workload of ``samples`` of ``mean_length`` tokens; the longest is as long as ``data`` and target allow.
+
+    Raises:
+        InputError: a number is not positive, or the mean is beyond the longest sample there can be.
+    """
+    longest = min(data.max_length, max_positions)
+    if samples < 1 or mean_length < 1:
+        raise InputError("--samples and --mean-length must be at least 1.", "Give how many conversations there are.")
+    if not 0 < answer_share <= 1:
+        raise InputError(f"--answer-share {answer_share:g} is not a share.", "Give a number above 0 and up to 1.")
+    if mean_length > longest:
+        raise InputError(
+            f"--mean-length {mean_length} is beyond the longest sample, {longest} tokens.",
+            "Samples are cut there: give at most that, or set data.max_length (the target's positions are the limit).",
+        )
+    tokens = samples * mean_length
+    text = f"{samples:,} samples of {mean_length:,} tokens, {answer_share:.0%} of them answers"
+    return Workload(samples, tokens, round(tokens * answer_share), longest, text)
+
+
+def from_file(path: Path, tokenizer: Any | None, data: DataConfig, max_positions: int) -> Workload:
+    """What ``path``, JSON lines of conversations, will be as samples.
+
+    Tokenised as a cache build does; every k-th conversation of a large file stands for k. Without a tokenizer tokens
+    are guessed from characters, and `Workload.source` says so.
+
+    Raises:
+        InputError: the file cannot be read or leaves no sample.
+    """
+    data = data.model_copy(update={"max_length": min(data.max_length, max_positions)})
+    step = max(1, round(path.stat().st_size / WHOLE_BYTES)) if path.is_file() else 1
+    conversations = itertools.islice((item for item in read(path)), 0, None, step)
+    if tokenizer is None:
+        found = [_guessed(item, data) for item in conversations if not isinstance(item, Skipped)]
+        how = f"guessed at {CHARACTERS_PER_TOKEN} characters a token, there is no tokenizer here"
+    else:
+        samples = (item for item in samples_of(conversations, tokenizer, data) if not isinstance(item, Skipped))
+        found = [(len(item.tokens.input_ids), item.tokens.loss_tokens) for item in samples]
+        how = "tokenised" if step == 1 else f"every {step}th conversation tokenised"
+    if not found:
+        raise InputError(f"{path} leaves no sample.", "`nds data check` shows what happens to each conversation.")
+    samples, tokens, loss = step * len(found), step * sum(n for n, _ in found), step * sum(n for _, n in found)
+    text = f"{path.name}: {samples:,} samples of {tokens / samples:,.0f} tokens on average ({how})"
+    return Workload(samples, tokens, loss, max(n for n, _ in found), text)
+
+
+def _guessed(item: Any, data: DataConfig) -> tuple[int, int]:
+    """(tokens, loss tokens) of a conversation, by its characters."""
+    answers = sum(len(message.content) for message in item.messages if message.role == "assistant")
+    everything = sum(len(message.content) for message in item.messages)
+    length = min(max(2, everything // CHARACTERS_PER_TOKEN), data.max_length)
+    return length, max(1, round(length * answers / max(1, everything)))

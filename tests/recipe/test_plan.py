@@ -1,0 +1,225 @@
+"""`nds plan`: its formulas against figures computed otherwise, its table, its advice, and bad input."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from nemotron_dspark.cli import plan_command, shell
+from nemotron_dspark.config import load_run_config
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.recipe import needs, plan
+from nemotron_dspark.recipe.describe import describe
+from nemotron_dspark.recipe.machines import MACHINES, Machine, machine
+from nemotron_dspark.recipe.workload import from_file, from_numbers
+from tests.recipe.nemotrons import NEMOTRONS
+
+H_8B = next(row for row in NEMOTRONS if row.name == "Nemotron-H-8B-Base-8K")
+NANO_30B = next(row for row in NEMOTRONS if "Nano-30B" in row.name)
+WIDE = Machine("wide", "everything", 1, 1e15, 1e15, 1e18, 1e15, 1e12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Nothing but the config.json of Nemotron-H-8B."""
+    made = tmp_path_factory.mktemp("targets") / H_8B.name
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(H_8B.config()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def shape(folder):
+    return needs.Shape.of(describe(str(folder), load_run_config(target=str(folder))))
+
+
+@pytest.fixture
+def nds(monkeypatch):
+    """Run `nds plan` with ``arguments``, 80 columns wide; the result has exit_code, stdout and stderr."""
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    plan_command.register(app)
+    monkeypatch.setattr(shell.out, "_width", 80)
+    return lambda *arguments: CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+
+
+def planned(shape, machine_=WIDE, samples=50_000, mean=800, settings=(), **options):
+    config = load_run_config(assignments=settings)
+    return plan.plan(shape, config, from_numbers(samples, mean, config.data, 8192), machine_, **options)
+
+
+def column(found, mode):
+    return next(column for column in found.columns if column.mode == mode)
+
+
+def test_disk_of_8b_is_what_its_page_says(shape):
+    disk = column(planned(shape), "cached").disk
+    assert disk["cache"] == 49_158 * 40_000_000 + 56 * 50_000
+    assert disk["checkpoints"] == pytest.approx(3 * 14 * 1.242e9, rel=1e-3)
+    assert disk["draft"] == pytest.approx(2 * (1.242e9 + 2 * 131072 * 4096), rel=1e-3)
+    assert disk["target"] == pytest.approx(16.2e9, rel=1e-3)
+
+
+def test_memory_of_8b_is_fixed_terms_and_activations(shape):
+    found = needs.training_bytes(shape, load_run_config().train, 4096, 0.6, 2, gpu=True)
+    fixed = 20 * 1.242e9 + 4 * 131072 * 4096
+    slots, keys = 512 * 7, 4096 + 512 * 7
+    layer = slots * (6 * 4096 + 4 * 4096 + 4 * 14336) + keys * (4096 + 4 * 1024)
+    activations = 2 * (5 * layer + 4096 * 7 * 4096 + 2 * slots * 4096)
+    assert fixed + activations < found.device < 1.05 * (fixed + activations) + 0.5e9
+    assert found.host == pytest.approx(24 * 1.242e9 + 4 * 131072 * 4096, rel=0.03)
+
+
+def test_hours_are_work_over_the_assumed_share(shape):
+    found = column(planned(shape), "cached")
+    body = H_8B.billions * 1e9 - 2 * 131072 * 4096
+    forward = 2 * body * 40e6 / (1e15 * needs.ASSUMED.forward)
+    written = found.disk["cache"] / needs.ASSUMED.write
+    assert found.hours["cache"] * 3600 == pytest.approx(max(forward, written), rel=1e-3)
+    slow = column(planned(shape, dataclasses.replace(WIDE, flops=1e14)), "cached")
+    assert slow.hours["cache"] * 3600 == pytest.approx(10 * forward, rel=1e-3)
+    twice = column(planned(shape, samples=100_000), "cached")
+    assert twice.hours["train"] == pytest.approx(2 * found.hours["train"], rel=1e-6)
+    half = column(planned(shape, settings=["train.epochs=5"]), "online")
+    assert half.hours["train"] == pytest.approx(column(planned(shape), "online").hours["train"] / 2, rel=1e-6)
+
+
+def test_experts_that_a_token_is_not_sent_to_cost_no_time(tmp_path):
+    target = tmp_path / "moe"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(NANO_30B.config()))
+    found = needs.Shape.of(describe(str(target), load_run_config(target=str(target))))
+    assert found.parameters == pytest.approx(31.578e9, rel=1e-3)
+    assert 3.0e9 < found.active < 3.8e9  # sold as 30B-A3B
+
+
+def test_modes_are_those_the_configuration_accepts():
+    for mode in plan.modes():
+        if mode.setting:
+            assert load_run_config(assignments=[mode.setting]).cache.mode == mode.name
+    assert plan.modes()[0].name == "cached"
+
+
+def test_a_full_disk_changes_the_recommendation_and_says_what_would_fit(shape):
+    roomy = planned(shape, MACHINES["dgx-spark"])
+    assert roomy.recommended == "cached"
+    tight = planned(shape, MACHINES["dgx-spark"], samples=150_000)
+    assert tight.recommended != "cached"
+    cached = column(tight, "cached")
+    assert "5.97 TB are needed, there are 3.6 TB" in cached.problems[0]
+    fitting = int(re.search(r"about ([\d,]+) samples", cached.advice[0]).group(1).replace(",", ""))
+    assert not column(planned(shape, MACHINES["dgx-spark"], samples=fitting), "cached").problems
+    assert column(planned(shape, MACHINES["dgx-spark"], samples=fitting + 1000), "cached").problems
+    taps = int(re.search(r"num_taps=(\d)", cached.advice[1]).group(1))
+    assert needs.cache_bytes(shape, 150_000, 120_000_000) * (taps + 1) / 6 < 3.6e12
+    assert any("cache.mode=" in command and "--data" in command for command in tight.commands)
+
+
+def test_memory_that_does_not_suffice_names_the_setting_that_helps(shape):
+    small = Machine("small", "small", 1, 31.5e9, 1e12, 1e15, 1e14, 1e12)
+    found = column(planned(shape, small), "cached")
+    assert any("train: " in problem and "on one GPU" in problem for problem in found.problems)
+    setting = re.search(r"train fits with --set (train\.num_anchors=\d+)", " ".join(found.advice)).group(1)
+    assert not [
+        text for text in column(planned(shape, small, settings=[setting]), "cached").problems if "train" in text
+    ]
+    tiny = Machine("tiny", "tiny", 1, 8e9, 1e12, 1e15, 1e14, 1e12)
+    assert planned(shape, tiny).recommended is None
+
+
+def test_dollars_are_hours_times_the_price(shape):
+    found = column(planned(shape, price=2.5), "cached")
+    assert found.dollars == pytest.approx(2.5 * sum(found.hours.values()))
+
+
+def test_the_table_fits_80_columns_and_ends_with_the_commands(nds, folder):
+    result = nds(
+        "--target", str(folder), "--samples", "50000", "--mean-length", "800", "-m", "dgx-spark", "--price", "1"
+    )
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines if "nds " not in line)
+    for words in (
+        "1.97 TB",
+        "of 120 GB",
+        "Dollars",
+        "Recommended: cached",
+        "nds cache build",
+        "nds train",
+        "62 TFLOPS",
+    ):
+        assert words in result.stdout, words
+
+
+def test_a_mode_that_does_not_fit_is_red(nds, folder, monkeypatch):
+    console = Console(force_terminal=True, color_system="standard", width=80, record=True, highlight=False)
+    monkeypatch.setattr(shell, "out", console)
+    nds("--target", str(folder), "--samples", "150000", "--mean-length", "800", "-m", "dgx-spark")
+    assert "\x1b[31mcached does not fit:" in console.export_text(styles=True)
+
+
+def test_json_is_one_object(nds, folder):
+    result = nds("--target", str(folder), "--samples", "100", "--mean-length", "50", "-m", "h100x8", "--json")
+    found = json.loads(result.stdout)
+    assert found["machine"]["gpus"] == 8
+    assert found["columns"][0]["mode"] == "cached"
+    assert found["columns"][0]["fits"] is True
+    assert found["columns"][0]["disk"]["cache"] == 49_158 * 5000 + 56 * 100
+
+
+def test_here_is_measured(tmp_path):
+    found = machine("cpu", tmp_path)
+    assert found.gpus == 0
+    assert 1e9 < found.flops < 1e14
+    assert 1e8 < found.bandwidth < 1e13
+    assert found.host_bytes > 1e8
+    assert found.disk_bytes > 0
+
+
+def test_a_data_file_is_tokenised_as_a_cache_build_would(tiny_hybrid, tmp_path):
+    from transformers import AutoTokenizer
+
+    from nemotron_dspark.data.samples import read_samples
+
+    file = tmp_path / "answers.jsonl"
+    rows = [
+        [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "state and block " * n}]
+        for n in range(5, 15)
+    ]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows) + "not json\n")
+    tokenizer, data = AutoTokenizer.from_pretrained(tiny_hybrid), load_run_config().data
+    lengths = [len(item.tokens.input_ids) for item in read_samples(file, tokenizer, data) if hasattr(item, "tokens")]
+    found = from_file(file, tokenizer, data, 4096)
+    assert (found.samples, found.tokens, found.longest) == (len(lengths), sum(lengths), max(lengths))
+    guessed = from_file(file, None, data, 4096)
+    assert guessed.samples == 10
+    assert "guessed" in guessed.source
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-m", "dgx_spak", "--samples", "1", "--mean-length", "9"], "Did you mean dgx-spark"),
+        (["-m", "h100x8"], "either a file or two numbers"),
+        (["-m", "h100x8", "--samples", "5"], "either a file or two numbers"),
+        (["-m", "h100x8", "--samples", "0", "--mean-length", "9"], "at least 1"),
+        (["-m", "h100x8", "--samples", "5", "--mean-length", "9999"], "beyond the longest sample, 4096"),
+        (["-m", "h100x8", "--samples", "5", "--mean-length", "9", "--answer-share", "1.5"], "not a share"),
+        (["-m", "h100x8", "--samples", "5", "--mean-length", "9", "--price", "-1"], "negative"),
+        (["-m", "h100x8", "--data", "absent.jsonl"], "is not a file"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(nds, folder, options, words):
+    with pytest.raises(InputError, match=words):
+        nds("--target", str(folder), *options)
+
+
+def test_a_malformed_data_file_is_refused(nds, folder, tmp_path):
+    file = tmp_path / "broken.jsonl"
+    file.write_text('{"messages": \n[1]\n')
+    with pytest.raises(InputError, match="no usable conversation"):
+        nds("--target", str(folder), "-m", "h100x8", "--data", str(file))
