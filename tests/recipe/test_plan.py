@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -16,6 +18,7 @@ from nemotron_dspark.recipe import needs, plan
 from nemotron_dspark.recipe.describe import describe
 from nemotron_dspark.recipe.machines import MACHINES, Machine, machine
 from nemotron_dspark.recipe.workload import from_file, from_numbers
+from nemotron_dspark.resources import resource_folder
 from tests.recipe.nemotrons import NEMOTRONS
 
 H_8B = next(row for row in NEMOTRONS if row.name == "Nemotron-H-8B-Base-8K")
@@ -223,3 +226,11 @@ def test_a_malformed_data_file_is_refused(nds, folder, tmp_path):
     file.write_text('{"messages": \n[1]\n')
     with pytest.raises(InputError, match="no usable conversation"):
         nds("--target", str(folder), "-m", "h100x8", "--data", str(file))
+
+
+@pytest.mark.slow  # about a minute
+def test_disk_is_predicted_to_a_percent_and_memory_to_ten():
+    script = resource_folder("configs").parent / "benchmarks" / "plan.py"
+    done = subprocess.run([sys.executable, script, "--recipe", "decoder", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 5
