@@ -137,7 +137,7 @@ def capture_bytes(shape: Shape, batch_tokens: int, length: int, weight_bytes: in
 def layer_bytes(shape: Shape, kind: LayerKind, length: int, b: int) -> float:
     """Bytes a token of the activations inside one layer of ``kind``, through plain torch operations.
 
-    CUDA kernels for Mamba need about a fifth of what Mamba-2 takes here. Kinds without a count of their own take
+    CUDA kernels for Mamba need less than Mamba-2 takes here. Kinds without a count of their own take
     Mamba-2's or the MLP's.
     """
     spec, values = shape.spec, shape.config
