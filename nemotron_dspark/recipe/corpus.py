@@ -13,8 +13,8 @@ from nemotron_dspark.errors import EnvironmentFault
 
 MODULES = (
     "argparse", "collections/__init__", "configparser", "contextlib", "csv", "dataclasses", "fractions", "functools",
-    "gettext", "gzip", "html/parser", "pprint", "random", "shutil", "socketserver", "statistics", "tempfile", "textwrap",
-    "threading", "weakref",
+    "gettext", "gzip", "html/parser", "pprint", "random", "shutil", "socketserver", "statistics", "tempfile",
+    "textwrap", "threading", "weakref",
 )  # fmt: skip
 HELD_OUT = ("calendar", "cmd", "heapq", "shlex")
 
