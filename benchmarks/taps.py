@@ -26,7 +26,7 @@ from nemotron_dspark.evaluation.measure import measure, prompt_ids
 from nemotron_dspark.recipe.taps import collect
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Target
-from nemotron_dspark.targets.tap_search import search
+from nemotron_dspark.targets.tap_search import Ridge, search
 from nemotron_dspark.training.metrics import read_metrics
 from nemotron_dspark.training.run import train_run
 
@@ -55,7 +55,6 @@ def main() -> None:
         target, data, gamma=config.draft.block_size, tokens=given.tokens, width=128, seed=0, data=config.data
     )
     found = search(target.spec, rows, count)
-    explained = {one.name: f"{100 * one.explained:.2f} %" for one in found.sets}
     sets = {one.name: one.taps for one in found.sets} | {"the first": tuple(range(count))}  # and a bad one
     for seed, (name, taps) in itertools.product(range(given.seeds), sets.items()):
         case = {"taps": list(taps), "seed": seed, "steps": given.steps}
@@ -65,12 +64,14 @@ def main() -> None:
             print(name, json.dumps(known[-1]), flush=True)
 
     print(f"\n{given.steps} steps, {given.conversations} conversations, {len(prompts)} held-out prompts\n")
+    ridge = Ridge(rows)
     print("| set | taps | explained | tau at the end | accepted, greedy | accepted, temperature 1 |")
     print("|---|---|---|---|---|---|")
     for name, taps in sets.items():
         of_set = [row for row in known if row["taps"] == list(taps) and row["steps"] == given.steps]
         cells = [_cell([row[column] for row in of_set]) for column in COLUMNS]
-        print(f"| {' | '.join([name, ','.join(map(str, taps)), explained.get(name, ''), *cells])} |")
+        explained = f"{100 * ridge.score(taps).explained:.2f} %"
+        print(f"| {' | '.join([name, ','.join(map(str, taps)), explained, *cells])} |")
 
 
 def _cell(values: list[float]) -> str:
