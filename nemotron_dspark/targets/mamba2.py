@@ -163,7 +163,6 @@ def prepare(
     if high > torch.finfo(torch.float32).max:
         high = float("inf")
     forward = functools.partial(block_forward, project=project, gated_norm=gated_norm)
-    for layer, mixer in mixers.items():
+    for mixer in mixers.values():
         mixer.time_step_limit = (low, high)
-        install_block_forward(mixer, layer, Mamba2States, forward)
-    return functools.partial(Mamba2States.zeros, mixers) if mixers else None
+    return install_block_forward(mixers, Mamba2States, forward)

@@ -5,6 +5,7 @@ layers together by the accepted prefix, whose length may differ from row to row.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -12,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+
 
 @dataclasses.dataclass
 class LayerStates:
     """The committed states of every layer of one kind, for B rows, and the records of the block in flight.
 
-    A kind adds one field per tensor [L, B, …] that its layers keep, and ``commit``.
+    A kind adds one field per tensor [L, B, …] that its layers keep, ``commit``, and ``zeros`` for a row without tokens.
     """
 
     layers: tuple[int, ...]  # layer ids; the first dimension of every tensor
@@ -110,21 +113,33 @@ def prefix_decay(decay: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
     return total, (total[:, :, None] - decay[:, :, :count]).masked_fill(outside, -torch.inf)
 
 
-def install_block_forward(
-    mixer: Any, layer: int, kind: type[LayerStates], block_forward: Callable[[Any, Tensor, Any, int], Tensor]
-) -> None:
-    """Let ``mixer`` run ``block_forward(mixer, hidden, states, layer)`` if its cache is a `TargetState` with ``kind``.
+def mixers_of(model: Any, spec: TargetSpec, kind: LayerKind, name: str) -> dict[int, Any]:
+    """The submodule ``name`` of every layer of ``kind``, by layer id."""
+    layers = model.get_submodule(spec.names.layers)
+    return {layer: getattr(layers[layer], name) for layer, its in enumerate(spec.layers) if its is kind}
 
-    transformers calls that argument ``cache_params`` or ``past_key_values``. Given anything else the mixer runs its own
-    forward.
+
+def install_block_forward(
+    mixers: dict[int, Any], kind: type[LayerStates], block_forward: Callable[[Any, Tensor, Any, int], Tensor]
+) -> Callable[[torch.device, torch.dtype], Any] | None:
+    """Let ``mixers``, by layer id, run ``block_forward(mixer, hidden, states, layer)`` on a state with ``kind``.
+
+    Given any other cache a mixer runs its own forward. Returns how to make the states of a row without tokens, None if
+    there are no mixers.
     """
+    for layer, mixer in mixers.items():
+        mixer.forward = _either_forward(mixer, layer, kind, block_forward)
+    return functools.partial(kind.zeros, mixers) if mixers else None
+
+
+def _either_forward(mixer: Any, layer: int, kind: type[LayerStates], block_forward: Callable) -> Callable[..., Any]:
     own_forward = mixer.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("cache_params", kwargs.get("past_key_values"))
+        cache = kwargs.get("cache_params", kwargs.get("past_key_values"))  # transformers has both names for it
         states = getattr(cache, "recurrent", None)
         if isinstance(states, kind):
             return block_forward(mixer, hidden_states, states, layer)
         return own_forward(hidden_states, *args, **kwargs)
 
-    mixer.forward = forward
+    return forward

@@ -16,6 +16,7 @@ from torch import Tensor
 from nemotron_dspark.targets import mamba2
 from nemotron_dspark.targets.families import hybrids
 from nemotron_dspark.targets.families.hybrids import block_mask
+from nemotron_dspark.targets.recurrent import mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
 
 __all__ = ["block_mask", "prepare", "spec"]
@@ -40,7 +41,7 @@ def prepare(model: Any, spec: TargetSpec) -> Any:
 
     The step size keeps the config's ``time_step_limit``, also for a single token, where transformers does not clamp.
     """
-    mixers = {index: layer.mamba for index, layer in enumerate(model.get_submodule(spec.names.layers))}
+    mixers = mixers_of(model, spec, LayerKind.PARALLEL, "mamba")
     return mamba2.prepare(mixers, model.config.time_step_limit, project=_project, gated_norm=_gated_norm)
 
 

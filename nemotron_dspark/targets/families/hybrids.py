@@ -5,6 +5,7 @@ from typing import Any
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import mamba2
+from nemotron_dspark.targets.recurrent import mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
 from nemotron_dspark.targets.state import TargetState
 
@@ -86,8 +87,7 @@ def prepare(model: Any, spec: TargetSpec) -> Any:
 
     The step size keeps the config's ``time_step_limit``, also for a single token, where transformers does not clamp.
     """
-    layers = model.get_submodule(spec.names.layers)
-    mixers = {layer: layers[layer].mamba for layer, kind in enumerate(spec.layers) if kind is LayerKind.MAMBA2}
+    mixers = mixers_of(model, spec, LayerKind.MAMBA2, "mamba")
     return mamba2.prepare(mixers, model.config.time_step_limit)
 
 

@@ -4,7 +4,6 @@ Which layers attend follows from a period and an offset. transformers starts the
 even when its cache holds a state; here every block goes through `targets.mamba1`, which does not.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from nemotron_dspark.targets import mamba1
 from nemotron_dspark.targets.families import hybrids
 from nemotron_dspark.targets.families.decoders import as_built
 from nemotron_dspark.targets.families.hybrids import block_mask
-from nemotron_dspark.targets.recurrent import install_block_forward
+from nemotron_dspark.targets.recurrent import install_block_forward, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
 
 __all__ = ["block_mask", "prepare", "spec"]
@@ -36,8 +35,5 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
 
 def prepare(model: Any, spec: TargetSpec) -> Any:
     """Make a loaded model ready for `TargetState`; how to make its Mamba-1 states."""
-    layers = model.get_submodule(spec.names.layers)
-    mixers = {layer: layers[layer].mamba for layer, kind in enumerate(spec.layers) if kind is LayerKind.MAMBA1}
-    for layer, mixer in mixers.items():
-        install_block_forward(mixer, layer, mamba1.Mamba1States, mamba1.block_forward)
-    return functools.partial(mamba1.Mamba1States.zeros, mixers) if mixers else None
+    mixers = mixers_of(model, spec, LayerKind.MAMBA1, "mamba")
+    return install_block_forward(mixers, mamba1.Mamba1States, mamba1.block_forward)

@@ -4,14 +4,13 @@ The last norm is called ``embedding_norm``. Checkpoints say which layers attend 
 ``full_attn_idxs``, and the MLP's width before an adjustment that the model makes.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 from nemotron_dspark.targets import shortconv
 from nemotron_dspark.targets.families import hybrids
 from nemotron_dspark.targets.families.decoders import as_built
-from nemotron_dspark.targets.recurrent import install_block_forward
+from nemotron_dspark.targets.recurrent import install_block_forward, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 from nemotron_dspark.targets.state import TargetState
 
@@ -45,11 +44,8 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
 
 def prepare(model: Any, spec: TargetSpec) -> Any:
     """Make a loaded model ready for `TargetState`; how to make the states of its convolutions."""
-    layers = model.get_submodule(spec.names.layers)
-    mixers = {layer: layers[layer].conv for layer, kind in enumerate(spec.layers) if kind is LayerKind.CONV}
-    for layer, mixer in mixers.items():
-        install_block_forward(mixer, layer, shortconv.ConvStates, shortconv.block_forward)
-    return functools.partial(shortconv.ConvStates.zeros, mixers) if mixers else None
+    mixers = mixers_of(model, spec, LayerKind.CONV, "conv")
+    return install_block_forward(mixers, shortconv.ConvStates, shortconv.block_forward)
 
 
 def block_mask(model: Any, state: TargetState, block: int) -> Any:

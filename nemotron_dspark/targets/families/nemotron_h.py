@@ -5,6 +5,7 @@ from typing import Any
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import mamba2
+from nemotron_dspark.targets.recurrent import mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
 from nemotron_dspark.targets.state import TargetState
 
@@ -90,8 +91,7 @@ def prepare(model: Any, spec: TargetSpec) -> Any:
     ``time_step_min`` in its chunked form and not in its one-token form; engines and NVIDIA's kernels never do. Ultra's
     config spells infinity 1e308, which no fp32 tensor can be clamped at.
     """
-    layers = model.get_submodule(spec.names.layers)
-    mixers = {layer: layers[layer].mixer for layer, kind in enumerate(spec.layers) if kind is LayerKind.MAMBA2}
+    mixers = mixers_of(model, spec, LayerKind.MAMBA2, "mixer")
     return mamba2.prepare(mixers, model.config.time_step_limit)
 
 

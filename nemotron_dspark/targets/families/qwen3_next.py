@@ -4,7 +4,6 @@ Every fourth layer attends unless the config says otherwise. The attention's que
 heads: the other half gates the output. Rope turns a quarter of each head. The norms' weights are kept minus one.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from nemotron_dspark.targets import delta
 from nemotron_dspark.targets.families import hybrids
 from nemotron_dspark.targets.families.decoders import as_built
 from nemotron_dspark.targets.families.hybrids import block_mask
-from nemotron_dspark.targets.recurrent import install_block_forward
+from nemotron_dspark.targets.recurrent import install_block_forward, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
 __all__ = ["block_mask", "prepare", "spec"]
@@ -47,8 +46,5 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
 
 def prepare(model: Any, spec: TargetSpec) -> Any:
     """Make a loaded model ready for `TargetState`; how to make the states of its delta nets."""
-    layers = model.get_submodule(spec.names.layers)
-    mixers = {layer: layers[layer].linear_attn for layer, kind in enumerate(spec.layers) if kind is LayerKind.DELTA}
-    for layer, mixer in mixers.items():
-        install_block_forward(mixer, layer, delta.DeltaStates, delta.block_forward)
-    return functools.partial(delta.DeltaStates.zeros, mixers) if mixers else None
+    mixers = mixers_of(model, spec, LayerKind.DELTA, "linear_attn")
+    return install_block_forward(mixers, delta.DeltaStates, delta.block_forward)
