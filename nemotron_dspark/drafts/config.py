@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
@@ -17,8 +17,60 @@ _OPTIONAL = (
 _RESTORE = "Use the config.json that was saved with the draft."
 
 
+class SavedConfig:
+    """What the configs of every kind of draft share: their spelling in ``config.json`` and the target they are for."""
+
+    @property
+    def num_taps(self) -> int:
+        return len(self.target_layer_ids)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The config of a draft's folder."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise InputError(f"{folder} is not a draft: it has no config.json.", "Give the folder that training made.")
+        return cls.from_json(read_json(path), str(path))
+
+    def check_target(self, spec: TargetSpec) -> None:
+        """`InputError` when this draft was made for a target of another shape than ``spec``."""
+        for what, mine, its in (
+            ("hidden size", self.hidden_size, spec.hidden_size),
+            ("vocabulary", self.vocab_size, spec.vocab_size),
+            ("number of target layers", self.num_target_layers, spec.num_layers),
+        ):
+            if mine != its:
+                raise InputError(
+                    f"The draft was made for another target: its {what} is {mine}, that of {spec.name} is {its}.",
+                    "Give the target the draft was trained for, or train a draft for this target.",
+                )
+
+    def _json_keys(self, architecture: str, num_layers: int) -> dict[str, Any]:
+        """The fields, and what makes transformers and engines read a Qwen3 in them."""
+        values = {
+            "architectures": [architecture],
+            "model_type": "qwen3",
+            "layer_types": ["full_attention"] * num_layers,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.02,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            **dataclasses.asdict(self),
+            "target_layer_ids": list(self.target_layer_ids),
+        }
+        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these two keys
+            del values["target_logit_multiplier"]
+        if self.target_logit_softcap is None:
+            del values["target_logit_softcap"]
+        return values
+
+
 @dataclasses.dataclass(frozen=True)
-class DraftConfig:
+class DraftConfig(SavedConfig):
     """Shape of a DSpark draft. The field names are the keys of ``config.json``."""
 
     hidden_size: int  # H, the target's
@@ -52,45 +104,32 @@ class DraftConfig:
         for key in ("num_key_value_heads", "vocab_size", "max_position_embeddings", "block_size", "num_anchors"):
             _at_least_one(key, getattr(self, key))
         if self.num_attention_heads % self.num_key_value_heads:
-            raise _wrong(
+            raise wrong(
                 "num_key_value_heads", self.num_key_value_heads, f"it must divide {self.num_attention_heads} heads"
             )
         if self.head_dim % 2:
-            raise _wrong("head_dim", self.head_dim, "rotary embedding needs an even size")
+            raise wrong("head_dim", self.head_dim, "rotary embedding needs an even size")
         if not 0 <= self.mask_token_id < self.vocab_size:
-            raise _wrong("mask_token_id", self.mask_token_id, f"the vocabulary has {self.vocab_size} ids")
+            raise wrong("mask_token_id", self.mask_token_id, f"the vocabulary has {self.vocab_size} ids")
         taps = self.target_layer_ids
         if not taps or list(taps) != sorted(set(taps)):
-            raise _wrong("target_layer_ids", list(taps), "taps must be given in ascending order, each once")
+            raise wrong("target_layer_ids", list(taps), "taps must be given in ascending order, each once")
         if taps[0] < -1 or taps[-1] >= self.num_target_layers:
-            raise _wrong("target_layer_ids", list(taps), f"the target has layers 0 to {self.num_target_layers - 1}")
+            raise wrong("target_layer_ids", list(taps), f"the target has layers 0 to {self.num_target_layers - 1}")
         if self.markov_rank < 0:
-            raise _wrong("markov_rank", self.markov_rank, "it cannot be negative")
+            raise wrong("markov_rank", self.markov_rank, "it cannot be negative")
         if self.markov_rank and self.markov_head_type not in SEQUENTIAL_HEADS:
-            raise _wrong("markov_head_type", self.markov_head_type, f"known are {', '.join(SEQUENTIAL_HEADS)}")
+            raise wrong("markov_head_type", self.markov_head_type, f"known are {', '.join(SEQUENTIAL_HEADS)}")
         if self.enable_confidence_head and self.confidence_head_with_markov and not self.markov_rank:
-            raise _wrong("confidence_head_with_markov", True, "with markov_rank 0 no token is embedded")
-
-    @property
-    def num_taps(self) -> int:
-        return len(self.target_layer_ids)
+            raise wrong("confidence_head_with_markov", True, "with markov_rank 0 no token is embedded")
 
     def to_json(self) -> dict[str, Any]:
         """The contents of ``config.json``: DeepSpec's keys and the Qwen3 keys that engines read."""
-        values: dict[str, Any] = {
-            "architectures": [ARCHITECTURE],
-            **qwen3_keys(self.rope_theta, self.num_hidden_layers),
-            **dataclasses.asdict(self),
-            "target_layer_ids": list(self.target_layer_ids),
-        }
+        values = self._json_keys(ARCHITECTURE, self.num_hidden_layers)
         if not self.markov_rank:
             del values["markov_head_type"]
         if not self.enable_confidence_head:
             del values["confidence_head_with_markov"]
-        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these two keys
-            del values["target_logit_multiplier"]
-        if self.target_logit_softcap is None:
-            del values["target_logit_softcap"]
         return values
 
     @staticmethod
@@ -130,43 +169,6 @@ class DraftConfig:
         except (TypeError, ValueError) as error:
             raise InputError(f"{origin} holds a value of the wrong type: {error}.", _RESTORE) from None
 
-    @staticmethod
-    def from_folder(folder: Path) -> "DraftConfig":
-        """The config of a draft's folder."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise InputError(f"{folder} is not a draft: it has no config.json.", "Give the folder that training made.")
-        return DraftConfig.from_json(read_json(path), str(path))
-
-    def check_target(self, spec: TargetSpec) -> None:
-        """`InputError` when this draft was made for a target of another shape than ``spec``."""
-        for what, mine, its in (
-            ("hidden size", self.hidden_size, spec.hidden_size),
-            ("vocabulary", self.vocab_size, spec.vocab_size),
-            ("number of target layers", self.num_target_layers, spec.num_layers),
-        ):
-            if mine != its:
-                raise InputError(
-                    f"The draft was made for another target: its {what} is {mine}, that of {spec.name} is {its}.",
-                    "Give the target the draft was trained for, or train a draft for this target.",
-                )
-
-
-def qwen3_keys(rope_theta: float, num_layers: int) -> dict[str, Any]:
-    """What every draft's ``config.json`` says beside its own fields, so that transformers and engines read a Qwen3."""
-    return {
-        "model_type": "qwen3",
-        "layer_types": ["full_attention"] * num_layers,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-        "use_sliding_window": False,
-        "sliding_window": None,
-    }
-
 
 def _refuse_unlike_qwen3(values: Mapping[str, Any], origin: str) -> None:
     rope_type = (values.get("rope_parameters") or values.get("rope_scaling") or {}).get("rope_type", "default")
@@ -188,8 +190,9 @@ def _need(values: Mapping[str, Any], key: str, origin: str) -> Any:
 
 def _at_least_one(key: str, value: int) -> None:
     if value < 1:
-        raise _wrong(key, value, "it must be at least 1")
+        raise wrong(key, value, "it must be at least 1")
 
 
-def _wrong(key: str, value: Any, why: str) -> InputError:
+def wrong(key: str, value: Any, why: str) -> InputError:
+    """That ``key`` of a draft cannot be ``value``."""
     return InputError(f"The draft cannot have {key} = {value!r}: {why}.", f"Correct {key}.")

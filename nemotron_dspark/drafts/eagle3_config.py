@@ -2,14 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.drafts.builder import build_draft_config
-from nemotron_dspark.drafts.config import DraftConfig, qwen3_keys
+from nemotron_dspark.drafts.config import SavedConfig, wrong
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import read_json
 from nemotron_dspark.targets.spec import TargetSpec
 
 ARCHITECTURE = "Qwen3Eagle3Model"
@@ -17,7 +15,7 @@ NUM_TAPS = 5  # DeepSpec's class takes exactly these
 
 
 @dataclasses.dataclass(frozen=True)
-class Eagle3Config:
+class Eagle3Config(SavedConfig):
     """Shape of an EAGLE-3 draft: one decoder layer. The field names are the keys of ``config.json``."""
 
     hidden_size: int  # H, the target's
@@ -40,36 +38,21 @@ class Eagle3Config:
     def __post_init__(self) -> None:
         taps = self.target_layer_ids
         if len(taps) != NUM_TAPS or list(taps) != sorted(set(taps)) or taps[0] < 0:
-            raise _wrong("target_layer_ids", list(taps), "EAGLE-3 reads exactly five ascending layers, from 0 on")
+            raise wrong("target_layer_ids", list(taps), "EAGLE-3 reads exactly five ascending layers, from 0 on")
         if self.ttt_length < 1:
-            raise _wrong("ttt_length", self.ttt_length, "it must be at least 1")
+            raise wrong("ttt_length", self.ttt_length, "it must be at least 1")
         if self.step_loss_decay <= 0:
-            raise _wrong("step_loss_decay", self.step_loss_decay, "it must be positive")
+            raise wrong("step_loss_decay", self.step_loss_decay, "it must be positive")
 
     @property
     def block_size(self) -> int:
         """γ, tokens drafted per round."""
         return self.ttt_length
 
-    @property
-    def num_taps(self) -> int:
-        return len(self.target_layer_ids)
-
     def to_json(self) -> dict[str, Any]:
         """The contents of ``config.json``: DeepSpec's keys and the Qwen3 keys that engines read."""
-        values = {
-            "architectures": [ARCHITECTURE],
-            **qwen3_keys(self.rope_theta, num_layers=1),
-            **dataclasses.asdict(self),
-            "num_hidden_layers": 1,
-            "draft_num_hidden_layers": 1,
-            "target_layer_ids": list(self.target_layer_ids),
-        }
-        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these two keys
-            del values["target_logit_multiplier"]
-        if self.target_logit_softcap is None:
-            del values["target_logit_softcap"]
-        return values
+        values = self._json_keys(ARCHITECTURE, num_layers=1)
+        return values | {"num_hidden_layers": 1, "draft_num_hidden_layers": 1}
 
     @staticmethod
     def from_json(values: Mapping[str, Any], origin: str = "config.json") -> "Eagle3Config":
@@ -99,16 +82,6 @@ class Eagle3Config:
             fields[field.name] = given.get(field.name, field.default)
         return Eagle3Config(**fields | {"target_layer_ids": tuple(int(tap) for tap in fields["target_layer_ids"])})
 
-    @staticmethod
-    def from_folder(folder: Path) -> "Eagle3Config":
-        """The config of a draft's folder."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise InputError(f"{folder} is not a draft: it has no config.json.", "Give the folder that training made.")
-        return Eagle3Config.from_json(read_json(path), str(path))
-
-    check_target = DraftConfig.check_target  # same three fields, same message
-
 
 def build_eagle3_config(
     spec: TargetSpec, section: DraftSection, *, ttt_length: int = 7, step_loss_decay: float = 0.8
@@ -118,7 +91,3 @@ def build_eagle3_config(
     shared = {field.name for field in dataclasses.fields(Eagle3Config)} & {f.name for f in dataclasses.fields(like)}
     values = {name: getattr(like, name) for name in shared}
     return Eagle3Config(**values, ttt_length=ttt_length, step_loss_decay=step_loss_decay), notes
-
-
-def _wrong(key: str, value: Any, why: str) -> InputError:
-    return InputError(f"The draft cannot have {key} = {value!r}: {why}.", f"Correct {key}.")

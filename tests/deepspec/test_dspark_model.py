@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from tests.drafts.conftest import small_config
 
 LENGTH = 40
 HEADS = {
@@ -31,25 +31,7 @@ TERMS = {
 
 def make_draft(**changes):
     """Heads x head_dim (96) is not the hidden size (64); weights so large that every part shows in the output."""
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 97,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 1024,
-        "block_size": 5,
-        "mask_token_id": 3,
-        "target_layer_ids": (1, 4),
-        "num_target_layers": 8,
-        "num_anchors": 6,
-        "markov_rank": 12,
-    }
-    draft = DSparkDraft(DraftConfig(**(shape | changes)))
+    draft = DSparkDraft(small_config(num_anchors=6, **changes))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in draft.trainable_parameters().values():

@@ -4,28 +4,31 @@ import torch
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 
+# heads·head_dim (96) is not the hidden size (64), as for some Nemotron targets.
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 97,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 1024,
+    "num_target_layers": 8,
+}
+
 
 def small_config(**changes) -> DraftConfig:
-    """A draft whose heads·head_dim (96) is not its hidden size (64), as for some Nemotron targets."""
     values = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
         "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 97,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 1024,
         "block_size": 5,
         "mask_token_id": 3,
         "target_layer_ids": (1, 4),
-        "num_target_layers": 8,
         "num_anchors": 16,
         "markov_rank": 12,
     }
-    return DraftConfig(**(values | changes))
+    return DraftConfig(**(SHAPE | values | changes))
 
 
 def small_draft(seed: int = 0, spread: float = 5.0, **changes) -> DSparkDraft:

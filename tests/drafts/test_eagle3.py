@@ -14,21 +14,9 @@ from nemotron_dspark.drafts.load import load_any_draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training.eagle3_objective import eagle3_loss
+from tests.drafts.conftest import SHAPE
 
-CONFIG = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 97,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 256,
-    "target_layer_ids": (0, 1, 2, 4, 6),
-    "num_target_layers": 8,
-    "ttt_length": 4,
-}
+CONFIG = SHAPE | {"target_layer_ids": (0, 1, 2, 4, 6), "ttt_length": 4}
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from nemotron_dspark.recipe.tiny import nemotron_h_config
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.tap_search import CHOOSE, FIT, REPORT, Ridge, TapData, search
 
@@ -13,19 +14,7 @@ ROWS, PER_CONVERSATION, LAYERS, WIDTH, AHEAD, OUT = 1200, 12, 5, 6, 3, 4
 
 @pytest.fixture
 def spec():
-    return TargetSpec.from_config(
-        {
-            "model_type": "nemotron_h",
-            "hybrid_override_pattern": "M-*-M-",
-            "hidden_size": 64,
-            "vocab_size": 384,
-            "num_attention_heads": 4,
-            "head_dim": 16,
-            "intermediate_size": 128,
-            "layer_norm_epsilon": 1e-5,
-            "max_position_embeddings": 512,
-        }
-    )
+    return TargetSpec.from_config(nemotron_h_config("M-*-M-").to_dict())
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from nemotron_dspark.cli import app
 from nemotron_dspark.config import DraftSection, load_run_config
 from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.recipe.tiny import decoder_config, nemotron_h_config
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.taps import attention_taps, check_taps, chosen_taps, default_taps, even_taps
 
@@ -17,33 +18,11 @@ LAYOUT_30B = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
 
 def hybrid(pattern: str) -> TargetSpec:
-    return TargetSpec.from_config(
-        {
-            "model_type": "nemotron_h",
-            "hybrid_override_pattern": pattern,
-            "hidden_size": 64,
-            "vocab_size": 384,
-            "num_attention_heads": 4,
-            "head_dim": 16,
-            "intermediate_size": 128,
-            "layer_norm_epsilon": 1e-5,
-            "max_position_embeddings": 512,
-        }
-    )
+    return TargetSpec.from_config(nemotron_h_config(pattern).to_dict())
 
 
 def decoder(layers: int) -> TargetSpec:
-    return TargetSpec.from_config(
-        {
-            "model_type": "llama",
-            "num_hidden_layers": layers,
-            "hidden_size": 64,
-            "vocab_size": 384,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "max_position_embeddings": 512,
-        }
-    )
+    return TargetSpec.from_config(decoder_config("llama", num_layers=layers).to_dict())
 
 
 @pytest.mark.parametrize(
