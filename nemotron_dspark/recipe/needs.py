@@ -16,6 +16,7 @@ from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
 from nemotron_dspark.recipe.workload import Workload
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.training import checkpoints
 from nemotron_dspark.training.fused import CHUNK_ELEMENTS, TARGET_ELEMENTS
 
 READ_AHEAD = 3  # batches in memory at a time: the one in use and two that were read ahead
@@ -106,12 +107,9 @@ def token_bytes(tokens: int) -> int:
 
 
 def checkpoint_bytes(shape: Shape, weight_bytes: int) -> int:
-    """Weights and two fp32 moments of D trained parameters, and fp32 masters unless the weights are fp32.
-
-    12·D with fp32 weights, 14·D with bf16. Headers and checksums take about 120 bytes a tensor in each file.
-    """
-    masters = 4 if weight_bytes < 4 else 0
-    return (weight_bytes + 8 + masters) * shape.trainable + 120 * shape.tensors * (3 + bool(masters))
+    """12·D with fp32 weights, 14·D with bf16. Headers and checksums take about 120 bytes a tensor in each file."""
+    tensors = shape.tensors * (4 if weight_bytes < 4 else 3)
+    return checkpoints.checkpoint_bytes(shape.trainable, weight_bytes) + 120 * tensors
 
 
 def draft_bytes(shape: Shape, weight_bytes: int) -> int:

@@ -80,7 +80,7 @@ class Target:
         # A type that transformers knows is built by transformers, whatever code its checkpoint brings.
         trusted = trust_remote_code and needs_remote_code(read_json(folder / "config.json"))
         where = resolve_device(device)
-        kind = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
+        kind = resolve_dtype(dtype, where)
         attention = getattr(FAMILIES.get(spec.model_type), "ATTENTION", None)  # None: SDPA where the model has it
         # Code of the checkpoint's own may raise anything.
         faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
@@ -264,6 +264,11 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFault("There is no CUDA device here.", "Use --set target.device=cpu, or install CUDA torch.")
     return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """The weights' type called ``name`` on ``device``; "auto" is float32 on a CPU and stays "auto" elsewhere."""
+    return "float32" if name == "auto" and device.type == "cpu" else name
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

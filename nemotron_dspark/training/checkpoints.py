@@ -59,17 +59,25 @@ def save_checkpoint(
     return final
 
 
+def checkpoint_bytes(trained: int, weight_bytes: int) -> int:
+    """Weights and two fp32 moments of ``trained`` parameters, and fp32 masters unless the weights are fp32."""
+    return (weight_bytes + 8 + (4 if weight_bytes < 4 else 0)) * trained
+
+
+def expected_disk(draft: DSparkDraft, checkpoints: int) -> int:
+    """Bytes of so many checkpoints and of the finished draft, which has the target's embedding and head."""
+    trained = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
+    width = draft.dtype.itemsize
+    return checkpoints * checkpoint_bytes(trained, width) + width * (trained + 2 * draft.lm_head.weight.numel())
+
+
 def check_space(run_folder: Path, draft: DSparkDraft, keep: int) -> None:
     """`EnvironmentFault` when the disk cannot hold the checkpoints that are still to come and the finished draft.
 
-    ``keep`` of them stay and one more is being written; each holds weights, two moments, and masters where the weights
-    are not fp32.
+    ``keep`` of them stay and one more is being written.
     """
-    trained = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
-    width = draft.fc.weight.element_size()
-    one = trained * (width + 8 + (4 if width < 4 else 0))
     there = len(list_checkpoints(run_folder / "checkpoints"))
-    missing = one * max(1, keep + 1 - there) + width * (trained + 2 * draft.lm_head.weight.numel())
+    missing = expected_disk(draft, max(1, keep + 1 - there))
     free = shutil.disk_usage(run_folder).free
     if free < missing:
         raise EnvironmentFault(

@@ -20,7 +20,7 @@ from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.tokens import read_report
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
-from nemotron_dspark.config import RunConfig, TargetConfig, TrainConfig
+from nemotron_dspark.config import RunConfig, TrainConfig
 from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
@@ -29,10 +29,11 @@ from nemotron_dspark.targets.families import needs_remote_code
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.target import resolve_device as target_device
+from nemotron_dspark.targets.target import resolve_dtype
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
-from nemotron_dspark.training.checkpoints import check_space
+from nemotron_dspark.training.checkpoints import check_space, expected_disk
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import StepMetrics
 from nemotron_dspark.training.source import CacheSource, Source
@@ -115,7 +116,7 @@ def train_run(
             folder,
             tokenizer,
             target_name,
-            _target_dtype(wanted),
+            resolve_dtype(wanted.dtype, target_device(wanted.device)),
             conversations,
             draft_config.target_layer_ids,
             config.data,
@@ -239,12 +240,6 @@ def _check_cache(cache: TargetCache, spec: TargetSpec, draft: DraftConfig, targe
     return []
 
 
-def _target_dtype(config: TargetConfig) -> str:
-    """What the target is loaded in, as far as that can be told before it is."""
-    on_cpu = target_device(config.device).type == "cpu"
-    return "float32" if config.dtype == "auto" and on_cpu else config.dtype
-
-
 def _notes_on_data(run_folder: Path) -> list[str]:
     tally, notes = read_report(run_folder / online.FOLDER / online.REPORT)
     cut = [f"{tally.cut} samples were cut off at the maximal length."] if tally.cut else []
@@ -256,7 +251,7 @@ def _summary(mode: str, source: Source, draft: DSparkDraft, config: RunConfig, r
     tokens, shape = int(source.lengths.sum()), draft.config
     states = tokens * bytes_per_token(len(shape.target_layer_ids), shape.hidden_size)
     budget = min(states, int(config.cache.budget_gb * 1e9))
-    disk = expected_disk(draft, config.train)
+    disk = expected_disk(draft, config.train.keep_checkpoints + 1)
     disk += {"cached": 0, "online": 5 * tokens, "rolling": 5 * tokens + budget}[mode]
     whole = mode == "rolling" and states <= budget
     text = _SUMMARIES["whole" if whole else mode].format(
@@ -266,12 +261,3 @@ def _summary(mode: str, source: Source, draft: DSparkDraft, config: RunConfig, r
         reuse=config.cache.reuse,
     )
     return f"{text} Expected in {run_folder}: {files.size_text(disk)}."
-
-
-def expected_disk(draft: DSparkDraft, config: TrainConfig) -> int:
-    """Bytes of the checkpoints that are kept, the one that is being written, and the finished draft."""
-    weights = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
-    size = draft.dtype.itemsize
-    checkpoint = weights * (size + 8 + (4 if draft.dtype != torch.float32 else 0))  # moments, and masters
-    shared = 2 * draft.embed_tokens.weight.numel() * size
-    return (config.keep_checkpoints + 1) * checkpoint + weights * size + shared
