@@ -6,6 +6,7 @@ one shard). So a build that was killed anywhere goes on with the batches it has 
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,10 +19,11 @@ import numpy as np
 
 from nemotron_dspark import __version__
 from nemotron_dspark.cache.capture import CapturesStates, captured_states
-from nemotron_dspark.cache.format import MANIFEST, Layout
+from nemotron_dspark.cache.format import DeepSpecLayout
+from nemotron_dspark.cache.layout import MANIFEST, WORK, Layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.tokens import TokenStore, check_no_mask_token, read_report, tokenise
-from nemotron_dspark.cache.writer import WORK, CacheWriter, lock, remove_leftovers
+from nemotron_dspark.cache.writer import CacheWriter, lock, remove_leftovers
 from nemotron_dspark.chat.format import recognise
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.config.run import CacheConfig, DataConfig
@@ -130,14 +132,14 @@ def build_cache(
         finally:
             os.close(held)
     store = TokenStore(work)
-    with CacheWriter(
-        folder,
+    layout = DeepSpecLayout.of(
         store.lengths,
-        taps=tuple(taps),
+        taps=taps,
         hidden_size=target.spec.hidden_size,
         shard_bytes=cache.shard_bytes,
         extra=_manifest_extra(target, conversations, data),
-    ) as writer:
+    )
+    with CacheWriter(folder, layout) as writer:
         reused = int(writer.written.sum())
         check_space(folder, writer.missing_bytes)
         write_states(target, store, writer, cache.batch_tokens, report)
@@ -151,9 +153,10 @@ def batches(layout: Layout, batch_tokens: int) -> list[list[int]]:
     A pure function of the lengths, so that a resumed build computes what the first one would have. The longest samples
     come first: if they do not fit in memory, that shows at once.
     """
-    lengths = layout.index["seq_len"].tolist()
+    lengths = layout.lengths.tolist()
+    bounds = np.searchsorted(layout.shards, np.arange(len(layout.shard_files) + 1)).tolist()
     result: list[list[int]] = []
-    for first, stop in zip(layout.shard_starts, layout.shard_starts[1:], strict=False):
+    for first, stop in itertools.pairwise(bounds):
         ordered = sorted(range(first, stop), key=lambda sample: (-lengths[sample], sample))
         batch: list[int] = []
         for sample in ordered:
@@ -177,7 +180,7 @@ def write_states(
     for batch in batches(writer.layout, batch_tokens):
         if not writer.written[batch].all():
             samples = [store[sample_id] for sample_id in batch]
-            taps, last = captured_states(target, samples, store.ids[batch], writer.manifest.taps)
+            taps, last = captured_states(target, samples, store.ids[batch], writer.layout.taps)
             taps, last = taps.cpu(), last.cpu()
             for row, (sample_id, sample) in enumerate(zip(batch, samples, strict=True)):
                 length = len(sample.input_ids)
@@ -190,15 +193,14 @@ def write_states(
 def _finished(folder: Path, started: float, reused: int | None = None) -> BuildReport:
     cache = TargetCache(folder)
     tally, notes = read_report(folder / REPORT)
-    size = sum((folder / name).stat().st_size for name in cache.manifest.shard_files)
     return BuildReport(
         folder=folder,
         samples=tally.samples,
         tokens=tally.tokens,
         loss_tokens=tally.loss_tokens,
         cut=tally.cut,
-        bytes=size,
-        shards=len(cache.manifest.shard_files),
+        bytes=sum(cache.layout.shard_sizes),
+        shards=len(cache.layout.shard_files),
         skipped=tally.skipped,
         notes=notes,
         reused_samples=tally.samples if reused is None else reused,

@@ -1,7 +1,6 @@
 """DeepSpec's target cache, version 2: where every byte lies.
 
-A cache is a folder with `manifest.json`, `samples.idx` (one fixed record a sample) and `shard-NNNNN.bin`. Lengths alone
-decide the whole layout, so it is known before the first hidden state is computed.
+A cache is a folder with `manifest.json`, `samples.idx` (one fixed record a sample) and `shard-NNNNN.bin`.
 """
 
 import dataclasses
@@ -13,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from nemotron_dspark.cache.layout import (
+    INDEX,
+    Layout,
+    Sample,
+    manifest_of,
+    require_index_size,
+    split_into_shards,
+)
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
 
 VERSION = 2
-MANIFEST = "manifest.json"
-INDEX = "samples.idx"
-CHECKSUMS = "checksums.json"
-
 RECORD = np.dtype(
     [
         ("sample_id", "<u8"),
@@ -52,45 +57,6 @@ def bytes_per_token(num_taps: int, hidden_size: int) -> int:
 def field_sizes(length: int, num_taps: int, hidden_size: int) -> tuple[int, ...]:
     """Bytes of each of `FIELDS` in a sample of ``length`` tokens."""
     return 4 * length, length, length, 2 * length * num_taps * hidden_size, 2 * length * hidden_size
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where every sample lies; samples in order of their id, none across two shards."""
-
-    index: np.ndarray  # RECORD [samples]
-    shard_sizes: tuple[int, ...]  # bytes
-    shard_starts: tuple[int, ...]  # first sample of each shard, and the number of samples as last entry
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.shard_sizes) + self.index.nbytes
-
-
-def lay_out(lengths: Sequence[int] | np.ndarray, *, num_taps: int, hidden_size: int, shard_bytes: int) -> Layout:
-    """Layout of samples of these ``lengths``: a shard is closed before the sample that would exceed ``shard_bytes``."""
-    per_token = bytes_per_token(num_taps, hidden_size)
-    lengths = np.asarray(lengths, dtype=np.int64)
-    sizes: list[int] = []
-    starts: list[int] = []
-    shards = np.zeros(len(lengths), dtype=np.uint32)
-    offsets = np.zeros(len(lengths), dtype=np.int64)
-    for sample, length in enumerate(lengths.tolist()):
-        size = per_token * length
-        if not sizes or sizes[-1] + size > shard_bytes:
-            sizes.append(0)
-            starts.append(sample)
-        shards[sample] = len(sizes) - 1
-        offsets[sample] = sizes[-1]
-        sizes[-1] += size
-    index = np.zeros(len(lengths), dtype=RECORD)
-    index["sample_id"] = np.arange(len(lengths))
-    index["shard_id"] = shards
-    index["seq_len"] = lengths
-    for name, per_field in zip(FIELDS, field_sizes(1, num_taps, hidden_size), strict=True):
-        index[name] = offsets
-        offsets = offsets + per_field * lengths
-    return Layout(index, tuple(sizes), (*starts, len(lengths)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +91,7 @@ class Manifest:
     @staticmethod
     def read(folder: Path) -> "Manifest":
         """The manifest of ``folder``; `InputError` names the file and the field that is missing or impossible."""
-        path = Path(folder) / MANIFEST
-        if not path.is_file():
-            unfinished = (Path(folder) / ".build").is_dir()
-            raise InputError(
-                f"{folder} is {'an unfinished' if unfinished else 'not a'} target cache: it has no {MANIFEST}.",
-                "Run the same `nds cache build` again; it goes on where it stopped."
-                if unfinished
-                else "Give the folder that `nds cache build --out` wrote.",
-            )
+        path = manifest_of(folder)
         values = read_json(path)
         if not isinstance(values, dict):
             raise InputError(f"{path} does not hold a JSON object.", _REMEDY)
@@ -163,3 +121,139 @@ class Manifest:
             raise InputError(f"{path}: its fields contradict one another or are impossible.", _REMEDY)
         extra = {key: value for key, value in values.items() if key not in ("version", "index_record_size", *_TYPES)}
         return Manifest(samples, tuple(taps), hidden, names, extra)
+
+
+class DeepSpecLayout(Layout):
+    """Samples one after the other, each with its ids, masks and bf16 hidden states."""
+
+    def __init__(
+        self,
+        index: np.ndarray,  # RECORD [samples]
+        manifest: Manifest,
+        shard_sizes: Sequence[int],
+    ):
+        self.records = index
+        self.lengths = index["seq_len"].astype(np.int64)
+        self.shards = index["shard_id"].astype(np.int64)
+        self.shard_files = manifest.shard_files
+        self.shard_sizes = tuple(shard_sizes)
+        self.taps = manifest.taps
+        self.hidden_size = manifest.hidden_size
+        self.extra = manifest.extra
+        self._manifest = manifest
+
+    def pieces(self, sample_id: int) -> list[tuple[int, int]]:
+        record = self.records[sample_id]
+        sizes = field_sizes(int(record["seq_len"]), len(self.taps), self.hidden_size)
+        return [(int(record[name]), size) for name, size in zip(FIELDS, sizes, strict=True)]
+
+    def encode(
+        self, sample_id: int, input_ids: np.ndarray, loss_mask: np.ndarray, taps: Tensor, last: Tensor
+    ) -> tuple[np.ndarray, ...]:
+        return (
+            np.ascontiguousarray(input_ids, dtype="<i4"),
+            np.ones(len(input_ids), dtype=np.uint8),
+            np.ascontiguousarray(loss_mask, dtype=np.uint8),
+            _bf16_bits(taps),
+            _bf16_bits(last),
+        )
+
+    def decode(self, sample_id: int, pieces: Sequence[np.ndarray]) -> Sample:
+        length = int(self.lengths[sample_id])
+        ids, _, loss, taps, last = pieces
+        return Sample(
+            torch.from_numpy(ids.view("<i4").astype(np.int64)),
+            torch.from_numpy(loss != 0),
+            torch.from_numpy(taps.copy()).view(torch.bfloat16).view(length, -1),
+            torch.from_numpy(last.copy()).view(torch.bfloat16).view(length, -1),
+        )
+
+    def faults(self, sample_id: int, pieces: Sequence[np.ndarray]) -> list[str]:
+        ids, attention, loss, *states = pieces
+        faults = []
+        if (ids.view("<i4") < 0).any():
+            faults.append("has a negative token id")
+        if (attention != 1).any() or (loss > 1).any():
+            faults.append("has a mask with values other than 0 and 1, or padding")
+        # bfloat16 with all exponent bits set is an infinity or not a number
+        if any(((bits.view("<u2") & 0x7F80) == 0x7F80).any() for bits in states):
+            faults.append("has hidden states that are not finite")
+        return faults
+
+    def index(self) -> bytes:
+        return self.records.tobytes()
+
+    def manifest(self) -> bytes:
+        return self._manifest.to_bytes()
+
+    def check_files(self, folder: Path) -> list[str]:
+        """One sentence for each shard that is missing and each record that cannot be true (at most 20 records)."""
+        index, sizes = self.records, self.shard_sizes
+        names = zip(self.shard_files, sizes, strict=True)
+        faults = [f"The shard {folder / name} is missing." for name, size in names if size < 0]
+        numbers = np.arange(len(index))
+        wrong = index["sample_id"] != numbers
+        outside = index["shard_id"] >= len(sizes)
+        empty = index["seq_len"] == 0
+        shard_size = np.asarray([*sizes, 0], dtype=np.int64)[np.where(outside, len(sizes), index["shard_id"])]
+        short = np.zeros(len(index), dtype=bool)
+        per_token = field_sizes(1, len(self.taps), self.hidden_size)
+        for name, size in zip(FIELDS, per_token, strict=True):
+            short |= index[name].astype(np.float64) + size * index["seq_len"].astype(np.float64) > shard_size
+        short &= shard_size >= 0  # a missing shard has been named
+        for sample in np.flatnonzero(wrong | outside | empty | short)[:20].tolist():
+            where = f"{folder / INDEX}: sample {sample}"
+            if wrong[sample]:
+                faults.append(f"{where} has the id {index['sample_id'][sample]}; ids must be dense.")
+            elif outside[sample]:
+                faults.append(f"{where} lies in shard {index['shard_id'][sample]}; there are {len(sizes)}.")
+            elif empty[sample]:
+                faults.append(f"{where} is empty.")
+            else:
+                name = self.shard_files[index["shard_id"][sample]]
+                faults.append(f"{folder / name} is too short for sample {sample}: it has {shard_size[sample]} bytes.")
+        return faults
+
+    @staticmethod
+    def of(
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        taps: Sequence[int],
+        hidden_size: int,
+        shard_bytes: int,
+        extra: Mapping[str, Any] | None = None,
+    ) -> "DeepSpecLayout":
+        """The layout of samples of these ``lengths``, as DeepSpec would write it with this limit of a shard."""
+        lengths = np.asarray(lengths, dtype=np.int64)
+        sizes = bytes_per_token(len(taps), hidden_size) * lengths
+        shards = split_into_shards(sizes, shard_bytes)
+        shard_sizes = np.bincount(shards, weights=sizes).astype(np.int64)
+        before = np.concatenate([[0], np.cumsum(shard_sizes)])
+        offsets = np.cumsum(sizes) - sizes - before[shards]
+        index = np.zeros(len(lengths), dtype=RECORD)
+        index["sample_id"] = np.arange(len(lengths))
+        index["shard_id"] = shards
+        index["seq_len"] = lengths
+        for name, per_field in zip(FIELDS, field_sizes(1, len(taps), hidden_size), strict=True):
+            index[name] = offsets
+            offsets = offsets + per_field * lengths
+        names = tuple(map(shard_name, range(len(shard_sizes))))
+        manifest = Manifest(len(lengths), tuple(taps), hidden_size, names, extra or {})
+        return DeepSpecLayout(index, manifest, shard_sizes.tolist())
+
+    @staticmethod
+    def read(folder: Path) -> "DeepSpecLayout":
+        """The layout of the cache in ``folder``, ours or DeepSpec's; whether it can be true is for `check_files`.
+
+        Raises:
+            InputError: manifest or index is missing or malformed.
+        """
+        manifest = Manifest.read(folder)
+        require_index_size(folder / INDEX, manifest.num_samples * RECORD.itemsize, manifest.num_samples)
+        paths = [folder / name for name in manifest.shard_files]
+        sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
+        return DeepSpecLayout(np.fromfile(folder / INDEX, dtype=RECORD), manifest, sizes)
+
+
+def _bf16_bits(tensor: Tensor) -> np.ndarray:  # uint16, same shape
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from nemotron_dspark.cache.build import REPORT
-from nemotron_dspark.cache.format import bytes_per_token
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.files import read_json
 
@@ -57,17 +56,18 @@ def summarise(folder: Path | str) -> CacheInfo:
     """Numbers of the cache in ``folder``; `InputError` when it cannot be opened."""
     cache = TargetCache(folder)
     built = cache.folder / REPORT
+    size, tokens = sum(cache.layout.shard_sizes), int(cache.lengths.sum())
     return CacheInfo(
         folder=cache.folder,
-        target=cache.manifest.target_name,
-        chat_template=cache.manifest.extra.get("chat_template"),
+        target=cache.target_name,
+        chat_template=cache.layout.extra.get("chat_template"),
         taps=cache.taps,
         hidden_size=cache.hidden_size,
         samples=len(cache),
-        tokens=int(cache.lengths.sum()),
+        tokens=tokens,
         loss_tokens=read_json(built)["result"]["loss_tokens"] if built.is_file() else None,
-        bytes=sum((cache.folder / name).stat().st_size for name in cache.manifest.shard_files),
-        bytes_per_token=bytes_per_token(len(cache.taps), cache.hidden_size),
-        shards=len(cache.manifest.shard_files),
+        bytes=size,
+        bytes_per_token=size // tokens if tokens else 0,
+        shards=len(cache.layout.shard_files),
         lengths=length_bins(cache.lengths),
     )

@@ -1,6 +1,5 @@
-"""Read a target cache sample by sample: memory-mapped, checked once when opened, and each sample on its way out."""
+"""Read a target cache sample by sample: memory-mapped, checked when opened, and each sample when it is first read."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,51 +7,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_dspark.cache.format import FIELDS, INDEX, MANIFEST, RECORD, Manifest, field_sizes
+from nemotron_dspark.cache.checksums import (
+    changed_files,
+    read_checksums,
+    read_sample_checksums,
+    sample_checksum,
+)
+from nemotron_dspark.cache.format import DeepSpecLayout
+from nemotron_dspark.cache.layout import RESTORE, Layout, Sample
 from nemotron_dspark.errors import InputError
-
-_RESTORE = "Restore the file or build the cache again; `nds cache verify` lists every fault."
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    input_ids: Tensor  # int64 [S]
-    loss_mask: Tensor  # bool [S]
-    taps: Tensor  # bf16 [S, T·H], raw outputs of the tapped layers, ascending
-    last: Tensor  # bf16 [S, H], after the target's final norm
 
 
 class TargetCache:
     """A finished cache folder, ours or DeepSpec's. ``cache[i]`` is a `Sample` that owns its memory."""
 
-    def __init__(self, folder: Path | str):
-        """Open ``folder``.
+    def __init__(self, folder: Path | str, *, check_files: bool = True):
+        """Open ``folder``; ``check_files`` compares every file but the shards with its checksum.
 
         Raises:
-            InputError: the manifest or index is missing or malformed, a shard is missing, or a record points outside
-                its shard. The message names the file, and the sample where there is one.
+            InputError: the manifest or index is missing, malformed or not what was written, a shard is missing, or a
+                sample lies outside its shard. The message names the file, and the sample where there is one.
         """
         self.folder = Path(folder)
-        self.manifest = Manifest.read(self.folder)
-        self.index = _read_index(self.folder, self.manifest)
+        self.layout = read_layout(self.folder)
+        for fault in self.layout.check_files(self.folder):
+            raise InputError(fault, RESTORE)
+        if check_files:
+            digests = read_checksums(self.folder)
+            small = [name for name in digests if name not in self.layout.shard_files]
+            for fault in changed_files(self.folder, digests, small):
+                raise InputError(fault, RESTORE)
+        self._checksums = read_sample_checksums(self.folder, len(self))
+        self._unread = np.ones(len(self), dtype=bool)
         self._maps: dict[int, np.memmap] = {}
 
     @property
-    def num_samples(self) -> int:
-        return self.manifest.num_samples
-
-    @property
     def taps(self) -> tuple[int, ...]:
-        return self.manifest.taps
+        return self.layout.taps
 
     @property
     def hidden_size(self) -> int:
-        return self.manifest.hidden_size
+        return self.layout.hidden_size
+
+    @property
+    def target_name(self) -> str | None:
+        """The target it was made from, as far as it says."""
+        return self.layout.extra.get("target_model_name_or_path")
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 [samples], tokens of each sample."""
-        return self.index["seq_len"].astype(np.int64)
+        return self.layout.lengths
 
     def require(self, *, taps: Sequence[int] | None = None, hidden_size: int | None = None) -> None:
         """`InputError` unless the cache holds these taps of a target of this hidden size."""
@@ -68,90 +73,49 @@ class TargetCache:
             )
 
     def __len__(self) -> int:
-        return self.num_samples
+        return len(self.layout.lengths)
 
     def __getitem__(self, sample_id: int) -> Sample:
+        """The sample; `InputError` when its bytes, read for the first time, are not those that were written."""
         if not 0 <= sample_id < len(self):
             raise IndexError(sample_id)
-        ids, _, loss, taps, last = self.fields(sample_id)
-        return Sample(
-            torch.from_numpy(ids.astype(np.int64)),
-            torch.from_numpy(loss != 0),
-            torch.from_numpy(taps.copy()).view(torch.bfloat16),
-            torch.from_numpy(last.copy()).view(torch.bfloat16),
-        )
+        pieces = self.pieces(sample_id)
+        if self._unread[sample_id]:
+            if not self.intact(sample_id, pieces):
+                raise InputError(f"{self.where(sample_id)} is not what was written: its checksum differs.", RESTORE)
+            self._unread[sample_id] = False
+        return self.layout.decode(sample_id, pieces)
 
-    def fields(self, sample_id: int) -> tuple[np.ndarray, ...]:
-        """Arrays of one sample as they lie in the shard, without a copy; bfloat16 as uint16.
+    def pieces(self, sample_id: int) -> list[np.ndarray]:
+        """Bytes of one sample as they lie in its shard, uint8 each, without a copy."""
+        shard = self._shard(int(self.layout.shards[sample_id]))
+        return [shard[offset : offset + size] for offset, size in self.layout.pieces(sample_id)]
 
-        input_ids int32 [S], attention_mask uint8 [S], loss_mask uint8 [S], taps uint16 [S, T·H], last uint16 [S, H].
-        """
-        record = self.index[sample_id]
-        shard = self._shard(int(record["shard_id"]))
-        length, width = int(record["seq_len"]), self.hidden_size
-        types = (np.dtype("<i4"), np.dtype("u1"), np.dtype("u1"), np.dtype("<u2"), np.dtype("<u2"))
-        shapes = ((length,), (length,), (length,), (length, len(self.taps) * width), (length, width))
-        return tuple(
-            np.frombuffer(shard, dtype, count=int(np.prod(shape)), offset=int(record[name])).reshape(shape)
-            for name, dtype, shape in zip(FIELDS, types, shapes, strict=True)
-        )
+    def intact(self, sample_id: int, pieces: Sequence[np.ndarray]) -> bool:
+        """Whether ``pieces`` have the checksum they were written with; True where there is none."""
+        return self._checksums is None or sample_checksum(pieces) == int(self._checksums[sample_id])
+
+    def input_ids(self, sample_id: int) -> Tensor:
+        """int64 [S], without its hidden states being read."""
+        return torch.from_numpy(self.pieces(sample_id)[0].view("<i4").astype(np.int64))
+
+    def where(self, sample_id: int) -> str:
+        """The sample's place, for messages."""
+        return f"{self.folder / self.layout.shard_files[int(self.layout.shards[sample_id])]}: sample {sample_id}"
 
     def _shard(self, shard_id: int) -> np.memmap:
         if shard_id not in self._maps:
-            path = self.folder / self.manifest.shard_files[shard_id]
+            path = self.folder / self.layout.shard_files[shard_id]
             try:
                 self._maps[shard_id] = np.memmap(path, dtype=np.uint8, mode="r")
             except (OSError, ValueError) as error:
-                raise InputError(f"{path} cannot be read: {error}.", _RESTORE) from None
+                raise InputError(f"{path} cannot be read: {error}.", RESTORE) from None
         return self._maps[shard_id]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # worker processes map the shards themselves
 
 
-def _read_index(folder: Path, manifest: Manifest) -> np.ndarray:  # RECORD [samples]
-    path = folder / INDEX
-    if not path.is_file():
-        raise InputError(f"{path} is missing.", _RESTORE)
-    size, wanted = path.stat().st_size, manifest.num_samples * RECORD.itemsize
-    if size != wanted:
-        raise InputError(
-            f"{path} has {size} bytes; {MANIFEST} promises {manifest.num_samples} samples, that is {wanted}.", _RESTORE
-        )
-    index = np.fromfile(path, dtype=RECORD)
-    faults = record_faults(folder, manifest, index)
-    if faults:
-        raise InputError(faults[0], _RESTORE)
-    return index
-
-
-def record_faults(folder: Path, manifest: Manifest, index: np.ndarray, limit: int = 20) -> list[str]:
-    """One sentence for every shard that is missing and every record that cannot be true (at most ``limit`` records)."""
-    sizes, faults = [], []
-    for name in manifest.shard_files:
-        path = folder / name
-        sizes.append(path.stat().st_size if path.is_file() else -1)
-        if sizes[-1] < 0:
-            faults.append(f"The shard {path} is missing.")
-    numbers = np.arange(len(index))
-    wrong = index["sample_id"] != numbers
-    outside = index["shard_id"] >= len(sizes)
-    empty = index["seq_len"] == 0
-    shard_size = np.asarray([*sizes, 0], dtype=np.int64)[np.where(outside, len(sizes), index["shard_id"])]
-    short = np.zeros(len(index), dtype=bool)
-    per_token = field_sizes(1, len(manifest.taps), manifest.hidden_size)
-    for name, size in zip(FIELDS, per_token, strict=True):
-        short |= index[name].astype(np.float64) + size * index["seq_len"].astype(np.float64) > shard_size
-    short &= shard_size >= 0  # a missing shard has been named
-    for sample in np.flatnonzero(wrong | outside | empty | short)[:limit].tolist():
-        where = f"{folder / INDEX}: sample {sample}"
-        if wrong[sample]:
-            faults.append(f"{where} has the id {index['sample_id'][sample]}; ids must be dense.")
-        elif outside[sample]:
-            faults.append(f"{where} lies in shard {index['shard_id'][sample]}; there are {len(sizes)}.")
-        elif empty[sample]:
-            faults.append(f"{where} is empty.")
-        else:
-            name = manifest.shard_files[index["shard_id"][sample]]
-            faults.append(f"{folder / name} is too short for sample {sample}: it has {shard_size[sample]} bytes.")
-    return faults
+def read_layout(folder: Path) -> Layout:
+    """The layout of the cache in ``folder``; `InputError` when it is none, or its manifest or index is malformed."""
+    return DeepSpecLayout.read(folder)

@@ -8,6 +8,7 @@ has one is complete.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import struct
@@ -17,50 +18,31 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from nemotron_dspark.cache.format import (
-    CHECKSUMS,
-    FIELDS,
-    INDEX,
-    MANIFEST,
-    Layout,
-    Manifest,
-    bytes_per_token,
-    lay_out,
-    shard_name,
-)
-from nemotron_dspark.cache.reader import Sample
+from nemotron_dspark.cache.checksums import CHECKSUMS, SAMPLES, sample_checksum, write_checksums
+from nemotron_dspark.cache.format import DeepSpecLayout
+from nemotron_dspark.cache.layout import INDEX, MANIFEST, WORK, Layout, Sample
 from nemotron_dspark.errors import CheckError, EnvironmentFault
 from nemotron_dspark.files import disk_errors, fsync_folder, read_json, sha256, write_json, write_whole
 
-WORK = ".build"  # inside the cache folder, removed when the cache is complete
-_ENTRY = struct.Struct("<QI")  # sample id and the CRC-32 of its eight bytes: a torn or empty entry does not count
+_CONTENT = struct.Struct("<QI")  # sample id, its checksum
+_ENTRY = struct.Struct("<QII")  # and the CRC-32 of these twelve bytes: a torn entry does not count
 
 
 class CacheWriter:
     """Writer of one cache folder; use as a context manager. One process at a time: a second one is refused."""
 
-    def __init__(
-        self,
-        folder: Path | str,
-        lengths: np.ndarray,  # int [samples]
-        *,
-        taps: tuple[int, ...],
-        hidden_size: int,
-        shard_bytes: int,
-        extra: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, folder: Path | str, layout: Layout):
         self.folder = Path(folder)
         self.work = self.folder / WORK
-        self.layout: Layout = lay_out(lengths, num_taps=len(taps), hidden_size=hidden_size, shard_bytes=shard_bytes)
-        names = tuple(map(shard_name, range(len(self.layout.shard_sizes))))
-        self.manifest = Manifest(len(lengths), tuple(taps), hidden_size, names, extra or {})
+        self.layout = layout
+        self._bounds = np.searchsorted(layout.shards, np.arange(len(layout.shard_files) + 1))
         self._journal = self.work / "written.journal"
         self._digests_file = self.work / CHECKSUMS
         self._open: dict[int, int] = {}  # shard id -> file descriptor
         self._pending: list[int] = []
+        self._checksums = np.zeros(len(layout.lengths), dtype="<u4")
         with disk_errors(self.folder):
             self.work.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.work)
@@ -79,8 +61,7 @@ class CacheWriter:
     @property
     def missing_bytes(self) -> int:
         """Bytes that the samples not written yet will take."""
-        lengths = self.layout.index["seq_len"][~self.written].astype(np.int64)
-        return int(lengths.sum()) * bytes_per_token(len(self.manifest.taps), self.manifest.hidden_size)
+        return sum(map(self.layout.sample_bytes, np.flatnonzero(~self.written).tolist()))
 
     def write(
         self,
@@ -91,22 +72,16 @@ class CacheWriter:
         last: Tensor,  # [S, H]
     ) -> None:
         """Put one sample in its place; it counts as written after the next `commit`."""
-        record = self.layout.index[sample_id]
-        length, width = int(record["seq_len"]), self.manifest.hidden_size
+        length, width = int(self.layout.lengths[sample_id]), self.layout.hidden_size
         shapes = (input_ids.shape, loss_mask.shape, tuple(taps.shape), tuple(last.shape))
-        if shapes != ((length,), (length,), (length, len(self.manifest.taps) * width), (length, width)):
+        if shapes != ((length,), (length,), (length, len(self.layout.taps) * width), (length, width)):
             raise ValueError(f"sample {sample_id} of length {length} was given with shapes {shapes}")
-        parts = (
-            np.ascontiguousarray(input_ids, dtype="<i4"),
-            np.ones(length, dtype=np.uint8),
-            np.ascontiguousarray(loss_mask, dtype=np.uint8),
-            _bf16_bits(taps),
-            _bf16_bits(last),
-        )
-        descriptor = self._descriptor(int(record["shard_id"]))
+        parts = self.layout.encode(sample_id, input_ids, loss_mask, taps, last)
+        descriptor = self._descriptor(int(self.layout.shards[sample_id]))
         with disk_errors(self.folder):
-            for name, part in zip(FIELDS, parts, strict=True):
-                _write_at(descriptor, part, int(record[name]))
+            for part, (offset, _) in zip(parts, self.layout.pieces(sample_id), strict=True):
+                _write_at(descriptor, part, offset)
+        self._checksums[sample_id] = sample_checksum(parts)
         self._pending.append(sample_id)
 
     def commit(self) -> None:
@@ -115,76 +90,90 @@ class CacheWriter:
             for descriptor in self._open.values():
                 os.fsync(descriptor)
             with open(self._journal, "ab") as journal:
-                journal.write(b"".join(map(_entry, self._pending)))
+                journal.write(self._entries(self._pending))
                 journal.flush()
                 os.fsync(journal.fileno())
-        shards = set(self.layout.index["shard_id"][self._pending].tolist())
+        shards = set(self.layout.shards[self._pending].tolist())
         self.written[self._pending] = True
         self._pending.clear()
         for shard in sorted(shards):
             if self._samples(shard).all():
                 self._close_shard(shard)
 
-    def finish(self, extra_files: Iterable[str] = ()) -> Manifest:
+    def finish(self, extra_files: Iterable[str] = ()) -> None:
         """Write index, checksums (of ``extra_files`` too) and manifest; the cache is complete when this returns."""
         if not self.written.all():
             raise CheckError(
                 f"{int((~self.written).sum())} samples of {self.folder} were never written.",
                 "Run the same build again.",
             )
-        write_whole(self.folder / INDEX, lambda file: file.write(self.layout.index.tobytes()))
-        digests = dict(self._digests)
-        for name in (INDEX, *extra_files):
-            digests[name] = sha256(self.folder / name)
-        write_json(self.folder / CHECKSUMS, {"algorithm": "sha256", "files": dict(sorted(digests.items()))})
-        write_whole(self.folder / MANIFEST, lambda file: file.write(self.manifest.to_bytes()))
+        finish_cache(self.folder, self.layout, self._checksums, self._digests, extra_files)
         shutil.rmtree(self.work)
-        return self.manifest
 
     def _samples(self, shard: int) -> np.ndarray:  # bool [samples of the shard], a view
-        return self.written[self.layout.shard_starts[shard] : self.layout.shard_starts[shard + 1]]
+        return self.written[self._bounds[shard] : self._bounds[shard + 1]]
 
     def _partial(self, shard: int) -> Path:
-        return self.work / f"{shard_name(shard)}.partial"
+        return self.work / f"{self.layout.shard_files[shard]}.partial"
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
             with disk_errors(self.folder):
                 self._open[shard] = os.open(self._partial(shard), os.O_RDWR | os.O_CREAT, 0o644)
                 os.ftruncate(self._open[shard], self.layout.shard_sizes[shard])
+                _write_at(self._open[shard], np.frombuffer(self.layout.preamble(shard), np.uint8), 0)
         return self._open[shard]
 
     def _close_shard(self, shard: int) -> None:
         os.close(self._open.pop(shard))
         self._record_digest(shard, self._partial(shard))
-        os.replace(self._partial(shard), self.folder / shard_name(shard))
+        os.replace(self._partial(shard), self.folder / self.layout.shard_files[shard])
         fsync_folder(self.folder)
 
     def _record_digest(self, shard: int, path: Path) -> None:
-        self._digests[shard_name(shard)] = sha256(path)
+        self._digests[self.layout.shard_files[shard]] = sha256(path)
         write_json(self._digests_file, self._digests)
 
     def _resume(self) -> np.ndarray:  # bool [samples]
         """What an earlier, killed build has written for certain."""
-        self.written = np.zeros(len(self.layout.index), dtype=bool)
+        self.written = np.zeros(len(self.layout.lengths), dtype=bool)
         noted = np.zeros_like(self.written)
-        noted[_read_journal(self._journal, len(noted))] = True
+        for sample_id, checksum in _read_journal(self._journal, len(noted)):
+            noted[sample_id], self._checksums[sample_id] = True, checksum
         self._digests = read_json(self._digests_file) if self._digests_file.is_file() else {}
-        for shard, size in enumerate(self.layout.shard_sizes):
-            samples = slice(self.layout.shard_starts[shard], self.layout.shard_starts[shard + 1])
-            done, partial = self.folder / shard_name(shard), self._partial(shard)
-            if _size(done) == size:
-                self.written[samples] = True
-                if shard_name(shard) not in self._digests:
-                    self._record_digest(shard, done)
+        for shard, (name, size) in enumerate(zip(self.layout.shard_files, self.layout.shard_sizes, strict=True)):
+            samples = slice(self._bounds[shard], self._bounds[shard + 1])
+            done, partial = self.folder / name, self._partial(shard)
+            if _size(done) == size and name in self._digests:  # its digest and its samples are noted before its rename
+                self.written[samples] = noted[samples]
+                if not noted[samples].all():  # the journal was lost
+                    os.replace(done, partial)
             elif _size(partial) == size:
                 self.written[samples] = noted[samples]
                 if self.written[samples].all():  # killed between the last commit and the rename
                     self._descriptor(shard)
                     self._close_shard(shard)
-        kept = np.flatnonzero(self.written & noted).tolist()
-        write_whole(self._journal, lambda file: file.write(b"".join(map(_entry, kept))))
+        write_whole(self._journal, lambda file: file.write(self._entries(np.flatnonzero(self.written).tolist())))
         return self.written
+
+    def _entries(self, sample_ids: Iterable[int]) -> bytes:
+        return b"".join(_entry(sample_id, int(self._checksums[sample_id])) for sample_id in sample_ids)
+
+
+def finish_cache(
+    folder: Path,
+    layout: Layout,
+    checksums: np.ndarray,  # uint32 [samples]
+    digests: Mapping[str, str],  # of the shards
+    extra_files: Iterable[str] = (),
+) -> None:
+    """Write everything but the shards; the manifest comes last."""
+    write_whole(folder / INDEX, lambda file: file.write(layout.index()))
+    write_whole(folder / SAMPLES, lambda file: file.write(checksums.astype("<u4").tobytes()))
+    manifest = layout.manifest()
+    digests = {**digests, MANIFEST: hashlib.sha256(manifest).hexdigest()}
+    write_checksums(folder, digests | {name: sha256(folder / name) for name in (INDEX, SAMPLES, *extra_files)})
+    write_whole(folder / MANIFEST, lambda file: file.write(manifest))
 
 
 def write_cache(
@@ -195,13 +184,12 @@ def write_cache(
     hidden_size: int,
     shard_bytes: int = 4 * 1024**3,
     extra: Mapping[str, Any] | None = None,
-) -> Manifest:
-    """A cache of samples that are already in memory."""
+) -> None:
+    """A cache, in DeepSpec's format, of samples that are already in memory."""
     samples = list(samples)
     lengths = np.asarray([len(sample.input_ids) for sample in samples])
-    with CacheWriter(
-        folder, lengths, taps=taps, hidden_size=hidden_size, shard_bytes=shard_bytes, extra=extra
-    ) as writer:
+    layout = DeepSpecLayout.of(lengths, taps=taps, hidden_size=hidden_size, shard_bytes=shard_bytes, extra=extra)
+    with CacheWriter(folder, layout) as writer:
         for number, sample in enumerate(samples):
             writer.write(
                 number,
@@ -211,7 +199,7 @@ def write_cache(
                 sample.last,
             )
         writer.commit()
-        return writer.finish()
+        writer.finish()
 
 
 def lock(folder: Path) -> int:
@@ -234,10 +222,6 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def _bf16_bits(tensor: Tensor) -> np.ndarray:  # uint16, same shape
-    return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
-
-
 def _write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
     view = memoryview(array).cast("B")
     while view:  # one call writes at most 2 GiB
@@ -245,17 +229,18 @@ def _write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _entry(sample_id: int) -> bytes:
-    return _ENTRY.pack(sample_id, zlib.crc32(struct.pack("<Q", sample_id)))
+def _entry(sample_id: int, checksum: int) -> bytes:
+    return _ENTRY.pack(sample_id, checksum, zlib.crc32(_CONTENT.pack(sample_id, checksum)))
 
 
-def _read_journal(path: Path, num_samples: int) -> list[int]:
+def _read_journal(path: Path, num_samples: int) -> list[tuple[int, int]]:
+    """Samples that were noted, and their checksums."""
     data = path.read_bytes() if path.is_file() else b""
     whole = data[: len(data) - len(data) % _ENTRY.size]
     return [
-        sample_id
-        for sample_id, check in _ENTRY.iter_unpack(whole)
-        if sample_id < num_samples and check == zlib.crc32(struct.pack("<Q", sample_id))
+        (sample_id, checksum)
+        for sample_id, checksum, check in _ENTRY.iter_unpack(whole)
+        if sample_id < num_samples and check == zlib.crc32(_CONTENT.pack(sample_id, checksum))
     ]
 
 

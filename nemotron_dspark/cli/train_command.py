@@ -90,13 +90,13 @@ def _train_with_deepspec(engine: str, target: str, cache: Path, out: Path, confi
     """The same run as a DeepSpec config in ``out``, then what `nds deepspec train` does."""
     if engine != "deepspec":
         raise InputError(f"There is no engine {engine!r}.", "Use native or deepspec.")
-    from nemotron_dspark.cache.format import Manifest
+    from nemotron_dspark.cache.reader import read_layout
     from nemotron_dspark.cli.deepspec_command import start_training
     from nemotron_dspark.deepspec.config_file import config_for
     from nemotron_dspark.deepspec.launch import Nodes
 
     if config.draft.taps is None:  # the cache was built with some; they are the only ones there are
-        taps = list(Manifest.read(cache).taps)
+        taps = list(read_layout(cache).taps)
         config = config.model_copy(update={"draft": config.draft.model_copy(update={"taps": taps})})
     file = out / "deepspec_config.py"
     write_text(file, config_for(target, config, file=str(file)))

@@ -16,11 +16,14 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from nemotron_dspark.cache.build import REPORT, BuildProgress, build_cache
-from nemotron_dspark.cache.format import CHECKSUMS, INDEX, MANIFEST, RECORD, Manifest, shard_name
+from nemotron_dspark.cache.checksums import read_checksums, read_sample_checksums
+from nemotron_dspark.cache.format import RECORD, DeepSpecLayout, Manifest, shard_name
+from nemotron_dspark.cache.layout import INDEX, MANIFEST
+from nemotron_dspark.cache.writer import finish_cache
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.deepspec.config_file import template_name
 from nemotron_dspark.errors import InputError, NdsError
-from nemotron_dspark.files import fsync_folder, read_json, sha256, write_json, write_whole
+from nemotron_dspark.files import fsync_folder, read_json, write_json, write_whole
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.proofs import prove
@@ -166,29 +169,29 @@ def join(job: Job) -> Manifest:
         shutil.rmtree(job.out / PARTS, ignore_errors=True)
         return Manifest.read(job.out)
     parts = [Manifest.read(job.folder(part)) for part in range(job.parts)]
-    indices, digests, shards, samples = [], {}, 0, 0
+    indices, checksums, sizes, digests, shards, samples = [], [], [], {}, 0, 0
     for part, manifest in enumerate(parts):
         folder = job.folder(part)
         index = np.fromfile(folder / INDEX, dtype=RECORD)
         index["sample_id"] += np.uint64(samples)
         index["shard_id"] += np.uint32(shards)
         indices.append(index)
-        known = read_json(folder / CHECKSUMS)["files"]
+        checksums.append(read_sample_checksums(folder, manifest.num_samples))
+        known = read_checksums(folder)
         for name in manifest.shard_files:
             final = job.out / shard_name(shards)
             if (folder / name).is_file():  # else an earlier call has moved it
                 (folder / name).rename(final)
+            sizes.append(final.stat().st_size)
             digests[final.name] = known[name]
             shards += 1
         samples += manifest.num_samples
     fsync_folder(job.out)
-    write_whole(job.out / INDEX, lambda file: file.write(np.concatenate(indices).tobytes()))
     write_json(job.out / REPORT, _report(job))
-    digests |= {name: sha256(job.out / name) for name in (INDEX, REPORT)}
-    write_json(job.out / CHECKSUMS, {"algorithm": "sha256", "files": dict(sorted(digests.items()))})
     extra = {**parts[0].extra, "source_jsonl_paths": [str(path) for path in job.conversations], **job.names}
     whole = Manifest(samples, job.taps, parts[0].hidden_size, tuple(map(shard_name, range(shards))), extra)
-    write_whole(job.out / MANIFEST, lambda file: file.write(whole.to_bytes()))
+    layout = DeepSpecLayout(np.concatenate(indices), whole, sizes)
+    finish_cache(job.out, layout, np.concatenate(checksums), digests, [REPORT])
     shutil.rmtree(job.out / PARTS, ignore_errors=True)
     return whole
 

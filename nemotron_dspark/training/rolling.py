@@ -15,10 +15,11 @@ import numpy as np
 
 from nemotron_dspark import files
 from nemotron_dspark.cache.build import BuildProgress, check_space, write_states
-from nemotron_dspark.cache.format import MANIFEST, RECORD, bytes_per_token
+from nemotron_dspark.cache.format import RECORD, DeepSpecLayout, bytes_per_token
+from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.tokens import Selected, TokenStore
-from nemotron_dspark.cache.writer import WORK, CacheWriter
+from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.targets.spec import TargetSpec
@@ -155,14 +156,14 @@ class RollingSource(Source):
         if (folder / MANIFEST).is_file():
             shutil.rmtree(folder / WORK, ignore_errors=True)  # killed between the manifest and this
             return TargetCache(folder)
-        with CacheWriter(
-            folder,
+        layout = DeepSpecLayout.of(
             tokens.lengths,
             taps=self._taps,
             hidden_size=self._width,
             shard_bytes=self._cache.shard_bytes,
             extra={"target_model_name_or_path": self._config.name},
-        ) as writer:
+        )
+        with CacheWriter(folder, layout) as writer:
             check_space(folder, writer.missing_bytes)
             write_states(self._target, tokens, writer, self._cache.batch_tokens, report)
             writer.finish()

@@ -15,7 +15,9 @@ import transformers
 
 from nemotron_dspark import files
 from nemotron_dspark.cache.build import inputs_of
-from nemotron_dspark.cache.format import CHECKSUMS, INDEX, MANIFEST, bytes_per_token
+from nemotron_dspark.cache.checksums import CHECKSUMS
+from nemotron_dspark.cache.format import bytes_per_token
+from nemotron_dspark.cache.layout import INDEX, MANIFEST
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.tokens import read_report
 from nemotron_dspark.cache.verify import check_mask_token
@@ -234,7 +236,7 @@ def _check_cache(cache: TargetCache, spec: TargetSpec, draft: DraftConfig, targe
             "Leave draft.taps out to use the cache's, or build a cache with these taps.",
         )
     check_mask_token(cache, draft.mask_token_id)
-    made_from = cache.manifest.target_name
+    made_from = cache.target_name
     if made_from is not None and made_from != target_name:
         return [f"the cache names another target, {made_from}; training goes on with {target_name}."]
     return []

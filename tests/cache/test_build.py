@@ -11,7 +11,7 @@ import torch
 
 from nemotron_dspark.cache import build as room
 from nemotron_dspark.cache.build import batches, build_cache
-from nemotron_dspark.cache.format import bytes_per_token, lay_out
+from nemotron_dspark.cache.format import DeepSpecLayout, bytes_per_token
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
 from nemotron_dspark.chat.mask import tokenise
@@ -46,7 +46,7 @@ def test_samples_are_the_targets_own_hidden_states(target, conversations, built)
     cache = TargetCache(built)
     usable = [item for item in read(conversations) if not isinstance(item, Skipped)]
     assert len(cache) == len(usable) == SAMPLES
-    assert cache.manifest.shard_files[2:]  # several shards
+    assert cache.layout.shard_files[2:]  # several shards
     for sample_id, conversation in enumerate(usable):
         (expected,) = tokenise(target.tokenizer, conversation, max_length=DATA.max_length).samples
         sample = cache[sample_id]
@@ -110,13 +110,12 @@ def test_long_conversations_are_cut_and_counted(target, conversations, tmp_path)
 
 def test_batches_cover_every_sample_once_within_their_budget():
     lengths = np.random.default_rng(0).integers(1, 300, size=200)
-    layout = lay_out(lengths, num_taps=2, hidden_size=8, shard_bytes=100_000)
+    layout = DeepSpecLayout.of(lengths, taps=(0, 1), hidden_size=8, shard_bytes=100_000)
     found = batches(layout, 1024)
     assert sorted(sample for batch in found for sample in batch) == list(range(200))
-    shards = layout.index["shard_id"]
     for batch in found:
         assert len(batch) * max(lengths[batch]) <= 1024
-        assert len(set(shards[batch].tolist())) == 1
+        assert len(set(layout.shards[batch].tolist())) == 1
     padded = sum(len(batch) * int(max(lengths[batch])) for batch in found)
     assert padded < 1.25 * lengths.sum()
 
@@ -136,8 +135,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(target, conversations, buil
 
 
 def test_what_is_durable_is_not_computed_again(target, conversations, built, tmp_path):
-    sizes = {"num_taps": len(TAPS), "hidden_size": target.spec.hidden_size, "shard_bytes": CACHE.shard_bytes}
-    total = len(batches(lay_out(TargetCache(built).lengths, **sizes), CACHE.batch_tokens))
+    total = len(batches(TargetCache(built).layout, CACHE.batch_tokens))
     with pytest.raises(KeyboardInterrupt):
         build(Interrupting(target, total - 1), conversations, tmp_path / "c")
     build(Interrupting(target, 1), conversations, tmp_path / "c")  # one forward is all that was left
@@ -273,7 +271,7 @@ def test_no_usable_sample_is_said(target, conversations, tmp_path):
 
 
 def test_checksums_name_every_file_of_the_cache(built):
-    assert verify(built).files == len(list(built.iterdir())) - 2  # all but the manifest and the checksums themselves
+    assert verify(built).files == len(list(built.iterdir())) - 1  # all but the checksums themselves
     assert verify(built).whole
 
 

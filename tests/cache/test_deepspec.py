@@ -65,12 +65,12 @@ def test_deepspec_writes_the_same_bytes(theirs, built, tmp_path):
         shards=shards,
         target_layer_ids=ours.taps,
         hidden_size=ours.hidden_size,
-        extra_fields=dict(ours.manifest.extra),
+        extra_fields=dict(ours.layout.extra),
     )
     theirs.write_target_cache_manifest(output_dir=str(tmp_path), manifest=manifest)
     theirs.cleanup_target_cache_tmp_dir(str(tmp_path))
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (built / path.name).read_bytes()
-    assert len(list(tmp_path.iterdir())) == 2 + len(ours.manifest.shard_files)
+    assert len(list(tmp_path.iterdir())) == 2 + len(ours.layout.shard_files)
     assert verify(tmp_path).whole
     assert torch.equal(TargetCache(tmp_path)[3].taps, ours[3].taps)

@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from nemotron_dspark.cache.format import RECORD, Manifest, bytes_per_token, field_sizes, lay_out
+from nemotron_dspark.cache.format import RECORD, DeepSpecLayout, Manifest, bytes_per_token, field_sizes
 from nemotron_dspark.cache.info import length_bins, summarise
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.verify import check_mask_token, verify
@@ -135,6 +135,7 @@ def test_a_flipped_bit_anywhere_is_found(copy):
 
 def test_values_are_checked_where_there_are_no_checksums(copy):
     (copy / "checksums.json").unlink()
+    (copy / "samples.crc").unlink()
     assert verify(copy).whole
     assert verify(copy).files == 0
     record = read_index(copy)[2]
@@ -151,10 +152,25 @@ def test_values_are_checked_where_there_are_no_checksums(copy):
 
 
 def test_checksums_that_are_broken_themselves_are_a_problem(copy):
+    text = (copy / "checksums.json").read_text()
     (copy / "checksums.json").write_text("{")
     assert any("checksums.json" in problem for problem in verify(copy).problems)
-    (copy / "checksums.json").write_text('{"algorithm": "sha256", "files": {}}')
-    assert verify(copy).whole  # as a cache without any
+    (copy / "checksums.json").write_text(text.replace("sha256", "sha257"))
+    assert any("does not hold" in problem for problem in verify(copy).problems)
+    with pytest.raises(InputError, match=r"checksums\.json"):
+        TargetCache(copy)
+
+
+def test_a_damaged_sample_is_refused_when_it_is_read(copy):
+    sample = 7
+    record = read_index(copy)[sample]
+    flip(copy / f"shard-{record['shard_id']:05d}.bin", int(record["taps"]) + 33)
+    cache = TargetCache(copy)
+    assert len(cache[sample - 1].input_ids)
+    with pytest.raises(
+        InputError, match=rf"shard-0000{record['shard_id']}\.bin: sample {sample} is not what was written"
+    ):
+        cache[sample]
 
 
 def test_another_targets_cache_is_refused(built):
@@ -201,7 +217,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     write_cache(tmp_path / "c", given, taps=(0, 2, 5), hidden_size=4, shard_bytes=400)
     cache = TargetCache(tmp_path / "c")
     assert cache.lengths.tolist() == lengths
-    assert len(cache.manifest.shard_files) == 3
+    assert len(cache.layout.shard_files) == 3
     for expected, found in zip(given, cache, strict=True):
         for name in ("input_ids", "loss_mask", "taps", "last"):
             assert torch.equal(getattr(expected, name), getattr(found, name))
@@ -213,7 +229,7 @@ def test_samples_may_be_written_in_any_order(tmp_path):
     given = list(samples(lengths, 1, 4))
     settings = {"taps": (0,), "hidden_size": 4, "shard_bytes": 200}
     write_cache(tmp_path / "a", given, **settings)
-    with CacheWriter(tmp_path / "b", lengths, **settings) as writer:
+    with CacheWriter(tmp_path / "b", DeepSpecLayout.of(lengths, **settings)) as writer:
         for number in (4, 2, 0, 1, 3):
             sample = given[number]
             writer.write(number, sample.input_ids.int().numpy(), sample.loss_mask.numpy(), sample.taps, sample.last)
@@ -224,17 +240,14 @@ def test_samples_may_be_written_in_any_order(tmp_path):
 
 
 def test_an_incomplete_cache_cannot_be_finished(tmp_path):
-    with (
-        CacheWriter(tmp_path / "c", np.asarray([2, 3]), taps=(0,), hidden_size=4, shard_bytes=999) as writer,
-        pytest.raises(CheckError, match="2 samples"),
-    ):
+    layout = DeepSpecLayout.of([2, 3], taps=(0,), hidden_size=4, shard_bytes=999)
+    with CacheWriter(tmp_path / "c", layout) as writer, pytest.raises(CheckError, match="2 samples"):
         writer.finish()
 
 
 def test_a_sample_larger_than_a_shard_has_one_to_itself():
-    layout = lay_out([2, 50, 2, 2], num_taps=1, hidden_size=4, shard_bytes=5 * bytes_per_token(1, 4))
-    assert layout.index["shard_id"].tolist() == [0, 1, 2, 2]
-    assert layout.shard_starts == (0, 1, 2, 4)
+    layout = DeepSpecLayout.of([2, 50, 2, 2], taps=(0,), hidden_size=4, shard_bytes=5 * bytes_per_token(1, 4))
+    assert layout.shards.tolist() == [0, 1, 2, 2]
     assert sum(layout.shard_sizes) == 56 * bytes_per_token(1, 4)
     assert sum(field_sizes(1, 1, 4)) == bytes_per_token(1, 4)
 

@@ -1,0 +1,84 @@
+"""Checksums of a cache: one of every file in `checksums.json`, and one of every sample in `samples.crc`.
+
+The first say whether a folder is what was written, the second whether a sample is, at the moment it is read.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import read_json, sha256, write_json
+
+CHECKSUMS = "checksums.json"
+SAMPLES = "samples.crc"  # little-endian uint32 [samples]: CRC-32 of a sample's pieces, one after the other
+
+
+def sample_checksum(pieces: Iterable[Any]) -> int:
+    """CRC-32 over ``pieces``, contiguous buffers."""
+    value = 0
+    for piece in pieces:
+        value = zlib.crc32(memoryview(piece).cast("B"), value)
+    return value
+
+
+def write_checksums(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write `checksums.json`: ``digests`` by file name, and the digest of them all."""
+    files = dict(sorted(digests.items()))
+    write_json(folder / CHECKSUMS, {"algorithm": "sha256", "files": files, "digest": _digest(files)})
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Digest of each file by its name; empty where there are none, as in DeepSpec's own caches.
+
+    Raises:
+        InputError: they are damaged themselves.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return {}
+    values = read_json(path)
+    files = values.get("files") if isinstance(values, dict) else None
+    if not isinstance(files, dict) or values.get("algorithm") != "sha256":
+        raise InputError(f"{path} does not hold sha256 checksums.", "Restore the file or build the cache again.")
+    if set(values) - {"algorithm", "files", "digest"} or values.get("digest", _digest(files)) != _digest(files):
+        raise InputError(f"{path} is not what was written.", "Restore the file or build the cache again.")
+    return files
+
+
+def changed_files(folder: Path, digests: Mapping[str, str], names: Iterable[str]) -> list[str]:
+    """One sentence for each of ``names`` in ``digests`` that is missing or has another checksum."""
+    faults = []
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path} is missing.")
+        elif sha256(path) != digests[name]:
+            faults.append(f"{path} is not what was written: its checksum differs.")
+    return faults
+
+
+def read_sample_checksums(folder: Path, samples: int) -> np.ndarray | None:
+    """uint32 [samples]; None where there are none.
+
+    Raises:
+        InputError: it is not of this many samples.
+    """
+    path = folder / SAMPLES
+    if not path.is_file():
+        return None
+    values = np.fromfile(path, dtype="<u4")
+    if len(values) != samples or path.stat().st_size != 4 * samples:
+        raise InputError(
+            f"{path} does not have the checksums of {samples} samples.", "Restore the file or build the cache again."
+        )
+    return values
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

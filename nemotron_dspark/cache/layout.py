@@ -1,0 +1,126 @@
+"""What a cache format is: where every byte of every sample lies, and how hidden states become bytes and back.
+
+A layout follows from the samples' lengths and loss masks alone, so it is known before the target runs: samples can be
+written in any order, by anybody, and a build that was killed ends in the same bytes.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nemotron_dspark.errors import InputError
+
+MANIFEST = "manifest.json"
+INDEX = "samples.idx"
+WORK = ".build"  # inside a cache folder, removed when the cache is complete
+RESTORE = "Restore the file or build the cache again; `nds cache verify` lists every fault."
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    input_ids: Tensor  # int64 [S]
+    loss_mask: Tensor  # bool [S]
+    taps: Tensor  # bf16 [S, T·H], raw outputs of the tapped layers, ascending
+    last: Tensor  # bf16 [S, H], after the target's final norm
+
+
+class Layout(abc.ABC):
+    """One cache in one format. Pieces of a sample are given in a fixed order; the first holds its int32 ids."""
+
+    lengths: np.ndarray  # int64 [samples], tokens of each
+    shards: np.ndarray  # int64 [samples], shard of each; none across two
+    shard_files: tuple[str, ...]
+    shard_sizes: tuple[int, ...]  # bytes
+    taps: tuple[int, ...]  # layer ids, ascending
+    hidden_size: int
+    extra: Mapping[str, Any]  # what the manifest holds beside the layout
+
+    def sample_bytes(self, sample_id: int) -> int:
+        return sum(size for _, size in self.pieces(sample_id))
+
+    @abc.abstractmethod
+    def pieces(self, sample_id: int) -> Sequence[tuple[int, int]]:
+        """Offset in its shard, and bytes, of each piece of a sample."""
+
+    @abc.abstractmethod
+    def encode(
+        self,
+        sample_id: int,
+        input_ids: np.ndarray,  # int [S]
+        loss_mask: np.ndarray,  # bool or uint8 [S]
+        taps: Tensor,  # [S, T·H]
+        last: Tensor,  # [S, H]
+    ) -> Sequence[np.ndarray]:
+        """What lies in each of `pieces`, contiguous arrays."""
+
+    @abc.abstractmethod
+    def decode(self, sample_id: int, pieces: Sequence[np.ndarray]) -> Sample:
+        """The sample whose ``pieces`` (uint8 each) were read; it owns its memory."""
+
+    @abc.abstractmethod
+    def faults(self, sample_id: int, pieces: Sequence[np.ndarray]) -> list[str]:
+        """What cannot be true of the values in ``pieces``; each completes "sample N …"."""
+
+    def preamble(self, shard: int) -> bytes:
+        """What a shard begins with, before its first sample."""
+        return b""
+
+    @abc.abstractmethod
+    def index(self) -> bytes:
+        """Content of `samples.idx`."""
+
+    @abc.abstractmethod
+    def manifest(self) -> bytes:
+        """Content of `manifest.json`."""
+
+    def check_files(self, folder: Path) -> list[str]:
+        """One sentence for each shard in ``folder`` that is missing or has not its size."""
+        faults = []
+        for name, size in zip(self.shard_files, self.shard_sizes, strict=True):
+            path = folder / name
+            if not path.is_file():
+                faults.append(f"The shard {path} is missing.")
+            elif path.stat().st_size != size:
+                faults.append(f"{path} has {path.stat().st_size} bytes, not {size}.")
+        return faults
+
+
+def manifest_of(folder: Path) -> Path:
+    """The manifest of the cache in ``folder``; `InputError` when there is none, which says whether it is unfinished."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        unfinished = (Path(folder) / WORK).is_dir()
+        raise InputError(
+            f"{folder} is {'an unfinished' if unfinished else 'not a'} target cache: it has no {MANIFEST}.",
+            "Run the same `nds cache build` again; it goes on where it stopped."
+            if unfinished
+            else "Give the folder that `nds cache build --out` wrote.",
+        )
+    return path
+
+
+def split_into_shards(sizes: Sequence[int] | np.ndarray, shard_bytes: int) -> np.ndarray:
+    """Shard of each sample of ``sizes`` bytes: one is closed before the sample that would exceed ``shard_bytes``."""
+    shards = np.zeros(len(sizes), dtype=np.int64)
+    shard, filled = -1, 0
+    for sample, size in enumerate(np.asarray(sizes, dtype=np.int64).tolist()):
+        if shard < 0 or filled + size > shard_bytes:
+            shard, filled = shard + 1, 0
+        shards[sample] = shard
+        filled += size
+    return shards
+
+
+def require_index_size(path: Path, wanted: int, samples: int) -> None:
+    """`InputError` unless the index ``path`` is there and has ``wanted`` bytes."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing.", RESTORE)
+    if path.stat().st_size != wanted:
+        raise InputError(
+            f"{path} has {path.stat().st_size} bytes; {MANIFEST} promises {samples} samples, that is {wanted}.", RESTORE
+        )
