@@ -19,7 +19,7 @@ import numpy as np
 
 from nemotron_dspark import __version__
 from nemotron_dspark.cache.capture import CapturesStates, captured_states
-from nemotron_dspark.cache.format import DeepSpecLayout
+from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK, Layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.tokens import TokenStore, check_no_mask_token, read_report, tokenise
@@ -132,11 +132,12 @@ def build_cache(
         finally:
             os.close(held)
     store = TokenStore(work)
-    layout = DeepSpecLayout.of(
+    layout = new_layout(
+        cache,
         store.lengths,
+        lambda sample: store[sample].loss_mask,
         taps=taps,
         hidden_size=target.spec.hidden_size,
-        shard_bytes=cache.shard_bytes,
         extra=_manifest_extra(target, conversations, data),
     )
     with CacheWriter(folder, layout) as writer:
@@ -261,9 +262,10 @@ def inputs_of(
     }
 
 
-def layout_settings(cache: CacheConfig) -> dict[str, int]:
+def layout_settings(cache: CacheConfig) -> dict[str, Any]:
     """The settings on which a cache's bytes depend."""
-    return cache.model_dump(include={"shard_bytes", "batch_tokens"})
+    compact = {"format", "quantisation"} if cache.format == "compact" else set()
+    return cache.model_dump(include={"shard_bytes", "batch_tokens"} | compact)
 
 
 def _weights_identity(folder: Path) -> str:

@@ -126,6 +126,8 @@ class Manifest:
 class DeepSpecLayout(Layout):
     """Samples one after the other, each with its ids, masks and bf16 hidden states."""
 
+    mask_piece = FIELDS.index("loss_mask")
+
     def __init__(
         self,
         index: np.ndarray,  # RECORD [samples]

@@ -38,6 +38,7 @@ class Layout(abc.ABC):
     shard_sizes: tuple[int, ...]  # bytes
     taps: tuple[int, ...]  # layer ids, ascending
     hidden_size: int
+    mask_piece: int  # which of the pieces holds the loss mask, a byte a token
     extra: Mapping[str, Any]  # what the manifest holds beside the layout
 
     def sample_bytes(self, sample_id: int) -> int:

@@ -13,13 +13,13 @@ from nemotron_dspark.cache.checksums import (
     read_sample_checksums,
     sample_checksum,
 )
-from nemotron_dspark.cache.format import DeepSpecLayout
-from nemotron_dspark.cache.layout import RESTORE, Layout, Sample
+from nemotron_dspark.cache.formats import read_layout
+from nemotron_dspark.cache.layout import RESTORE, Sample
 from nemotron_dspark.errors import InputError
 
 
 class TargetCache:
-    """A finished cache folder, ours or DeepSpec's. ``cache[i]`` is a `Sample` that owns its memory."""
+    """A finished cache folder in any format, ours or DeepSpec's. ``cache[i]`` is a `Sample` that owns its memory."""
 
     def __init__(self, folder: Path | str, *, check_files: bool = True):
         """Open ``folder``; ``check_files`` compares every file but the shards with its checksum.
@@ -99,6 +99,10 @@ class TargetCache:
         """int64 [S], without its hidden states being read."""
         return torch.from_numpy(self.pieces(sample_id)[0].view("<i4").astype(np.int64))
 
+    def loss_mask(self, sample_id: int) -> np.ndarray:
+        """Bool [S], without its hidden states being read."""
+        return self.pieces(sample_id)[self.layout.mask_piece] != 0
+
     def where(self, sample_id: int) -> str:
         """The sample's place, for messages."""
         return f"{self.folder / self.layout.shard_files[int(self.layout.shards[sample_id])]}: sample {sample_id}"
@@ -114,8 +118,3 @@ class TargetCache:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # worker processes map the shards themselves
-
-
-def read_layout(folder: Path) -> Layout:
-    """The layout of the cache in ``folder``; `InputError` when it is none, or its manifest or index is malformed."""
-    return DeepSpecLayout.read(folder)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemotron_dspark.cache.checksums import CHECKSUMS, changed_files, read_checksums
+from nemotron_dspark.cache.formats import read_layout
 from nemotron_dspark.cache.layout import INDEX, MANIFEST
-from nemotron_dspark.cache.reader import TargetCache, read_layout
+from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.errors import InputError
 
 _LIMIT = 20  # faults of one kind that are listed

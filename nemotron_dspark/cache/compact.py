@@ -1,0 +1,346 @@
+"""The compact cache: safetensors shards of packed sequences whose hidden states are quantised.
+
+A shard holds its samples packed, one after the other in every tensor; `cu_seqlens` says where each begins. Last hidden
+states are kept only at positions from which a slot can be predicted; `cu_last` says where those of each sample begin.
+Beside the shards lie `manifest.json` and `samples.idx`, the numbers of tokens and of kept last states of every sample:
+they decide every byte of the shards that is not a sample's.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_dspark.cache.layout import (
+    INDEX,
+    Layout,
+    Sample,
+    manifest_of,
+    require_index_size,
+    split_into_shards,
+)
+from nemotron_dspark.cache.quantise import QUANTISATIONS, Part
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import read_json
+
+FORMAT = "nds-compact"
+VERSION = 1
+RECORD = np.dtype([("tokens", "<u4"), ("last", "<u4")])
+_NAMES = {  # dtypes as a safetensors header spells them
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+_REMEDY = "Build the cache again with `nds cache build --cache-format compact`."
+
+
+def has_target(loss_mask: np.ndarray) -> np.ndarray:
+    """Positions whose last hidden state the loss looks at, bool [S].
+
+    Slot k of anchor a is predicted from the target's state at a + k, and counts while the loss mask is set from a to
+    a + k + 1 (`training.anchors`). So position p is looked at only where p and p + 1 carry loss.
+    """
+    loss = np.asarray(loss_mask) != 0
+    return loss & np.append(loss[1:], False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One tensor of every shard."""
+
+    name: str
+    dtype: torch.dtype
+    row: tuple[int, ...]  # shape of one row
+    of_last: bool = False  # it has a row for each last state that is kept, not for each token
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.row, dtype=np.int64)) * self.dtype.itemsize
+
+
+class CompactLayout(Layout):
+    """Samples packed into the tensors of safetensors files."""
+
+    def __init__(
+        self,
+        records: np.ndarray,  # RECORD [samples]
+        shards: np.ndarray,  # int64 [samples], ascending
+        *,
+        taps: Sequence[int],
+        hidden_size: int,
+        quantisation: str,
+        extra: Mapping[str, Any] | None = None,
+    ):
+        self.records = records
+        self.lengths = records["tokens"].astype(np.int64)
+        self.kept = records["last"].astype(np.int64)
+        self.shards = shards
+        self.taps = tuple(taps)
+        self.hidden_size = hidden_size
+        self.quantisation = quantisation
+        self.extra = extra or {}
+        self._of_taps, self._of_last = (kind(hidden_size) for kind in QUANTISATIONS[quantisation])
+        self._columns = columns(len(self.taps), self._of_taps.parts, self._of_last.parts)
+        self.mask_piece = [column.name for column in self._columns].index("loss_mask")
+        count = int(shards[-1]) + 1 if len(shards) else 0
+        self._bounds = np.searchsorted(shards, np.arange(count + 1))
+        self.shard_files = tuple(f"shard-{number:05d}.safetensors" for number in range(count))
+        self._before = tuple(_within_shards(rows, self._bounds, shards) for rows in (self.lengths, self.kept))
+        ends = [self._ends(shard) for shard in range(count)]
+        self._starts = [offsets[:-1] for offsets in ends]
+        self.shard_sizes = tuple(offsets[-1] for offsets in ends)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of shards and index."""
+        return sum(self.shard_sizes) + self.records.nbytes
+
+    def sample_bytes(self, sample_id: int) -> int:
+        rows = self._rows(sample_id)
+        return sum(rows[column.of_last] * column.row_bytes for column in self._columns)
+
+    def pieces(self, sample_id: int) -> list[tuple[int, int]]:
+        rows, starts = self._rows(sample_id), self._starts[int(self.shards[sample_id])]
+        return [
+            (
+                start + int(self._before[column.of_last][sample_id]) * column.row_bytes,
+                rows[column.of_last] * column.row_bytes,
+            )
+            for column, start in zip(self._columns, starts, strict=True)
+        ]
+
+    def encode(
+        self, sample_id: int, input_ids: np.ndarray, loss_mask: np.ndarray, taps: Tensor, last: Tensor
+    ) -> list[np.ndarray]:
+        used = has_target(loss_mask)
+        if used.sum() != self.kept[sample_id]:
+            raise ValueError(f"sample {sample_id} has {used.sum()} last states, not {self.kept[sample_id]}")
+        states = taps.detach().reshape(-1, self.hidden_size)  # a state for each token and tap
+        kept = last.detach()[torch.from_numpy(used).to(last.device)]
+        found = {
+            "input_ids": np.ascontiguousarray(input_ids, dtype="<i4"),
+            "loss_mask": np.ascontiguousarray(loss_mask, dtype=np.uint8),
+            **_encoded("taps", self._of_taps.parts, self._of_taps.encode(states)),
+            **_encoded("last", self._of_last.parts, self._of_last.encode(kept)),
+        }
+        return [found[column.name] for column in self._columns]
+
+    def decode(self, sample_id: int, pieces: Sequence[np.ndarray]) -> Sample:
+        found = self._tensors(pieces)
+        loss = found["loss_mask"] != 0
+        last = torch.zeros(len(loss), self.hidden_size, dtype=torch.bfloat16)
+        last[torch.from_numpy(has_target(loss.numpy()))] = self._of_last.decode(_parts_of("last", found))
+        return Sample(
+            found["input_ids"].long(),
+            loss,
+            self._of_taps.decode(_parts_of("taps", found)).view(len(loss), -1),
+            last,
+        )
+
+    def faults(self, sample_id: int, pieces: Sequence[np.ndarray]) -> list[str]:
+        found = self._tensors(pieces)
+        faults = []
+        if (found["input_ids"] < 0).any():
+            faults.append("has a negative token id")
+        if (found["loss_mask"] > 1).any():
+            faults.append("has a mask with values other than 0 and 1")
+        if int(has_target(found["loss_mask"].numpy()).sum()) != int(self.kept[sample_id]):
+            faults.append("has another loss mask than its last hidden states were chosen by")
+        if not (self._of_taps.sound(_parts_of("taps", found)) and self._of_last.sound(_parts_of("last", found))):
+            faults.append("has hidden states that are not finite or cannot be decoded")
+        return faults
+
+    def preamble(self, shard: int) -> bytes:
+        """The safetensors header and the two tensors that say where samples begin."""
+        samples = slice(self._bounds[shard], self._bounds[shard + 1])
+        starts = [np.concatenate([[0], np.cumsum(rows[samples])]) for rows in (self.lengths, self.kept)]
+        return self._header(shard) + b"".join(values.astype("<i8").tobytes() for values in starts)
+
+    def index(self) -> bytes:
+        return self.records.tobytes()
+
+    def manifest(self) -> bytes:
+        values = {
+            **self.extra,
+            "format": FORMAT,
+            "version": VERSION,
+            "num_samples": len(self.lengths),
+            "target_layer_ids": list(self.taps),
+            "hidden_size": self.hidden_size,
+            "quantisation": self.quantisation,
+            "shards": [
+                {"file_name": name, "num_samples": int(samples)}
+                for name, samples in zip(self.shard_files, np.diff(self._bounds), strict=True)
+            ],
+        }
+        return json.dumps(values, indent=2, sort_keys=True).encode()
+
+    def check_files(self, folder: Path) -> list[str]:
+        """One sentence for each shard that is missing, has not its size or does not begin as the index says."""
+        faults = super().check_files(folder)
+        for shard, name in enumerate(self.shard_files if not faults else ()):
+            wanted = self.preamble(shard)
+            with open(folder / name, "rb") as file:
+                if file.read(len(wanted)) != wanted:
+                    faults.append(f"{folder / name} does not begin as {INDEX} says: one of the two is damaged.")
+        return faults
+
+    @staticmethod
+    def of(
+        lengths: Sequence[int] | np.ndarray,
+        kept: Sequence[int] | np.ndarray,
+        *,
+        taps: Sequence[int],
+        hidden_size: int,
+        quantisation: str,
+        shard_bytes: int,
+        extra: Mapping[str, Any] | None = None,
+    ) -> "CompactLayout":
+        """The layout of samples of these ``lengths``, of which ``kept`` last states are kept."""
+        records = np.zeros(len(lengths), dtype=RECORD)
+        records["tokens"], records["last"] = lengths, kept
+        settings = {"taps": taps, "hidden_size": hidden_size, "quantisation": quantisation, "extra": extra}
+        sizes = sample_sizes(lengths, kept, num_taps=len(taps), hidden_size=hidden_size, quantisation=quantisation)
+        return CompactLayout(records, split_into_shards(sizes, shard_bytes), **settings)
+
+    @staticmethod
+    def read(folder: Path) -> "CompactLayout":
+        """The layout of the cache in ``folder``.
+
+        Raises:
+            InputError: manifest or index is missing or malformed, or names a quantisation that is not known.
+        """
+        path = manifest_of(folder)
+        values = read_json(path)
+        if values.get("version") != VERSION:
+            raise InputError(f"{path}: version {values.get('version')!r} is not {VERSION}.", _REMEDY)
+        required = ("num_samples", "target_layer_ids", "hidden_size", "quantisation", "shards")
+        try:
+            samples, taps, hidden, quantisation, shards = (values.pop(key) for key in required)
+            counts = [shard["num_samples"] for shard in shards]
+            names = [shard["file_name"] for shard in shards]
+            sound = (
+                all(type(number) is int for number in (samples, hidden, *taps, *counts))
+                and hidden > 0
+                and min(counts, default=1) > 0
+                and sum(counts) == samples
+                and taps
+                and taps == sorted(set(taps))
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: {' or '.join(required)} is missing or malformed ({error}).", _REMEDY) from None
+        if not sound:
+            raise InputError(f"{path}: its fields contradict one another or are impossible.", _REMEDY)
+        if quantisation not in QUANTISATIONS:
+            raise InputError(
+                f"{path}: the quantisation {quantisation!r} is none of {', '.join(QUANTISATIONS)}.",
+                "Take the version of nemotron-dspark that wrote it, or build the cache again.",
+            )
+        require_index_size(folder / INDEX, samples * RECORD.itemsize, samples)
+        records = np.fromfile(folder / INDEX, dtype=RECORD)
+        wrong = np.flatnonzero((records["tokens"] == 0) | (records["last"] >= np.maximum(records["tokens"], 1)))
+        if len(wrong):
+            raise InputError(f"{folder / INDEX}: sample {wrong[0]} cannot have its number of tokens.", _REMEDY)
+        layout = CompactLayout(
+            records,
+            np.repeat(np.arange(len(counts)), counts),
+            taps=taps,
+            hidden_size=hidden,
+            quantisation=quantisation,
+            extra={key: value for key, value in values.items() if key not in ("format", "version")},
+        )
+        if list(layout.shard_files) != names:
+            raise InputError(f"{path}: its shards are not named {layout.shard_files[0]} and so on.", _REMEDY)
+        return layout
+
+    def _rows(self, sample_id: int) -> tuple[int, int]:
+        """Rows of a sample in the columns of tokens and in those of last states."""
+        return int(self.lengths[sample_id]), int(self.kept[sample_id])
+
+    def _shard_rows(self, shard: int) -> tuple[int, int]:
+        samples = slice(self._bounds[shard], self._bounds[shard + 1])
+        return int(self.lengths[samples].sum()), int(self.kept[samples].sum())
+
+    def _ends(self, shard: int) -> list[int]:
+        """Offset in the file of each column, and its size as the last entry."""
+        rows, samples = self._shard_rows(shard), int(self._bounds[shard + 1] - self._bounds[shard])
+        offset = len(self._header(shard)) + 2 * 8 * (samples + 1)
+        return np.cumsum([offset, *(rows[column.of_last] * column.row_bytes for column in self._columns)]).tolist()
+
+    def _header(self, shard: int) -> bytes:
+        rows, samples = self._shard_rows(shard), int(self._bounds[shard + 1] - self._bounds[shard])
+        shapes = [(name, torch.int64, (samples + 1,)) for name in ("cu_seqlens", "cu_last")]
+        shapes += [(column.name, column.dtype, (rows[column.of_last], *column.row)) for column in self._columns]
+        header: dict[str, Any] = {
+            "__metadata__": {"format": FORMAT, "version": str(VERSION), "quantisation": self.quantisation}
+        }
+        offset = 0
+        for name, dtype, shape in shapes:
+            stop = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+            offset = stop
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # as the library does it: numbers behind it are aligned
+        return len(text).to_bytes(8, "little") + text
+
+    def _tensors(self, pieces: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """By column name; of one sample."""
+        return {
+            column.name: torch.from_numpy(piece.copy()).view(column.dtype).view(-1, *column.row)
+            for column, piece in zip(self._columns, pieces, strict=True)
+        }
+
+
+def columns(num_taps: int, of_taps: Sequence[Part], of_last: Sequence[Part]) -> tuple[Column, ...]:
+    """Every tensor that holds samples, ids first; wide numbers before narrow ones, so that all are aligned."""
+    found = [
+        Column("input_ids", torch.int32, ()),
+        Column("loss_mask", torch.uint8, ()),
+        *(Column(f"taps.{part.name}", part.dtype, (num_taps, part.columns)) for part in of_taps),
+        *(Column(f"last.{part.name}", part.dtype, (part.columns,), of_last=True) for part in of_last),
+    ]
+    return tuple(sorted(found, key=lambda column: -column.dtype.itemsize))
+
+
+def sample_sizes(
+    lengths: Sequence[int] | np.ndarray,
+    kept: Sequence[int] | np.ndarray,
+    *,
+    num_taps: int,
+    hidden_size: int,
+    quantisation: str,
+) -> np.ndarray:
+    """Bytes that each sample takes in its shard, with its entries in `cu_seqlens` and `cu_last`, int64 [samples]."""
+    of_taps, of_last = (kind(hidden_size) for kind in QUANTISATIONS[quantisation])
+    token = 4 + 1 + num_taps * of_taps.state_bytes
+    return 16 + token * np.asarray(lengths, dtype=np.int64) + of_last.state_bytes * np.asarray(kept, dtype=np.int64)
+
+
+def _encoded(of: str, parts: Sequence[Part], tensors: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    """Bytes by column name."""
+    return {
+        f"{of}.{part.name}": tensor.cpu().contiguous().view(torch.uint8).numpy()
+        for part, tensor in zip(parts, tensors, strict=True)
+    }
+
+
+def _parts_of(of: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parts of states as a quantiser takes them, [states, columns]."""
+    prefix = f"{of}."
+    return {
+        name.removeprefix(prefix): tensor.flatten(0, -2) for name, tensor in tensors.items() if name.startswith(prefix)
+    }
+
+
+def _within_shards(rows: np.ndarray, bounds: np.ndarray, shards: np.ndarray) -> np.ndarray:
+    """Rows before each sample in its shard, int64 [samples]."""
+    before = np.concatenate([[0], np.cumsum(rows)])
+    return before[:-1] - before[bounds[:-1]][shards] if len(rows) else rows
