@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_dspark.cache.layout import INDEX, MANIFEST
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256, write_json
 
@@ -78,6 +79,12 @@ def read_sample_checksums(folder: Path, samples: int) -> np.ndarray | None:
             f"{path} does not have the checksums of {samples} samples.", "Restore the file or build the cache again."
         )
     return values
+
+
+def fingerprint(folder: Path) -> str:
+    """Digest of what identifies a cache's content: its checksums where it has them, else its manifest and index."""
+    names = [CHECKSUMS] if (folder / CHECKSUMS).is_file() else [MANIFEST, INDEX]
+    return hashlib.sha256("".join(sha256(folder / name) for name in names).encode()).hexdigest()[:32]
 
 
 def _digest(files: Mapping[str, str]) -> str:

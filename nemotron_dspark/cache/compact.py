@@ -86,6 +86,7 @@ class CompactLayout(Layout):
         self.taps = tuple(taps)
         self.hidden_size = hidden_size
         self.quantisation = quantisation
+        self.label = f"compact, {quantisation}"
         self.extra = extra or {}
         self._of_taps, self._of_last = (kind(hidden_size) for kind in QUANTISATIONS[quantisation])
         self._columns = columns(len(self.taps), self._of_taps.parts, self._of_last.parts)

@@ -95,6 +95,11 @@ class Manifest:
         values = read_json(path)
         if not isinstance(values, dict):
             raise InputError(f"{path} does not hold a JSON object.", _REMEDY)
+        if "format" in values:
+            raise InputError(
+                f"{folder} is a cache in the format {values['format']}, not in DeepSpec's.",
+                f"Make one that DeepSpec reads: nds cache convert {folder} OUT --to deepspec.",
+            )
         if values.get("version") != VERSION:
             raise InputError(f"{path}: version {values.get('version')!r} is not {VERSION}.", _REMEDY)
         for key, wanted in {**_TYPES, "index_record_size": RECORD_SIZE}.items():
@@ -126,6 +131,7 @@ class Manifest:
 class DeepSpecLayout(Layout):
     """Samples one after the other, each with its ids, masks and bf16 hidden states."""
 
+    label = "deepspec, bf16"
     mask_piece = FIELDS.index("loss_mask")
 
     def __init__(

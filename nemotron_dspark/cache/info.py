@@ -25,6 +25,7 @@ class CacheInfo:
     folder: Path
     target: str | None
     chat_template: str | None
+    format: str  # in a few words
     taps: tuple[int, ...]
     hidden_size: int
     samples: int
@@ -52,6 +53,11 @@ def length_bins(lengths: np.ndarray, count: int = 8) -> tuple[Bin, ...]:
     )
 
 
+def _loss_tokens(report: Path) -> int | None:
+    result = read_json(report).get("result") if report.is_file() else None
+    return result["loss_tokens"] if result else None
+
+
 def summarise(folder: Path | str) -> CacheInfo:
     """Numbers of the cache in ``folder``; `InputError` when it cannot be opened."""
     cache = TargetCache(folder)
@@ -61,11 +67,12 @@ def summarise(folder: Path | str) -> CacheInfo:
         folder=cache.folder,
         target=cache.target_name,
         chat_template=cache.layout.extra.get("chat_template"),
+        format=cache.layout.label,
         taps=cache.taps,
         hidden_size=cache.hidden_size,
         samples=len(cache),
         tokens=tokens,
-        loss_tokens=read_json(built)["result"]["loss_tokens"] if built.is_file() else None,
+        loss_tokens=_loss_tokens(built),
         bytes=size,
         bytes_per_token=size // tokens if tokens else 0,
         shards=len(cache.layout.shard_files),

@@ -32,6 +32,7 @@ class Sample:
 class Layout(abc.ABC):
     """One cache in one format. Pieces of a sample are given in a fixed order; the first holds its int32 ids."""
 
+    label: str  # the format in a few words
     lengths: np.ndarray  # int64 [samples], tokens of each
     shards: np.ndarray  # int64 [samples], shard of each; none across two
     shard_files: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""`nds cache build|info|verify`: the target's hidden states on disk."""
+"""`nds cache build|info|verify|convert`: the target's hidden states on disk."""
 
 import signal
 from pathlib import Path
@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     commands.command()(build)
     commands.command()(info)
     commands.command()(verify)
+    commands.command()(convert)
     app.add_typer(commands, name="cache")
 
 
@@ -34,6 +35,9 @@ def build(
     data: Annotated[Path, typer.Option("--data", "-d", help="JSON lines of conversations with the target's answers.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache; an unfinished one is continued.")],
     taps: shell.TapsOption = None,
+    cache_format: Annotated[
+        str | None, typer.Option("--cache-format", help="deepspec, or compact: quantised (cache.format).")
+    ] = None,
     config: shell.ConfigOption = None,
     set_: shell.SetOption = None,
     trust: shell.TrustOption = False,
@@ -43,6 +47,7 @@ def build(
     from nemotron_dspark.config.run import load_run_config
 
     assignments = [*(set_ or []), *shell.taps_setting(taps), *shell.trust_setting(trust)]
+    assignments += [f"cache.format={cache_format}"] if cache_format else []
     settings = load_run_config(config, assignments, target=target)
     shell.quiet_libraries()
     from nemotron_dspark.cache.build import build_cache
@@ -112,6 +117,39 @@ def verify(folder: FolderArgument, as_json: shell.JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
+def convert(
+    source: FolderArgument,
+    out: Annotated[Path, typer.Argument(help="Folder of the new cache; an unfinished one is continued.")],
+    to: Annotated[str, typer.Option("--to", help="compact or deepspec.")],
+    quantisation: Annotated[
+        str | None, typer.Option(help="How a compact cache stores hidden states (cache.quantisation).")
+    ] = None,
+    config: shell.ConfigOption = None,
+    set_: shell.SetOption = None,
+    as_json: shell.JsonOption = False,
+) -> None:
+    """Write a cache in the other format: compact for less disk, deepspec for DeepSpec's own trainer."""
+    from nemotron_dspark.config.run import load_run_config
+
+    assignments = [*(set_ or []), f"cache.format={to}"]
+    assignments += [f"cache.quantisation={quantisation}"] if quantisation else []
+    settings = load_run_config(config, assignments)
+    from nemotron_dspark.cache.convert import convert_cache
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _BuildDisplay() as display:
+        report = convert_cache(source, out, settings.cache, progress=display.update)
+    if as_json:
+        shell.emit(report.to_json())
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_row("from", f"{escape(str(report.source))}: {report.source_format}, {size_text(report.source_bytes)}")
+    table.add_row("to", f"{escape(str(report.folder))}: {report.format}, {size_text(report.bytes)}")
+    table.add_row("samples", f"{report.samples:,}, {report.reused_samples:,} of them from an earlier run")
+    table.add_row("time", f"{report.seconds:.1f} s")
+    shell.out.print(table)
+
+
 class _BuildDisplay:
     """A progress bar on stderr: samples, useful tokens per second, time left."""
 
@@ -137,7 +175,7 @@ class _BuildDisplay:
 
     def update(self, progress: "BuildProgress") -> None:
         if progress.stage not in self._tasks:
-            label = {"tokenise": "tokenise", "capture": "target"}[progress.stage]
+            label = {"tokenise": "tokenise", "capture": "target", "convert": "convert"}[progress.stage]
             self._tasks[progress.stage] = self._bar.add_task(label, total=progress.total_samples or None, rate="")
             self._reused = progress.tokens
         task = self._tasks[progress.stage]
@@ -167,6 +205,7 @@ def _print_info(found: "CacheInfo") -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("cache", escape(str(found.folder)))
     table.add_row("target", escape(found.target or "not recorded"))
+    table.add_row("format", found.format)
     table.add_row("chat format", escape(found.chat_template or "not recorded"))
     table.add_row("taps", f"{', '.join(map(str, found.taps))}, each {found.hidden_size} wide")
     table.add_row("samples", f"{found.samples:,}")

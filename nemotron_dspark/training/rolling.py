@@ -15,7 +15,7 @@ import numpy as np
 
 from nemotron_dspark import files
 from nemotron_dspark.cache.build import BuildProgress, check_space, write_states
-from nemotron_dspark.cache.format import RECORD, DeepSpecLayout, bytes_per_token
+from nemotron_dspark.cache.formats import new_layout, sample_sizes
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.tokens import Selected, TokenStore
@@ -66,10 +66,16 @@ class RollingSource(Source):
         self._producer: threading.Thread | None = None
 
     def plan(self, config: TrainConfig) -> RollingPlan:
-        per_token = bytes_per_token(len(self._taps), self._width)
+        sizes = sample_sizes(
+            self._cache,
+            self.lengths,
+            lambda sample: self._tokens[sample].loss_mask,
+            num_taps=len(self._taps),
+            hidden_size=self._width,
+        )
         self._plan = RollingPlan.rolling(
             config,
-            self.lengths * per_token + RECORD.itemsize,
+            sizes,
             budget=int(self._cache.budget_gb * 1e9),
             reuse=self._cache.reuse,
         )
@@ -156,11 +162,12 @@ class RollingSource(Source):
         if (folder / MANIFEST).is_file():
             shutil.rmtree(folder / WORK, ignore_errors=True)  # killed between the manifest and this
             return TargetCache(folder)
-        layout = DeepSpecLayout.of(
+        layout = new_layout(
+            self._cache,
             tokens.lengths,
+            lambda sample: tokens[sample].loss_mask,
             taps=self._taps,
             hidden_size=self._width,
-            shard_bytes=self._cache.shard_bytes,
             extra={"target_model_name_or_path": self._config.name},
         )
         with CacheWriter(folder, layout) as writer:

@@ -6,7 +6,6 @@ conversations the target itself runs beside the draft.
 
 import contextlib
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ import transformers
 
 from nemotron_dspark import files
 from nemotron_dspark.cache.build import inputs_of
-from nemotron_dspark.cache.checksums import CHECKSUMS
-from nemotron_dspark.cache.format import bytes_per_token
-from nemotron_dspark.cache.layout import INDEX, MANIFEST
+from nemotron_dspark.cache.checksums import fingerprint
+from nemotron_dspark.cache.formats import sample_sizes
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.tokens import read_report
 from nemotron_dspark.cache.verify import check_mask_token
@@ -108,10 +106,11 @@ def train_run(
     }
     if cache is not None:
         notes += _check_cache(cache, spec, draft_config, target_name)
-        settings["cache"] = cache_fingerprint(cache.folder)
+        settings["cache"] = fingerprint(cache.folder)
         source: Source = CacheSource(cache)
         source.plan(config.train)  # refuses what does not fit before the folder is touched
         folders.claim(run_folder, settings, resume)
+        states = sum(cache.layout.shard_sizes)
     else:
         wanted = config.target.model_copy(update={"name": target_name})
         settings["source"] = inputs_of(
@@ -138,6 +137,14 @@ def train_run(
         )
         notes += _notes_on_data(run_folder)
         taps = draft_config.target_layer_ids
+        sizes = sample_sizes(
+            config.cache,
+            store.lengths,
+            lambda sample: store[sample].loss_mask,
+            num_taps=len(taps),
+            hidden_size=spec.hidden_size,
+        )
+        states = int(sizes.sum())
         if config.cache.mode == "online":
             source = online.OnlineSource(store, wanted, taps, watcher.working)
         else:
@@ -164,7 +171,7 @@ def train_run(
     check_space(run_folder, draft, config.train.keep_checkpoints)
     for note in notes:
         watcher.note(f"note: {note}")
-    watcher.note(_summary(settings["mode"], source, draft, config, run_folder))
+    watcher.note(_summary(settings["mode"], source, states, draft, config, run_folder))
     with contextlib.closing(source):
         result = train(source, draft, config.train, run_folder, watcher=watcher)
     return TrainReport(
@@ -205,12 +212,6 @@ def resolve_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     return device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def cache_fingerprint(folder: Path) -> str:
-    """Digest of what identifies a cache's content: its checksums where it has them, else its manifest and index."""
-    names = [CHECKSUMS] if (folder / CHECKSUMS).is_file() else [MANIFEST, INDEX]
-    return hashlib.sha256("".join(files.sha256(folder / name) for name in names).encode()).hexdigest()[:32]
-
-
 def _draft_config(
     tokenizer: Any, spec: TargetSpec, cache: TargetCache | None, config: RunConfig
 ) -> tuple[DraftConfig, list[str]]:
@@ -248,10 +249,9 @@ def _notes_on_data(run_folder: Path) -> list[str]:
     return [*notes, *cut, *tally.skipped.sentences()]
 
 
-def _summary(mode: str, source: Source, draft: DSparkDraft, config: RunConfig, run_folder: Path) -> str:
-    """What is about to run, and what it will take on the disk."""
-    tokens, shape = int(source.lengths.sum()), draft.config
-    states = tokens * bytes_per_token(len(shape.target_layer_ids), shape.hidden_size)
+def _summary(mode: str, source: Source, states: int, draft: DSparkDraft, config: RunConfig, run_folder: Path) -> str:
+    """What is about to run, and what it will take on the disk; ``states`` is the size of all hidden states."""
+    tokens = int(source.lengths.sum())
     budget = min(states, int(config.cache.budget_gb * 1e9))
     disk = expected_disk(draft, config.train.keep_checkpoints + 1)
     disk += {"cached": 0, "online": 5 * tokens, "rolling": 5 * tokens + budget}[mode]

@@ -1,0 +1,138 @@
+"""From one cache format to the other, without the target: what training reads of a sample is carried over.
+
+From DeepSpec's format to the compact one hidden states lose what the quantiser loses, and last hidden states that no
+loss term looks at; the way back adds nothing, so those are zeros. It goes on where it was stopped, as a build does.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron_dspark.cache.build import REPORT, BuildProgress, check_space
+from nemotron_dspark.cache.checksums import fingerprint
+from nemotron_dspark.cache.compact import CompactLayout
+from nemotron_dspark.cache.formats import new_layout
+from nemotron_dspark.cache.layout import MANIFEST, WORK
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cache.writer import CacheWriter
+from nemotron_dspark.config.run import CacheConfig
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import disk_errors, read_json, write_json
+
+_COMMIT_BYTES = 256 * 1024**2  # written between two flushes
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertReport:
+    source: Path
+    folder: Path
+    source_format: str  # in a few words
+    format: str
+    samples: int
+    tokens: int
+    source_bytes: int
+    bytes: int
+    reused_samples: int  # written by an earlier, interrupted call
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"source": str(self.source), "folder": str(self.folder)}
+
+
+def convert_cache(
+    source_folder: Path | str,
+    out_folder: Path | str,
+    cache: CacheConfig,
+    *,
+    progress: Callable[[BuildProgress], None] | None = None,
+) -> ConvertReport:
+    """Write the samples of ``source_folder`` to ``out_folder`` in the format of ``cache``, or finish doing so.
+
+    Every sample's checksum is compared when it is read.
+
+    Raises:
+        InputError: the source is damaged or has that format already, or ``out_folder`` holds something else.
+        EnvironmentFault: not enough free space (known before anything is written), or the disk is full.
+    """
+    started = time.monotonic()
+    source, folder = TargetCache(source_folder), Path(out_folder)
+    compact = isinstance(source.layout, CompactLayout)
+    if compact == (cache.format == "compact"):
+        raise InputError(
+            f"{source.folder} is {'compact' if compact else 'in DeepSpec format'} already.",
+            "Give --to the other format; another quantisation starts from the cache in DeepSpec format.",
+        )
+    _claim(folder, source.folder, cache)
+    if (folder / MANIFEST).is_file():
+        shutil.rmtree(folder / WORK, ignore_errors=True)  # killed between the manifest and this
+        return _report(source, folder, len(source), started)
+    layout = new_layout(
+        cache,
+        source.lengths,
+        source.loss_mask,
+        taps=source.taps,
+        hidden_size=source.hidden_size,
+        extra=source.layout.extra,
+    )
+    done = np.cumsum(source.lengths)
+    with CacheWriter(folder, layout) as writer:
+        reused, pending = int(writer.written.sum()), 0
+        check_space(folder, writer.missing_bytes)
+        for sample_id in np.flatnonzero(~writer.written).tolist():
+            sample = source[sample_id]
+            writer.write(sample_id, sample.input_ids.numpy(), sample.loss_mask.numpy(), sample.taps, sample.last)
+            pending += layout.sample_bytes(sample_id)
+            if pending >= _COMMIT_BYTES:
+                writer.commit()
+                pending = 0
+            if progress:
+                tokens, total = int(done[sample_id]), int(done[-1])
+                progress(BuildProgress("convert", sample_id + 1, len(source), tokens, total))
+        writer.commit()
+        writer.finish(extra_files=[REPORT])
+    return _report(source, folder, reused, started)
+
+
+def _claim(folder: Path, source: Path, cache: CacheConfig) -> None:
+    """`InputError` unless ``folder`` is absent, empty, or of the same conversion, which is noted there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file.", "Choose a folder for the cache.")
+    compact = {"quantisation": cache.quantisation} if cache.format == "compact" else {}
+    inputs = {
+        "converted_from": fingerprint(source),
+        "cache": {"format": cache.format, "shard_bytes": cache.shard_bytes, **compact},
+    }
+    note = folder / REPORT
+    if note.is_file():
+        if read_json(note).get("inputs") != inputs:
+            raise InputError(
+                f"{folder} was made from another cache or with other settings.",
+                "Choose another folder, or delete this one.",
+            )
+        return
+    if folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        raise InputError(f"{folder} is not empty.", "Choose another folder.")
+    known = read_json(source / REPORT) if (source / REPORT).is_file() else {}
+    with disk_errors(folder):
+        write_json(note, {"inputs": inputs, "result": known.get("result")})
+
+
+def _report(source: TargetCache, folder: Path, reused: int, started: float) -> ConvertReport:
+    made = TargetCache(folder)
+    return ConvertReport(
+        source=source.folder,
+        folder=folder,
+        source_format=source.layout.label,
+        format=made.layout.label,
+        samples=len(made),
+        tokens=int(made.lengths.sum()),
+        source_bytes=sum(source.layout.shard_sizes),
+        bytes=sum(made.layout.shard_sizes),
+        reused_samples=reused,
+        seconds=time.monotonic() - started,
+    )
