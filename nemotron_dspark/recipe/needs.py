@@ -229,12 +229,12 @@ def distinct_positions(eligible: float, anchors: int, block: int) -> float:
 def _saved(shape: Shape, rows: int, length: int, slots: int, answer_share: float, b: int, *, dense: bool) -> float:
     """What the draft's forward keeps for its backward, bytes.
 
-    With N slots, K = context + slots: per layer N·(6·H + 4·heads + 4·SwiGLU) + K·(H + 4·keys); once
+    With N slots, K = context + slots: per layer N·(6·H + 4·heads + 3·SwiGLU) + K·(H + 4·keys); once
     context·(T+2)·H, and 2·N·H at the end. Where FlexAttention is not used, also per layer the masks as fp32 and the
     keys and values of every piece that the blocks are cut into; a piece sees the context before its last anchor.
     """
     context = rows * length
-    per_layer = slots * (6 * shape.hidden + 4 * shape.queries + 4 * shape.width)
+    per_layer = slots * (6 * shape.hidden + 4 * shape.queries + 3 * shape.width)
     per_layer += (context + slots) * (shape.hidden + 4 * shape.keys)
     once = context * (shape.taps + 2) * shape.hidden + 2 * slots * shape.hidden
     masks = 0.0

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 5 << 21  # logits of the draft held at a time, slots x vocabulary
-TARGET_ELEMENTS = 1 << 22  # and of the target, positions x vocabulary
+CHUNK_ELEMENTS = 4 << 21  # logits of the draft held at a time, slots x vocabulary
+TARGET_ELEMENTS = 3 << 21  # and of the target, positions x vocabulary
 GROUP_ELEMENTS = 1 << 17  # of them worked on at a time by one thread of a CPU
 TILE = 1 << 13  # words of the vocabulary multiplied at a time on a CPU
 

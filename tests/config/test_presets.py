@@ -76,7 +76,7 @@ def training_activations(draft, length=4096, anchors=512) -> int:
     """Bytes in bf16 of what the draft's forward keeps for its backward, with docs/recipe.md's formula."""
     slots, hidden = anchors * draft.block_size, draft.hidden_size
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    layer = slots * (6 * hidden + 4 * queries + 4 * draft.intermediate_size) + (length + slots) * (hidden + 4 * keys)
+    layer = slots * (6 * hidden + 4 * queries + 3 * draft.intermediate_size) + (length + slots) * (hidden + 4 * keys)
     once = length * (len(draft.target_layer_ids) + 2) * hidden + 2 * slots * hidden
     return 2 * (draft.num_hidden_layers * layer + once)
 
