@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -122,19 +120,6 @@ def assert_same_bits(found, expected):
     assert lines[0] == lines[1]
 
 
-def killed(tiny_hybrid, conversations, folder, settings, kills):
-    """Newest checkpoint after each kill."""
-    program = Path(__file__).with_name("killed_sources.py")
-    done = subprocess.run(
-        [sys.executable, program, tiny_hybrid, conversations, folder, settings.model_dump_json(), str(kills)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_online_training_equals_cached_training(run, cache, cached_run):
     lengths, asked = TargetCache(cache).lengths, config().train
     forwards = Plan.of(asked, len(lengths)).micro_batches(0, asked, lengths)
@@ -158,15 +143,6 @@ def test_no_hidden_state_is_written_and_the_target_runs_once_a_forward(run, monk
     files = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
     assert files <= {"run.json", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "draft", "samples"}
     assert {path.name for path in (folder / "samples").iterdir()} == {"tokens.bin", "lengths.npy", "samples.json"}
-
-
-def test_online_run_killed_at_random_moments_equals_the_undisturbed_one(run, tiny_hybrid, conversations, tmp_path):
-    settings = ("train.global_batch_size=6", "train.checkpoint_every=1", "train.max_steps=10")
-    run("whole", *settings)
-    reached = killed(tiny_hybrid, conversations, tmp_path / "cut", config(*settings), 2)
-    report = run("cut", *settings)
-    assert 0 < report.resumed_from == reached[-1] < 10
-    assert_same_bits(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_finished_run_does_not_load_the_target_again(run, monkeypatch):
@@ -437,16 +413,6 @@ def test_windows_are_replaced_within_the_budget(run, tmp_path, monkeypatch):
     assert 300_000 < disk.most <= 600_000
     assert not (tmp_path / "run" / "windows").exists()
     assert any("at most 600 kB are on the disk" in note for note in disk.notes)
-
-
-def test_rolling_run_killed_at_random_moments_equals_the_undisturbed_one(run, tiny_hybrid, conversations, tmp_path):
-    settings = (*ROLLING, "train.checkpoint_every=5")
-    run("whole", *settings)
-    reached = killed(tiny_hybrid, conversations, tmp_path / "cut", config(*settings), 3)
-    assert len(set(reached)) > 1
-    report = run("cut", *settings)
-    assert 0 < report.resumed_from == reached[-1] < 12
-    assert_same_bits(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_a_window_that_is_gone_is_made_again(run, tmp_path):
