@@ -89,8 +89,8 @@ class CompactLayout(Layout):
         self.label = f"compact, {quantisation}"
         self.extra = extra or {}
         self._of_taps, self._of_last = (kind(hidden_size) for kind in QUANTISATIONS[quantisation])
-        self._columns = columns(len(self.taps), self._of_taps.parts, self._of_last.parts)
-        self.mask_piece = [column.name for column in self._columns].index("loss_mask")
+        self.columns = columns(len(self.taps), self._of_taps.parts, self._of_last.parts)
+        self.mask_piece = [column.name for column in self.columns].index("loss_mask")
         count = int(shards[-1]) + 1 if len(shards) else 0
         self._bounds = np.searchsorted(shards, np.arange(count + 1))
         self.shard_files = tuple(f"shard-{number:05d}.safetensors" for number in range(count))
@@ -106,7 +106,7 @@ class CompactLayout(Layout):
 
     def sample_bytes(self, sample_id: int) -> int:
         rows = self._rows(sample_id)
-        return sum(rows[column.of_last] * column.row_bytes for column in self._columns)
+        return sum(rows[column.of_last] * column.row_bytes for column in self.columns)
 
     def pieces(self, sample_id: int) -> list[tuple[int, int]]:
         rows, starts = self._rows(sample_id), self._starts[int(self.shards[sample_id])]
@@ -115,7 +115,7 @@ class CompactLayout(Layout):
                 start + int(self._before[column.of_last][sample_id]) * column.row_bytes,
                 rows[column.of_last] * column.row_bytes,
             )
-            for column, start in zip(self._columns, starts, strict=True)
+            for column, start in zip(self.columns, starts, strict=True)
         ]
 
     def encode(
@@ -132,7 +132,7 @@ class CompactLayout(Layout):
             **_encoded("taps", self._of_taps.parts, self._of_taps.encode(states)),
             **_encoded("last", self._of_last.parts, self._of_last.encode(kept)),
         }
-        return [found[column.name] for column in self._columns]
+        return [found[column.name] for column in self.columns]
 
     def decode(self, sample_id: int, pieces: Sequence[np.ndarray]) -> Sample:
         found = self._tensors(pieces)
@@ -274,12 +274,12 @@ class CompactLayout(Layout):
         """Offset in the file of each column, and its size as the last entry."""
         rows, samples = self._shard_rows(shard), int(self._bounds[shard + 1] - self._bounds[shard])
         offset = len(self._header(shard)) + 2 * 8 * (samples + 1)
-        return np.cumsum([offset, *(rows[column.of_last] * column.row_bytes for column in self._columns)]).tolist()
+        return np.cumsum([offset, *(rows[column.of_last] * column.row_bytes for column in self.columns)]).tolist()
 
     def _header(self, shard: int) -> bytes:
         rows, samples = self._shard_rows(shard), int(self._bounds[shard + 1] - self._bounds[shard])
         shapes = [(name, torch.int64, (samples + 1,)) for name in ("cu_seqlens", "cu_last")]
-        shapes += [(column.name, column.dtype, (rows[column.of_last], *column.row)) for column in self._columns]
+        shapes += [(column.name, column.dtype, (rows[column.of_last], *column.row)) for column in self.columns]
         header: dict[str, Any] = {
             "__metadata__": {"format": FORMAT, "version": str(VERSION), "quantisation": self.quantisation}
         }
@@ -296,7 +296,7 @@ class CompactLayout(Layout):
         """By column name; of one sample."""
         return {
             column.name: torch.from_numpy(piece.copy()).view(column.dtype).view(-1, *column.row)
-            for column, piece in zip(self._columns, pieces, strict=True)
+            for column, piece in zip(self.columns, pieces, strict=True)
         }
 
 

@@ -159,7 +159,7 @@ class Int4(Quantiser):
         largest = groups.gather(2, at)
         rotated = self._rotate(groups.scatter(2, at, 0.0))
         scales = (rotated.abs().amax(dim=2, keepdim=True) * (_STRETCH / _LEVELS[-1])).bfloat16()
-        place = (rotated / _divisor(scales) + _REACH) * _FINE
+        place = ((rotated / _divisor(scales) + _REACH) * _FINE).clamp(0, 2 * _REACH * _FINE - 1)
         codes = _nearest_levels().to(states.device).index_select(0, place.int().flatten()).view(len(states), -1)
         packed = codes[:, 0::2] | codes[:, 1::2] << 4
         return packed, scales[..., 0], largest[..., 0].bfloat16(), at[..., 0].to(torch.uint8)
