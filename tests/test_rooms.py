@@ -22,7 +22,7 @@ ROOMS = (
     "targets",
     "config",
 )
-BASE = ("errors", "files", "resources")
+BASE = ("errors", "files", "processes", "resources")
 
 
 def module_name(path: Path) -> str:

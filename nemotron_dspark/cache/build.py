@@ -1,53 +1,55 @@
-"""Conversations in, target cache out: tokenise, lay out, run the target, write.
+"""Conversations in, target cache out: tokenise, lay out, run the target, write; all of it at the same time.
 
-Everything but the hidden states follows from the tokenised lengths: the layout, and the batches (similar lengths within
-one shard). So a build that was killed anywhere goes on with the batches it has not written, and ends in the same bytes.
+Everything but the hidden states follows from the tokenised lengths: which samples share a forward, and where every byte
+lies. So whoever computes a batch writes it to its final place, and a build that was killed anywhere goes on with the
+samples it has not written, with any number of processes, and ends in the same bytes.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
-import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
+import torch
 
 from nemotron_dspark import __version__
-from nemotron_dspark.cache.capture import CapturesStates, captured_states
+from nemotron_dspark.cache.capture import CapturesStates
 from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK, Layout
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.cache.tokens import TokenStore, check_no_mask_token, read_report, tokenise
-from nemotron_dspark.cache.writer import CacheWriter, lock, remove_leftovers
+from nemotron_dspark.cache.tokens import (
+    GrowingTokens,
+    Stored,
+    Tokens,
+    TokenStore,
+    check_no_mask_token,
+    read_report,
+    tokenise,
+)
+from nemotron_dspark.cache.work import LayOut, LoadTarget, Work, share
+from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.format import recognise
-from nemotron_dspark.chat.mask import Tokenised
-from nemotron_dspark.config.run import CacheConfig, DataConfig
+from nemotron_dspark.config.run import CacheConfig, DataConfig, TargetConfig
 from nemotron_dspark.data.conversations import SkipTally
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.files import disk_errors, read_json, sha256
+from nemotron_dspark.files import read_json, sha256, write_json
+from nemotron_dspark.targets import Target
 
 REPORT = "build.json"
 _SPARE_BYTES = 16 * 1024**2  # index, checksums and the file system's own needs
-
-
-class Tokens(Protocol):
-    """Tokenised samples; `cache.tokens.TokenStore` has it."""
-
-    lengths: np.ndarray  # int64 [samples]
-    ids: np.ndarray  # int64 [samples], what a person knows them by
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, sample_id: int) -> Tokenised: ...
+_ESTIMATE = 0.9  # of a size that is estimated from the first conversations: one that is short of less may begin
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildProgress:
-    """How far a build is; ``stage`` is "tokenise" (samples = lines read, no total) or "capture"."""
+    """How far a build is; ``stage`` is "tokenise" (samples = lines read) or "capture". Totals are 0 until known."""
 
     stage: str
     samples: int
@@ -84,21 +86,25 @@ def build_cache(
     data: DataConfig | None = None,
     cache: CacheConfig | None = None,
     mask_token_id: int | None = None,
+    helpers: Sequence[LoadTarget] = (),
     progress: Callable[[BuildProgress], None] | None = None,
 ) -> BuildReport:
     """Write the cache of ``conversations_file`` under ``target`` to ``out_folder``, or finish one that was interrupted.
 
-    A finished cache of the same inputs is left as it is. With ``mask_token_id``, data that contains it is refused.
+    A finished cache of the same inputs is left as it is. With ``mask_token_id``, data that contains it is refused. Each
+    of ``helpers`` loads the same target in a process of its own, to compute a share of it; a script that gives any must
+    not build when it is merely imported.
 
     Raises:
         InputError: unusable data, or a folder that holds something else or was built from other inputs.
-        EnvironmentFault: not enough free space (known before the target runs), or the disk is full.
+        EnvironmentFault: not enough free space (estimated before the target runs, known when tokenising ends), the disk
+            is full, or a process died.
         CheckError: the target's hidden states are not finite.
     """
     started = time.monotonic()
     data, cache = data or DataConfig(), cache or CacheConfig()
     conversations, folder = Path(conversations_file), Path(out_folder)
-    report = progress or (lambda _: None)
+    report = _one_at_a_time(progress or (lambda _: None))
     inputs = {
         **inputs_of(
             Path(target.folder), target.tokenizer, target.spec.name, str(target.dtype), conversations, taps, data
@@ -110,15 +116,18 @@ def build_cache(
     if (folder / MANIFEST).is_file():
         shutil.rmtree(work, ignore_errors=True)  # killed between the manifest and this
         return _finished(folder, started)
-    with disk_errors(folder):
-        work.mkdir(parents=True, exist_ok=True)
-    if (folder / REPORT).is_file():
-        check_no_mask_token(TokenStore(work), mask_token_id, folder)
-    else:
-        held = lock(work)
-        try:
-            remove_leftovers(folder)
-            tokenise(
+    lay_out = functools.partial(
+        _lay_out, cache, tuple(taps), target.spec.hidden_size, _manifest_extra(target, conversations, data)
+    )
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(CacheWriter(folder))
+        if _tokenised(folder):
+            tokens: Tokens = TokenStore(work)
+            check_no_mask_token(tokens, mask_token_id, folder)
+        else:
+            write_json(folder / REPORT, {"inputs": inputs})
+            fill = functools.partial(
+                tokenise,
                 work,
                 folder / REPORT,
                 conversations,
@@ -127,68 +136,119 @@ def build_cache(
                 max_positions=target.spec.max_position_embeddings,
                 mask_token_id=mask_token_id,
                 inputs=inputs,
-                progress=lambda lines: report(BuildProgress("tokenise", lines, 0, 0, 0)),
+                processes=1 + len(helpers),
             )
-        finally:
-            os.close(held)
-    store = TokenStore(work)
-    layout = new_layout(
-        cache,
-        store.lengths,
-        lambda sample: store[sample].loss_mask,
-        taps=taps,
-        hidden_size=target.spec.hidden_size,
-        extra=_manifest_extra(target, conversations, data),
-    )
-    with CacheWriter(folder, layout) as writer:
-        reused = int(writer.written.sum())
-        check_space(folder, writer.missing_bytes)
-        write_states(target, store, writer, cache.batch_tokens, report)
+            tokens = stack.enter_context(
+                GrowingTokens(work, lambda grown: fill(progress=_both(grown, _tokenising(report))))
+            )
+        write_states(target, tokens, writer, cache.batch_tokens, report, taps=taps, lay_out=lay_out, helpers=helpers)
         writer.finish(extra_files=[REPORT])
-    return _finished(folder, started, reused)
-
-
-def batches(layout: Layout, batch_tokens: int) -> list[list[int]]:
-    """Sample ids of every forward: within a shard by descending length, at most ``batch_tokens`` padded tokens.
-
-    A pure function of the lengths, so that a resumed build computes what the first one would have. The longest samples
-    come first: if they do not fit in memory, that shows at once.
-    """
-    lengths = layout.lengths.tolist()
-    bounds = np.searchsorted(layout.shards, np.arange(len(layout.shard_files) + 1)).tolist()
-    result: list[list[int]] = []
-    for first, stop in itertools.pairwise(bounds):
-        ordered = sorted(range(first, stop), key=lambda sample: (-lengths[sample], sample))
-        batch: list[int] = []
-        for sample in ordered:
-            if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
-                result.append(batch)
-                batch = []
-            batch.append(sample)
-        result.append(batch)
-    return result
+    return _finished(folder, started, writer.reused)
 
 
 def write_states(
     target: CapturesStates,
-    store: Tokens,
+    tokens: Tokens,
     writer: CacheWriter,
     batch_tokens: int,
     report: Callable[[BuildProgress], None],
+    *,
+    taps: Sequence[int] | None = None,
+    lay_out: LayOut | None = None,
+    helpers: Sequence[LoadTarget] = (),
 ) -> None:
-    """Run the target over the samples of ``store`` that ``writer`` does not have yet."""
-    total = int(store.lengths.sum())
-    for batch in batches(writer.layout, batch_tokens):
-        if not writer.written[batch].all():
-            samples = [store[sample_id] for sample_id in batch]
-            taps, last = captured_states(target, samples, store.ids[batch], writer.layout.taps)
-            taps, last = taps.cpu(), last.cpu()
-            for row, (sample_id, sample) in enumerate(zip(batch, samples, strict=True)):
-                length = len(sample.input_ids)
-                writer.write(sample_id, sample.input_ids, sample.loss_mask, taps[row, :length], last[row, :length])
-            writer.commit()
+    """Run the target over the samples of ``tokens`` that ``writer`` does not have yet.
+
+    ``lay_out`` is for a writer whose layout is to be extended as samples become known; else it reaches all of them.
+    """
+
+    def tell() -> None:
         written = writer.written
-        report(BuildProgress("capture", int(written.sum()), len(store), int(store.lengths[written].sum()), total))
+        lengths = tokens.lengths[: len(written)]
+        totals = (len(tokens), int(tokens.lengths.sum())) if tokens.complete else (0, 0)
+        report(BuildProgress("capture", int(written.sum()), totals[0], int(lengths[written].sum()), totals[1]))
+
+    work = Work(tokens, writer, batch_tokens, lay_out, _check_room)
+    taps = tuple(writer.layout.taps if taps is None else taps)
+    share(work, target, taps, tokens, writer, tell, lay_out=lay_out, helpers=helpers)
+
+
+def helping_targets(config: TargetConfig, device: torch.device, processes: int | None) -> list[LoadTarget]:
+    """How the processes beside this one, which has the target on ``device``, load theirs.
+
+    ``processes`` None takes every CUDA device when ``config`` names none, and this process alone elsewhere. Several on
+    a CPU share the threads that torch has here.
+
+    Raises:
+        InputError: there are not so many devices.
+    """
+    if device.type == "cuda":
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        if config.device not in ("auto", "cuda"):
+            devices = [config.device]
+    else:
+        devices = [config.device] * (processes or 1 if device.type == "cpu" else 1)
+    wanted = processes or len(devices)
+    if wanted > len(devices):
+        raise InputError(
+            f"{wanted} processes are asked for, and {len(devices)} device{'s' * (len(devices) != 1)} can be used.",
+            "Give --processes no more than there are GPUs, and leave target.device at auto.",
+        )
+    threads = None
+    if device.type == "cpu" and wanted > 1:
+        threads = max(1, torch.get_num_threads() // wanted)
+        torch.set_num_threads(threads)
+    return [
+        functools.partial(_load, config.model_copy(update={"device": device}), threads) for device in devices[1:wanted]
+    ]
+
+
+def _load(config: TargetConfig, threads: int | None) -> CapturesStates:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Target.of(config)
+
+
+def _lay_out(
+    cache: CacheConfig, taps: tuple[int, ...], hidden_size: int, extra: Mapping[str, Any], tokens: Tokens, samples: int
+) -> Layout:
+    """The layout of the first ``samples`` of ``tokens``."""
+    lengths = tokens.lengths[:samples]
+    return new_layout(
+        cache,
+        lengths,
+        lambda sample: tokens[sample].loss_mask,
+        taps=taps,
+        hidden_size=hidden_size,
+        extra=extra,
+    )
+
+
+def _tokenised(folder: Path) -> bool:
+    return (folder / REPORT).is_file() and "result" in read_json(folder / REPORT)
+
+
+def _one_at_a_time(report: Callable[[BuildProgress], None]) -> Callable[[BuildProgress], None]:
+    """``report`` for several threads."""
+    reporting = threading.Lock()
+
+    def locked(progress: BuildProgress) -> None:
+        with reporting:
+            report(progress)
+
+    return locked
+
+
+def _tokenising(report: Callable[[BuildProgress], None]) -> Callable[[Stored], None]:
+    return lambda stored: report(BuildProgress("tokenise", stored.lines, 0, 0, 0))
+
+
+def _both(*calls: Callable[[Any], None]) -> Callable[[Any], None]:
+    def call(value: Any) -> None:
+        for each in calls:
+            each(value)
+
+    return call
 
 
 def _finished(folder: Path, started: float, reused: int | None = None) -> BuildReport:
@@ -231,14 +291,26 @@ def _check_folder(folder: Path, inputs: dict[str, Any]) -> None:
         )
 
 
-def check_space(folder: Path, missing: int) -> None:
+def check_space(folder: Path, missing: int, how: str = "") -> None:
+    """`EnvironmentFault` unless ``missing`` bytes more fit on the disk; ``how`` it is known."""
     free = shutil.disk_usage(folder).free
     if free < missing + _SPARE_BYTES:
         raise EnvironmentFault(
-            f"The cache needs {missing / 1e9:.2f} GB more and {folder} has {free / 1e9:.2f} GB free.",
+            f"The cache needs {how}{missing / 1e9:.2f} GB more and {folder} has {free / 1e9:.2f} GB free.",
             "Free some space, and the same command goes on; or choose another disk, fewer conversations or taps, or no "
             "cache (`nds train --data`): `nds plan` compares them.",
         )
+
+
+def _check_room(tokens: Tokens, writer: CacheWriter) -> None:
+    """`check_space` for what is known to come, and for all that seems to come when the rest is like what was read."""
+    check_space(writer.folder, writer.missing_bytes)
+    if not tokens.complete:
+        laid_out = tokens.lengths[: len(writer.written)].sum() / tokens.lengths.sum()
+        whole = sum(writer.layout.shard_sizes) / laid_out / tokens.read
+        shards = (path for path in (*writer.folder.glob("shard-*"), *writer.work.glob("shard-*")))
+        there = sum(512 * path.stat().st_blocks for path in shards)
+        check_space(writer.folder, int(_ESTIMATE * (whole - there)), "about ")
 
 
 def inputs_of(

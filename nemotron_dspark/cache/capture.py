@@ -1,6 +1,8 @@
 """One forward of the target over tokenised samples: what a cache stores of them, checked."""
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,56 @@ class CapturesStates(Protocol):
     def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: tuple[int, ...]) -> Any: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class States:
+    """Hidden states of a batch on the target's device, which may still be computing them.
+
+    Rows are padded on the right; what they hold behind their sample is without meaning.
+    """
+
+    taps: Tensor  # bf16 [B, S, T·H]
+    last: Tensor  # bf16 [B, S, H]
+    finite: Tensor  # bool [B, S]
+    real: Tensor  # bool [B, S], on the host: positions of tokens
+    done: torch.cuda.Event | None  # on CUDA: when they are computed
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """For another thread than the target's: wait for these states, and for nothing the device is given later."""
+        if self.done is None:
+            yield
+            return
+        stream = torch.cuda.Stream(self.taps.device)
+        stream.wait_event(self.done)
+        with torch.cuda.stream(stream):
+            yield
+
+    def check_finite(self, sample_ids: Sequence[int]) -> None:
+        """`CheckError` when a hidden state of a real token is not finite; ``sample_ids`` of the rows, to name it."""
+        broken = (~self.finite.cpu() & self.real).any(dim=1)  # [B]
+        if broken.any():
+            raise CheckError(
+                f"The target's hidden states of sample {sample_ids[int(broken.nonzero()[0])]} are not finite.",
+                "Load the target in another type (target.dtype=bfloat16 or float32).",
+            )
+
+
+def capture_states(target: CapturesStates, samples: Sequence[Tokenised], taps: tuple[int, ...]) -> States:
+    """Start one forward over ``samples``. It needs no mask: no token sees a later one, and padding comes last.
+
+    That is what the proof of causality shows on the loaded target; without a mask attention takes its fastest path.
+    """
+    input_ids, real = _padded(samples, target.tokenizer.pad_token_id or 0)
+    captured = target.capture(input_ids.to(target.device), None, taps)
+    tapped, last = captured.taps.to(torch.bfloat16), captured.last.to(torch.bfloat16)
+    sums = tapped.sum(-1, dtype=torch.float32) + last.sum(-1, dtype=torch.float32)  # one that is not finite shows
+    done = None
+    if tapped.is_cuda:
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(tapped.device))
+    return States(tapped, last, torch.isfinite(sums), real, done)
+
+
 def captured_states(
     target: CapturesStates,
     samples: Sequence[Tokenised],
@@ -36,11 +88,9 @@ def captured_states(
     Raises:
         CheckError: a hidden state of a real token is not finite.
     """
-    input_ids, real = _padded(samples, target.tokenizer.pad_token_id or 0)
-    captured = target.capture(input_ids.to(target.device), real.to(target.device), taps)
-    tapped, last = captured.taps.to(torch.bfloat16), captured.last.to(torch.bfloat16)
-    _check_finite(tapped, last, real, sample_ids)
-    return tapped, last
+    states = capture_states(target, samples, taps)
+    states.check_finite(sample_ids)
+    return states.taps, states.last
 
 
 def _padded(samples: Sequence[Tokenised], pad: int) -> tuple[Tensor, Tensor]:
@@ -50,18 +100,3 @@ def _padded(samples: Sequence[Tokenised], pad: int) -> tuple[Tensor, Tensor]:
     for row, sample in enumerate(samples):
         input_ids[row, : lengths[row]] = torch.from_numpy(sample.input_ids)
     return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]
-
-
-def _check_finite(
-    taps: Tensor,  # bf16 [B, S, T·H]
-    last: Tensor,  # bf16 [B, S, H]
-    real: Tensor,  # bool [B, S]
-    sample_ids: Sequence[int],
-) -> None:
-    sums = taps.sum(-1, dtype=torch.float32) + last.sum(-1, dtype=torch.float32)  # one number that is not finite shows
-    broken = (~torch.isfinite(sums).cpu() & real).any(dim=1)  # [B]
-    if broken.any():
-        raise CheckError(
-            f"The target's hidden states of sample {sample_ids[int(broken.nonzero()[0])]} are not finite.",
-            "Load the target in another type (target.dtype=bfloat16 or float32).",
-        )

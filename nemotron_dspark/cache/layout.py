@@ -108,13 +108,14 @@ def manifest_of(folder: Path) -> Path:
 
 def split_into_shards(sizes: Sequence[int] | np.ndarray, shard_bytes: int) -> np.ndarray:
     """Shard of each sample of ``sizes`` bytes: one is closed before the sample that would exceed ``shard_bytes``."""
-    shards = np.zeros(len(sizes), dtype=np.int64)
-    shard, filled = -1, 0
-    for sample, size in enumerate(np.asarray(sizes, dtype=np.int64).tolist()):
-        if shard < 0 or filled + size > shard_bytes:
-            shard, filled = shard + 1, 0
-        shards[sample] = shard
-        filled += size
+    ends = np.cumsum(sizes, dtype=np.int64)
+    shards = np.zeros(len(ends), dtype=np.int64)
+    first, shard = 0, 0
+    while first < len(ends):
+        before = ends[first - 1] if first else 0
+        stop = max(first + 1, int(np.searchsorted(ends, before + shard_bytes, side="right")))
+        shards[first:stop] = shard
+        first, shard = stop, shard + 1
     return shards
 
 

@@ -1,21 +1,28 @@
 """The tokenised data set of a build: conversations become samples once, and a resumed build reads them back.
 
-`tokens.bin` holds int32 ids and the uint8 loss mask of one sample after the other, `lengths.npy` how long each is.
+`tokens.bin` holds int32 ids and the uint8 loss mask of one sample after the other, `lengths.bin` how long each is, as
+int64. Both are appended to: what has been flushed can be read while the rest is still being tokenised.
 """
 
 import dataclasses
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Self
 
 import numpy as np
 
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.config.run import DataConfig
-from nemotron_dspark.data.conversations import Skipped, SkipTally
-from nemotron_dspark.data.samples import read_samples
+from nemotron_dspark.data import conversations as rows
+from nemotron_dspark.data.conversations import SkipTally
+from nemotron_dspark.data.pieces import tokenised_pieces
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import read_json, write_json, write_whole
+from nemotron_dspark.files import disk_errors, read_json, write_json
+
+TOKENS = "tokens.bin"
+LENGTHS = "lengths.bin"
 
 
 @dataclasses.dataclass
@@ -29,25 +36,59 @@ class Tally:
     skipped: SkipTally = dataclasses.field(default_factory=SkipTally)
 
 
-class TokenStore:
-    """Samples on disk; ``store[i]`` is a `Tokenised`."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How far tokenising is."""
 
-    def __init__(self, folder: Path):
-        self.lengths: np.ndarray = np.load(folder / "lengths.npy", allow_pickle=False)  # int64 [samples]
-        self.ids = np.arange(len(self.lengths))
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]) * 5
-        self._data = np.memmap(folder / "tokens.bin", dtype=np.uint8, mode="r")
+    lines: int
+    samples: int
+    read: float  # share of the file
+
+
+class Tokens:
+    """Tokenised samples; ``tokens[i]`` is a `Tokenised`. There may be more to come until it is `complete`."""
+
+    lengths: np.ndarray  # int64 [samples], as far as they are known
+    ids: np.ndarray  # int64 [samples], what a person knows them by
+    complete = True
+    read = 1.0  # share of the conversations that they come from
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, sample_id: int) -> Tokenised:
+        raise NotImplementedError
+
+    def wait(self, samples: int) -> None:
+        """Return when so many samples are known, or all of them, or `stop` was called."""
+
+    def stop(self) -> None:
+        """Let nobody wait any longer."""
+
+
+class TokenStore(Tokens):
+    """Samples on disk."""
+
+    def __init__(self, folder: Path, samples: int | None = None):
+        """The first ``samples`` of them; all by default."""
+        self._folder = folder
+        self._file = open(folder / TOKENS, "rb")  # noqa: SIM115, it is closed with the object
+        self.grow(samples)
+
+    def grow(self, samples: int | None = None) -> None:
+        """Know the first ``samples``, which must have been flushed."""
+        lengths = np.fromfile(self._folder / LENGTHS, "<i8", count=-1 if samples is None else samples)
+        self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * 5
+        self.ids = np.arange(len(lengths))
+        self.lengths = lengths
+
+    def __getitem__(self, sample_id: int) -> Tokenised:
         start, length = int(self._starts[sample_id]), int(self.lengths[sample_id])
-        ids = np.frombuffer(self._data, "<i4", count=length, offset=start)
-        return Tokenised(ids.copy(), self._data[start + 4 * length : start + 5 * length].copy())
+        data = bytearray(os.pread(self._file.fileno(), 5 * length, start))
+        return Tokenised(np.frombuffer(data, "<i4", count=length), np.frombuffer(data, np.uint8, offset=4 * length))
 
 
-class Selected:
+class Selected(Tokens):
     """Some of the samples of a store, numbered from 0."""
 
     def __init__(self, store: TokenStore, ids: np.ndarray):
@@ -55,11 +96,72 @@ class Selected:
         self.ids = ids
         self._store = store
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getitem__(self, place: int) -> Tokenised:
         return self._store[int(self.ids[place])]
+
+
+class GrowingTokens(TokenStore):
+    """The samples of a folder that a thread fills; use as a context manager."""
+
+    def __init__(self, folder: Path, fill: Callable[[Callable[[Stored], None]], None]):
+        """``fill(progress)`` runs in the thread and tells ``progress`` what it has flushed."""
+        for name in (TOKENS, LENGTHS):
+            with disk_errors(folder), open(folder / name, "wb"):
+                pass
+        super().__init__(folder, 0)
+        self.complete = False
+        self._changed = threading.Condition()  # guards everything below
+        self._stored = Stored(0, 0, 0.0)
+        self._filled = self._stopped = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(fill,), name="tokenise")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join()
+
+    def wait(self, samples: int) -> None:
+        """Raises what the thread raised."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stored.samples >= samples or self._filled or self._failure or self._stopped
+            )
+            if self._failure is not None:
+                raise self._failure
+            stored, complete = self._stored, self._filled
+        self.grow(stored.samples)
+        self.read, self.complete = stored.read, complete
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _run(self, fill: Callable[[Callable[[Stored], None]], None]) -> None:
+        try:
+            fill(self._grown)
+            with self._changed:
+                self._filled = True
+                self._changed.notify_all()
+        except BaseException as error:  # is raised where somebody waits
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _grown(self, stored: Stored) -> None:
+        with self._changed:
+            if self._stopped:
+                raise _Stopped
+            self._stored = stored
+            self._changed.notify_all()
+
+
+class _Stopped(Exception):
+    """Nobody waits for more samples."""
 
 
 def store_tokens(
@@ -69,42 +171,49 @@ def store_tokens(
     data: DataConfig,
     *,
     mask_token_id: int | None,
-    progress: Callable[[int], None] = lambda lines: None,
+    processes: int = 1,
+    progress: Callable[[Stored], None] = lambda stored: None,
 ) -> Tally:
     """Tokenise ``conversations`` into ``folder``; sample ids are dense in the order of the file.
 
+    ``progress`` hears of samples when they can be read. ``processes`` is for files that are worth others
+    (`data.pieces`).
+
     Raises:
         InputError: no sample is left, or the draft's mask token occurs in one (named with its line).
+        EnvironmentFault: the disk is full, or a process died.
     """
     tally = Tally()
-    lengths: list[int] = []
-
-    def write(file: BinaryIO) -> None:
-        for item in read_samples(conversations, tokenizer, data):
-            progress(item.line)
-            if isinstance(item, Skipped):
-                tally.skipped.add(item)
-                continue
-            sample = item.tokens
-            if mask_token_id is not None and (sample.input_ids == mask_token_id).any():
-                raise InputError(
-                    f"{conversations}:{item.line} contains the draft's mask token {mask_token_id}.",
-                    "Take that conversation out, or set draft.mask_token_id to a token the data never uses.",
-                )
-            file.write(sample.input_ids.astype("<i4").tobytes() + sample.loss_mask.tobytes())
-            lengths.append(len(sample.input_ids))
-            tally.tokens += len(sample.input_ids)
-            tally.loss_tokens += sample.loss_tokens
-
-    write_whole(folder / "tokens.bin", write)
-    if not lengths:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder), open(folder / TOKENS, "wb") as tokens, open(folder / LENGTHS, "wb") as lengths:
+        for piece in tokenised_pieces(conversations, tokenizer, data, processes=processes):
+            for skipped in piece.skipped:
+                tally.skipped.add(skipped)
+            for line, sample in piece.samples:
+                if mask_token_id is not None and (sample.input_ids == mask_token_id).any():
+                    raise InputError(
+                        f"{conversations}:{line} contains the draft's mask token {mask_token_id}.",
+                        "Take that conversation out, or set draft.mask_token_id to a token the data never uses.",
+                    )
+                tally.samples += 1
+                tally.tokens += len(sample.input_ids)
+                tally.loss_tokens += sample.loss_tokens
+                tally.cut += len(sample.input_ids) == data.max_length
+                tokens.write(sample.input_ids.astype("<i4").tobytes() + sample.loss_mask.tobytes())
+                lengths.write(len(sample.input_ids).to_bytes(8, "little"))
+            for file in (tokens, lengths):
+                file.flush()
+            progress(Stored(piece.last_line, tally.samples, piece.read))
+        for file in (tokens, lengths):
+            os.fsync(file.fileno())
+    if not tally.samples:
+        for _ in rows.read(conversations):  # says it better where no conversation can be used
+            pass
         raise InputError(
             f"{conversations} leaves no sample: {'; '.join(tally.skipped.sentences())}.",
             "`nds data check` shows what happens to each conversation.",
         )
-    tally.samples = len(lengths)
-    tally.cut = int((np.asarray(lengths) == data.max_length).sum())
-    write_whole(folder / "lengths.npy", lambda file: np.save(file, np.asarray(lengths, dtype=np.int64)))
     return tally
 
 
@@ -118,7 +227,8 @@ def tokenise(
     max_positions: int,
     mask_token_id: int | None,
     inputs: dict[str, Any],
-    progress: Callable[[int], None] = lambda lines: None,
+    processes: int = 1,
+    progress: Callable[[Stored], None] = lambda stored: None,
 ) -> None:
     """`store_tokens` into ``folder``, no sample longer than ``max_positions``; the file ``report`` marks it as done.
 
@@ -130,6 +240,7 @@ def tokenise(
         tokenizer,
         data.model_copy(update={"max_length": min(data.max_length, max_positions)}),
         mask_token_id=mask_token_id,
+        processes=processes,
         progress=progress,
     )
     notes = []

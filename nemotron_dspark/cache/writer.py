@@ -1,19 +1,22 @@
 """Write a target cache so that nothing computed is ever lost.
 
-Lengths decide the layout, so every sample goes straight to its final place in whatever order it is computed. Until it
-is complete a shard lies in `.build/`; `commit` makes the samples written so far durable and enters them in a journal
-there. A killed build continues with the samples the journal does not have. `manifest.json` comes last: a folder that
-has one is complete.
+Lengths decide the layout, so every sample goes straight to its final place, in whatever order and by whatever process
+it is computed. Until it is complete a shard lies in `.build/`. Samples that are durable are entered in a journal there,
+by one process; a killed build continues with the samples the journal does not have. `manifest.json` comes last: a
+folder that has one is complete.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import struct
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,38 +33,122 @@ _CONTENT = struct.Struct("<QI")  # sample id, its checksum
 _ENTRY = struct.Struct("<QII")  # and the CRC-32 of these twelve bytes: a torn entry does not count
 
 
-class CacheWriter:
-    """Writer of one cache folder; use as a context manager. One process at a time: a second one is refused."""
+class ShardFiles:
+    """The unfinished shards of a cache, for whoever computes samples of it: any thread, any process."""
 
-    def __init__(self, folder: Path | str, layout: Layout):
+    def __init__(self, folder: Path, layout: Layout | None = None):
+        self.folder = folder
+        self.layout = layout
+        self._open: dict[int, int] = {}  # shard id -> file descriptor
+        self._opening = threading.Lock()
+
+    def partial(self, shard: int) -> Path:
+        return self.folder / WORK / f"{self.layout.shard_files[shard]}.partial"
+
+    def write(
+        self,
+        sample_id: int,
+        input_ids: np.ndarray,  # int32 [S]
+        loss_mask: np.ndarray,  # uint8 [S]
+        taps: Tensor,  # [S, T·H]
+        last: Tensor,  # [S, H]
+    ) -> int:
+        """Put one sample in its place and return its checksum; it is durable after the next `flush`."""
+        length, width = int(self.layout.lengths[sample_id]), self.layout.hidden_size
+        shapes = (input_ids.shape, loss_mask.shape, tuple(taps.shape), tuple(last.shape))
+        if shapes != ((length,), (length,), (length, len(self.layout.taps) * width), (length, width)):
+            raise ValueError(f"sample {sample_id} of length {length} was given with shapes {shapes}")
+        parts = self.layout.encode(sample_id, input_ids, loss_mask, taps, last)
+        descriptor = self._descriptor(int(self.layout.shards[sample_id]))
+        with disk_errors(self.folder):
+            for part, (offset, _) in zip(parts, self.layout.pieces(sample_id), strict=True):
+                _write_at(descriptor, part, offset)
+        return sample_checksum(parts)
+
+    def flush(self) -> None:
+        """Make everything written here durable."""
+        with disk_errors(self.folder):
+            for descriptor in self._open.values():
+                os.fsync(descriptor)
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _descriptor(self, shard: int) -> int:
+        with self._opening:
+            if shard not in self._open:
+                with disk_errors(self.folder):
+                    self._open[shard] = os.open(self.partial(shard), os.O_RDWR | os.O_CREAT, 0o644)
+                    os.ftruncate(self._open[shard], self.layout.shard_sizes[shard])
+                    _write_at(self._open[shard], np.frombuffer(self.layout.preamble(shard), np.uint8), 0)
+            return self._open[shard]
+
+
+class CacheWriter:
+    """Keeper of one cache folder; use as a context manager. One at a time: a second one is refused.
+
+    Samples may be written by others, to `ShardFiles` of the same folder, in any process; `enter` notes them here, in
+    any thread. Shards that are complete are put in place by a thread of its own, which reads them once more.
+    """
+
+    def __init__(self, folder: Path | str, layout: Layout | None = None):
+        """``layout`` may be of the first shards only, and then `extend`ed to more of them."""
         self.folder = Path(folder)
         self.work = self.folder / WORK
-        self.layout = layout
-        self._bounds = np.searchsorted(layout.shards, np.arange(len(layout.shard_files) + 1))
+        self.layout: Layout | None = None
+        self.files = ShardFiles(self.folder)
+        self.written = np.zeros(0, dtype=bool)  # [samples]
+        self.reused = 0  # samples that an earlier, killed build had written
+        self._checksums = np.zeros(0, dtype="<u4")
+        self._written_bytes = 0
+        self._bounds = np.zeros(1, dtype=np.int64)  # first sample of each shard, and the number of samples
         self._journal = self.work / "written.journal"
         self._digests_file = self.work / CHECKSUMS
-        self._open: dict[int, int] = {}  # shard id -> file descriptor
-        self._pending: list[int] = []
-        self._checksums = np.zeros(len(layout.lengths), dtype="<u4")
+        self._pending: dict[int, int] = {}  # sample -> checksum
+        self._state = threading.RLock()
         with disk_errors(self.folder):
             self.work.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.work)
+        self._closer = ThreadPoolExecutor(1, "close-shards")
+        self._closing: list[Future] = []
         remove_leftovers(self.folder)
-        self.written = self._resume()  # bool [samples]
+        self._noted = _read_journal(self._journal)  # sample -> checksum, of samples that the layout does not reach yet
+        self._digests = read_json(self._digests_file) if self._digests_file.is_file() else {}
+        self._rewrite_journal()  # without a torn entry at its end
+        if layout is not None:
+            self.extend(layout)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        self.files.close()
+        self._closer.shutdown(cancel_futures=True)
         os.close(self._lock)
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes that the samples not written yet will take."""
-        return sum(map(self.layout.sample_bytes, np.flatnonzero(~self.written).tolist()))
+        """Bytes that the samples of the layout that are not written yet will take."""
+        return sum(self.layout.shard_sizes) - self._written_bytes
+
+    def extend(self, layout: Layout) -> None:
+        """Go on with ``layout``, which begins with the shards of the one before; what is there of the others counts."""
+        with self._state:
+            shards, samples = len(self._bounds) - 1, len(self.written)
+            self.layout = self.files.layout = layout
+            self._bounds = np.searchsorted(layout.shards, np.arange(len(layout.shard_files) + 1))
+            new = len(layout.lengths) - samples
+            self.written = np.append(self.written, np.zeros(new, dtype=bool))
+            self._checksums = np.append(self._checksums, np.zeros(new, dtype="<u4"))
+            lost = [self._resume(shard) for shard in range(shards, len(layout.shard_files))]
+            if any(lost):
+                self._rewrite_journal()
+            found = samples + np.flatnonzero(self.written[samples:])
+            self.reused += len(found)
+            self._written_bytes += sum(map(layout.sample_bytes, found.tolist()))
 
     def write(
         self,
@@ -72,33 +159,31 @@ class CacheWriter:
         last: Tensor,  # [S, H]
     ) -> None:
         """Put one sample in its place; it counts as written after the next `commit`."""
-        length, width = int(self.layout.lengths[sample_id]), self.layout.hidden_size
-        shapes = (input_ids.shape, loss_mask.shape, tuple(taps.shape), tuple(last.shape))
-        if shapes != ((length,), (length,), (length, len(self.layout.taps) * width), (length, width)):
-            raise ValueError(f"sample {sample_id} of length {length} was given with shapes {shapes}")
-        parts = self.layout.encode(sample_id, input_ids, loss_mask, taps, last)
-        descriptor = self._descriptor(int(self.layout.shards[sample_id]))
-        with disk_errors(self.folder):
-            for part, (offset, _) in zip(parts, self.layout.pieces(sample_id), strict=True):
-                _write_at(descriptor, part, offset)
-        self._checksums[sample_id] = sample_checksum(parts)
-        self._pending.append(sample_id)
+        self._pending[sample_id] = self.files.write(sample_id, input_ids, loss_mask, taps, last)
 
     def commit(self) -> None:
-        """Make everything written so far durable, note it, and put shards that are complete in place."""
-        with disk_errors(self.folder):
-            for descriptor in self._open.values():
-                os.fsync(descriptor)
-            with open(self._journal, "ab") as journal:
-                journal.write(self._entries(self._pending))
+        """Make everything written so far durable and note it."""
+        self.files.flush()
+        self.enter(self._pending)
+        self._pending = {}
+
+    def enter(self, checksums: Mapping[int, int]) -> None:
+        """Note samples that are durable, by id with their checksums; shards that they complete are put in place."""
+        with self._state:
+            with disk_errors(self.folder), open(self._journal, "ab") as journal:
+                journal.write(b"".join(itertools.starmap(_entry, checksums.items())))
                 journal.flush()
                 os.fsync(journal.fileno())
-        shards = set(self.layout.shards[self._pending].tolist())
-        self.written[self._pending] = True
-        self._pending.clear()
-        for shard in sorted(shards):
-            if self._samples(shard).all():
-                self._close_shard(shard)
+            for sample_id, checksum in checksums.items():
+                self._checksums[sample_id] = checksum
+                self._written_bytes += self.layout.sample_bytes(sample_id)
+            self.written[list(checksums)] = True
+            for shard in np.unique(self.layout.shards[list(checksums)]).tolist():
+                if self._samples(shard).all():
+                    self._close(shard)
+            for closed in self._closing:
+                if closed.done():
+                    closed.result()
 
     def finish(self, extra_files: Iterable[str] = ()) -> None:
         """Write index, checksums (of ``extra_files`` too) and manifest; the cache is complete when this returns."""
@@ -107,57 +192,50 @@ class CacheWriter:
                 f"{int((~self.written).sum())} samples of {self.folder} were never written.",
                 "Run the same build again.",
             )
+        for closed in self._closing:
+            closed.result()
         finish_cache(self.folder, self.layout, self._checksums, self._digests, extra_files)
         shutil.rmtree(self.work)
 
     def _samples(self, shard: int) -> np.ndarray:  # bool [samples of the shard], a view
         return self.written[self._bounds[shard] : self._bounds[shard + 1]]
 
-    def _partial(self, shard: int) -> Path:
-        return self.work / f"{self.layout.shard_files[shard]}.partial"
+    def _close(self, shard: int) -> None:
+        partial = self.files.partial(shard)
+        self._closing.append(self._closer.submit(self._put_in_place, self.layout.shard_files[shard], partial))
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            with disk_errors(self.folder):
-                self._open[shard] = os.open(self._partial(shard), os.O_RDWR | os.O_CREAT, 0o644)
-                os.ftruncate(self._open[shard], self.layout.shard_sizes[shard])
-                _write_at(self._open[shard], np.frombuffer(self.layout.preamble(shard), np.uint8), 0)
-        return self._open[shard]
+    def _put_in_place(self, name: str, partial: Path) -> None:
+        with disk_errors(self.folder):
+            digest = sha256(partial)
+            with self._state:
+                self._digests[name] = digest
+                write_json(self._digests_file, self._digests)
+            os.replace(partial, self.folder / name)
+            fsync_folder(self.folder)
 
-    def _close_shard(self, shard: int) -> None:
-        os.close(self._open.pop(shard))
-        self._record_digest(shard, self._partial(shard))
-        os.replace(self._partial(shard), self.folder / self.layout.shard_files[shard])
-        fsync_folder(self.folder)
+    def _resume(self, shard: int) -> bool:
+        """Count what an earlier, killed build has written of ``shard`` for certain; whether it noted more than that."""
+        samples = range(self._bounds[shard], self._bounds[shard + 1])
+        noted = {sample: self._noted.pop(sample) for sample in samples if sample in self._noted}
+        if not noted:
+            return False
+        name, size = self.layout.shard_files[shard], self.layout.shard_sizes[shard]
+        done, partial = self.folder / name, self.files.partial(shard)
+        whole = _size(done) == size and name in self._digests  # both are written before it is put in place
+        if whole and len(noted) < len(samples):  # the journal was lost
+            os.replace(done, partial)
+        elif not whole and _size(partial) != size:
+            return True
+        for sample, checksum in noted.items():
+            self.written[sample], self._checksums[sample] = True, checksum
+        if not whole and len(noted) == len(samples):  # killed between the last note and the rename
+            self._close(shard)
+        return False
 
-    def _record_digest(self, shard: int, path: Path) -> None:
-        self._digests[self.layout.shard_files[shard]] = sha256(path)
-        write_json(self._digests_file, self._digests)
-
-    def _resume(self) -> np.ndarray:  # bool [samples]
-        """What an earlier, killed build has written for certain."""
-        self.written = np.zeros(len(self.layout.lengths), dtype=bool)
-        noted = np.zeros_like(self.written)
-        for sample_id, checksum in _read_journal(self._journal, len(noted)):
-            noted[sample_id], self._checksums[sample_id] = True, checksum
-        self._digests = read_json(self._digests_file) if self._digests_file.is_file() else {}
-        for shard, (name, size) in enumerate(zip(self.layout.shard_files, self.layout.shard_sizes, strict=True)):
-            samples = slice(self._bounds[shard], self._bounds[shard + 1])
-            done, partial = self.folder / name, self._partial(shard)
-            if _size(done) == size and name in self._digests:  # its digest and its samples are noted before its rename
-                self.written[samples] = noted[samples]
-                if not noted[samples].all():  # the journal was lost
-                    os.replace(done, partial)
-            elif _size(partial) == size:
-                self.written[samples] = noted[samples]
-                if self.written[samples].all():  # killed between the last commit and the rename
-                    self._descriptor(shard)
-                    self._close_shard(shard)
-        write_whole(self._journal, lambda file: file.write(self._entries(np.flatnonzero(self.written).tolist())))
-        return self.written
-
-    def _entries(self, sample_ids: Iterable[int]) -> bytes:
-        return b"".join(_entry(sample_id, int(self._checksums[sample_id])) for sample_id in sample_ids)
+    def _rewrite_journal(self) -> None:
+        known = {sample: int(self._checksums[sample]) for sample in np.flatnonzero(self.written).tolist()}
+        entries = itertools.starmap(_entry, (known | self._noted).items())
+        write_whole(self._journal, lambda file: file.write(b"".join(entries)))
 
 
 def finish_cache(
@@ -233,15 +311,15 @@ def _entry(sample_id: int, checksum: int) -> bytes:
     return _ENTRY.pack(sample_id, checksum, zlib.crc32(_CONTENT.pack(sample_id, checksum)))
 
 
-def _read_journal(path: Path, num_samples: int) -> list[tuple[int, int]]:
-    """Samples that were noted, and their checksums."""
+def _read_journal(path: Path) -> dict[int, int]:
+    """Checksum of every sample that was noted."""
     data = path.read_bytes() if path.is_file() else b""
     whole = data[: len(data) - len(data) % _ENTRY.size]
-    return [
-        (sample_id, checksum)
+    return {
+        sample_id: checksum
         for sample_id, checksum, check in _ENTRY.iter_unpack(whole)
-        if sample_id < num_samples and check == zlib.crc32(_CONTENT.pack(sample_id, checksum))
-    ]
+        if check == zlib.crc32(_CONTENT.pack(sample_id, checksum))
+    }
 
 
 def _size(path: Path) -> int:

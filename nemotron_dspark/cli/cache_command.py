@@ -38,6 +38,10 @@ def build(
     cache_format: Annotated[
         str | None, typer.Option("--cache-format", help="deepspec, or compact: quantised (cache.format).")
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share the work, each with the target; default: one a GPU."),
+    ] = None,
     config: shell.ConfigOption = None,
     set_: shell.SetOption = None,
     trust: shell.TrustOption = False,
@@ -50,7 +54,7 @@ def build(
     assignments += [f"cache.format={cache_format}"] if cache_format else []
     settings = load_run_config(config, assignments, target=target)
     shell.quiet_libraries()
-    from nemotron_dspark.cache.build import build_cache
+    from nemotron_dspark.cache.build import build_cache, helping_targets
     from nemotron_dspark.chat.mask_token import choose_mask_token
     from nemotron_dspark.targets import Target, proofs
     from nemotron_dspark.targets.taps import chosen_taps
@@ -58,6 +62,7 @@ def build(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = settings.target
     loaded = Target.of(wanted)
+    helpers = helping_targets(wanted, loaded.device, processes)
     layers = chosen_taps(loaded.spec, settings.draft)
     if wanted.proofs:
         proofs.prove(loaded, layers)
@@ -71,6 +76,7 @@ def build(
             data=settings.data,
             cache=settings.cache,
             mask_token_id=mask.id,
+            helpers=helpers,
             progress=display.update,
         )
     if as_json:
@@ -183,7 +189,7 @@ class _BuildDisplay:
         rate = (
             f"{(progress.tokens - self._reused) / seconds:,.0f} tokens/s" if progress.tokens and seconds > 0.5 else ""
         )
-        self._bar.update(task, completed=progress.samples, rate=rate)
+        self._bar.update(task, completed=progress.samples, total=progress.total_samples or None, rate=rate)
 
 
 def _print_report(report: "BuildReport", layers: tuple[int, ...]) -> None:

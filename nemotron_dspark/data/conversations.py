@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,20 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
     if not path.is_file():
         raise InputError(f"{path} is not a file.", "Check the path of the data file.")
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:  # undecodable bytes too
-                yield number, Skipped(number, "not valid JSON")
-                continue
-            yield number, row if isinstance(row, dict) else Skipped(number, "not a JSON object")
+        yield from rows_of(file)
+
+
+def rows_of(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
+    """As `read_rows`, of lines that are numbered from ``first``."""
+    for number, line in enumerate(lines, start=first):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:  # undecodable bytes too
+            yield number, Skipped(number, "not valid JSON")
+            continue
+        yield number, row if isinstance(row, dict) else Skipped(number, "not a JSON object")
 
 
 def parse_messages(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -119,6 +124,17 @@ def parse_conversation(row: dict[str, Any], origin: str) -> Conversation:
     return Conversation(messages, origin, complete=row.get("finish") != "length")
 
 
+def conversations_of(
+    rows: Iterable[tuple[int, dict[str, Any] | Skipped]], name: str
+) -> Iterator[Conversation | Skipped]:
+    """``rows`` of the file ``name`` as conversations, and a `Skipped` for each that cannot be used."""
+    for line, row in rows:
+        try:
+            yield row if isinstance(row, Skipped) else parse_conversation(row, f"{name}:{line}")
+        except RowError as error:
+            yield Skipped(line, str(error))
+
+
 def read(path: Path | str) -> Iterator[Conversation | Skipped]:
     """Every conversation of a JSON-lines file in order, and a `Skipped` for each line that cannot be used.
 
@@ -128,11 +144,7 @@ def read(path: Path | str) -> Iterator[Conversation | Skipped]:
     path = Path(path)
     tally = SkipTally()
     usable = 0
-    for line, row in read_rows(path):
-        try:
-            item = row if isinstance(row, Skipped) else parse_conversation(row, f"{path.name}:{line}")
-        except RowError as error:
-            item = Skipped(line, str(error))
+    for item in conversations_of(read_rows(path), path.name):
         if isinstance(item, Skipped):
             tally.add(item)
         else:

@@ -14,9 +14,11 @@ copied back, and no weight is read a second time. The sums c are float64: a head
 thousands within a prompt's piece, where float32 differences would be off in the fourth digit.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -166,3 +168,30 @@ def prepare(
     for mixer in mixers.values():
         mixer.time_step_limit = (low, high)
     return install_block_forward(mixers, Mamba2States, forward)
+
+
+_CHUNK = 64  # positions: the parts of transformers' scan that grow with the chunk, and those that shrink, balance here
+
+
+def chunked_mixers(model: Any) -> list[Any]:
+    """Mamba-2 mixers of ``model`` whose scan of whole sequences is transformers' own, not a kernel's."""
+    kernels = any(importlib.util.find_spec(name) for name in ("mamba_ssm", "kernels"))
+    if kernels and next(model.parameters()).device.type != "cpu":
+        return []
+    return [module for module in model.modules() if hasattr(module, "chunk_size") and hasattr(module, "ssm_state_size")]
+
+
+@contextlib.contextmanager
+def even_chunks(mixers: Sequence[Any], length: int) -> Iterator[None]:
+    """Let ``mixers`` scan ``length`` tokens in equal chunks; transformers would fill the last one up to its full size.
+
+    Any chunk gives the same states up to rounding. In the middle of the usual lengths filling up costs a fifth.
+    """
+    sizes = [mixer.chunk_size for mixer in mixers]
+    try:
+        for mixer, size in zip(mixers, sizes, strict=True):
+            mixer.chunk_size = -(-length // -(-length // min(size, _CHUNK)))
+        yield
+    finally:
+        for mixer, size in zip(mixers, sizes, strict=True):
+            mixer.chunk_size = size

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 from nemotron_dspark.files import read_json
+from nemotron_dspark.targets import mamba2
 from nemotron_dspark.targets.families import FAMILIES, needs_remote_code
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.locate import locate
@@ -52,6 +53,7 @@ class Target:
         self.head = model.get_submodule(spec.names.head)
         self._family = FAMILIES.get(spec.model_type)  # None: the general path
         self._new_recurrent = self._family.prepare(model, spec) if self._family else None
+        self._scans = mamba2.chunked_mixers(model)
 
     @staticmethod
     def load(
@@ -142,7 +144,7 @@ class Target:
         Tap i is the raw output of layer i, -1 what enters layer 0; ``last`` is after the final norm.
         """
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(self.device).long()
-        with self._tapped(taps) as collected:
+        with self._tapped(taps) as collected, mamba2.even_chunks(self._scans, input_ids.shape[1]):
             output = self._base(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
         return Captured(_joined(collected, taps, output.last_hidden_state), output.last_hidden_state)
 

@@ -102,7 +102,7 @@ def tokenised(
         max_positions=max_positions,
         mask_token_id=mask_token_id,
         inputs=inputs,
-        progress=progress,
+        progress=lambda stored: progress(stored.lines),
     )
     return TokenStore(folder)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nemotron_dspark.cache import build as room
-from nemotron_dspark.cache.build import batches, build_cache
-from nemotron_dspark.cache.format import DeepSpecLayout, bytes_per_token
+from nemotron_dspark.cache.batches import batches
+from nemotron_dspark.cache.build import build_cache
+from nemotron_dspark.cache.format import bytes_per_token
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
 from nemotron_dspark.chat.mask import tokenise
@@ -109,15 +110,18 @@ def test_long_conversations_are_cut_and_counted(target, conversations, tmp_path)
 
 
 def test_batches_cover_every_sample_once_within_their_budget():
-    lengths = np.random.default_rng(0).integers(1, 300, size=200)
-    layout = DeepSpecLayout.of(lengths, taps=(0, 1), hidden_size=8, shard_bytes=100_000)
-    found = batches(layout, 1024)
-    assert sorted(sample for batch in found for sample in batch) == list(range(200))
-    for batch in found:
-        assert len(batch) * max(lengths[batch]) <= 1024
-        assert len(set(layout.shards[batch].tolist())) == 1
+    lengths = np.random.default_rng(0).integers(1, 300, size=2000)
+    found = list(batches(lengths, 1024))
+    assert sorted(sample for batch in found for sample in batch) == list(range(2000))
+    assert all(len(batch) * max(lengths[batch]) <= 1024 for batch in found)
     padded = sum(len(batch) * int(max(lengths[batch])) for batch in found)
-    assert padded < 1.25 * lengths.sum()
+    assert padded < 1.04 * lengths.sum()
+
+
+def test_batches_are_known_before_what_follows_them_is():
+    lengths = np.random.default_rng(1).integers(1, 300, size=4000)
+    found, beginning = list(batches(lengths, 1024)), list(batches(lengths[:2000], 1024))
+    assert found[: len(beginning) // 2] == beginning[: len(beginning) // 2]
 
 
 @pytest.mark.parametrize("at", [0, 1, 4])
@@ -135,7 +139,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(target, conversations, buil
 
 
 def test_what_is_durable_is_not_computed_again(target, conversations, built, tmp_path):
-    total = len(batches(TargetCache(built).layout, CACHE.batch_tokens))
+    total = len(list(batches(TargetCache(built).lengths, CACHE.batch_tokens)))
     with pytest.raises(KeyboardInterrupt):
         build(Interrupting(target, total - 1), conversations, tmp_path / "c")
     build(Interrupting(target, 1), conversations, tmp_path / "c")  # one forward is all that was left
@@ -151,8 +155,9 @@ def test_a_finished_build_is_left_alone(target, conversations, built, contents, 
 @pytest.mark.parametrize("lost", ["shard", "partial", "journal tail", "truncated shard"])
 def test_damage_to_unfinished_work_costs_only_that_work(target, conversations, built, contents, tmp_path, lost):
     folder = tmp_path / "c"
+    total = len(list(batches(TargetCache(built).lengths, CACHE.batch_tokens)))
     with pytest.raises(KeyboardInterrupt):
-        build(Interrupting(target, 5), conversations, folder)
+        build(Interrupting(target, total - 2), conversations, folder)
     done, partial = sorted(folder.glob("shard-*.bin")), sorted(folder.glob(".build/*.partial"))
     assert done
     if lost == "shard":
