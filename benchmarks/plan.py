@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nemotron_dspark.cli import shell
+
 TARGETS = {
     "hybrid": {"family": "nemotron_h", "vocab_size": 1024, "hidden_size": 128},
     "wide": {"family": "nemotron_h", "vocab_size": 32768, "hidden_size": 128},
@@ -47,13 +49,15 @@ def main() -> int:
     parser.add_argument("--worker", nargs=3, metavar=("STAGE", "RECIPE", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        print(json.dumps(work(*given.worker[:2], Path(given.worker[2]))))
+        print(json.dumps(measure(*given.worker[:2], Path(given.worker[2]))))
         return 0
+    shell.quiet_libraries()
     rows = []
     for recipe in given.recipe or TARGETS:
         with tempfile.TemporaryDirectory() as folder:
-            for stage in ("make", "cache", "train", "predict"):
-                rows += [{"recipe": recipe} | row for row in _worker(stage, recipe, folder, given.threads)]
+            make(recipe, Path(folder))
+            found = [row for stage in STAGES for row in _worker(stage, recipe, folder, given.threads)]
+            rows += [{"recipe": recipe} | row for row in found + predict(recipe, Path(folder))]
     table = []
     for row in rows:
         if "predicted" in row:
@@ -81,15 +85,9 @@ def _worker(stage: str, recipe: str, folder: str, threads: int) -> list[dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def work(stage: str, recipe: str, folder: Path) -> list[dict]:
-    from nemotron_dspark.cli import shell
-
+def measure(stage: str, recipe: str, folder: Path) -> list[dict]:
     shell.quiet_libraries()
-    if stage == "make":
-        return make(recipe, folder)
-    if stage == "predict":
-        return predict(recipe, folder)
-    run = {"cache": cache_stage, "train": train_stage}[stage]
+    run = STAGES[stage]
     if stage == "train":
         cache_stage("small", folder)
     run("small", folder)
@@ -108,7 +106,7 @@ def work(stage: str, recipe: str, folder: Path) -> list[dict]:
     ]
 
 
-def make(recipe: str, folder: Path) -> list[dict]:
+def make(recipe: str, folder: Path) -> None:
     import torch
 
     from nemotron_dspark.recipe import tiny
@@ -128,7 +126,6 @@ def make(recipe: str, folder: Path) -> list[dict]:
                 turns = (("user", 0.4 * length), ("assistant", 0.6 * length))
                 messages = [{"role": r, "content": " ".join(draw.choices(WORDS, k=int(n)))} for r, n in turns]
                 file.write(json.dumps({"conversations": messages}) + "\n")
-    return []
 
 
 def settings(name: str, folder: Path):
@@ -153,6 +150,9 @@ def train_stage(name: str, folder: Path) -> None:
     from nemotron_dspark.training.run import train_run
 
     train_run(str(folder / name), folder / f"{name}-cache", folder / f"{name}-run", settings(name, folder))
+
+
+STAGES = {"cache": cache_stage, "train": train_stage}
 
 
 def predict(recipe: str, folder: Path) -> list[dict]:

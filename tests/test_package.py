@@ -1,5 +1,6 @@
 """The wheel is complete: installed into an empty environment, away from the checkout, `nds` works."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,4 +66,7 @@ def test_nds_answers_in_an_empty_environment(environment, tmp_path):
 
 @pytest.mark.slow
 def test_the_selftest_passes_in_an_empty_environment(environment, tmp_path):
-    run(environment / "nds", "selftest", folder=tmp_path)
+    said = json.loads(run(environment / "nds", "selftest", "--json", folder=tmp_path))
+    assert [check for check in said["checks"] if not check["passed"]] == []
+    assert len(said["checks"]) >= 15
+    assert said["passed"]

@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
+import runpy
 
 import pytest
 import typer
@@ -228,9 +227,12 @@ def test_a_malformed_data_file_is_refused(nds, folder, tmp_path):
         nds("--target", str(folder), "-m", "h100x8", "--data", str(file))
 
 
-@pytest.mark.slow  # about a minute
-def test_disk_is_predicted_to_a_percent_and_memory_to_ten():
+@pytest.mark.slow
+def test_disk_is_predicted_to_a_percent_and_memory_to_ten(capsys, monkeypatch):
     script = resource_folder("configs").parent / "benchmarks" / "plan.py"
-    done = subprocess.run([sys.executable, script, "--recipe", "decoder", "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(json.loads(done.stdout)["rows"]) == 5
+    monkeypatch.setattr("sys.argv", [str(script), "--recipe", "decoder", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert ended.value.code == 0, said
+    assert len(json.loads(said)["rows"]) == 5

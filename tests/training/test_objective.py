@@ -165,13 +165,9 @@ def case(make_cache):
     return samples, anchors
 
 
-@pytest.mark.parametrize("slots_at_once", [1000, 3])
 @pytest.mark.parametrize(("changes", "weights"), CASES)
-def test_loss_and_gradients_equal_the_plain_implementation(
-    make_draft, case, changes, weights, slots_at_once, monkeypatch
-):
+def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, changes, weights, monkeypatch):
     samples, anchors = case
-    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", slots_at_once * VOCABULARY)
     draft = make_draft(**changes).double()
     embedding = draft.embed_tokens.weight * 0.3  # distributions that overlap: acceptance far from 0 and from 1
     draft.set_embeddings(embedding, embedding)
@@ -181,30 +177,31 @@ def test_loss_and_gradients_equal_the_plain_implementation(
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
     batch = collate(samples, anchors, draft.config.block_size, with_last=weights.needs_target)
     assert not batch.valid.all()
-
-    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-    loss = dspark_loss(draft, hidden, batch, weights)
-    loss.value.backward()
-    gradients = {name: p.grad for name, p in draft.trainable_parameters().items()}
-    draft.zero_grad()
     expected, terms, tau, rates = plain_loss(draft, samples, anchors, weights)
     expected.backward()
+    plain = {name: p.grad for name, p in draft.trainable_parameters().items()}
 
-    torch.testing.assert_close(loss.value, expected, rtol=1e-9, atol=0)
-    assert float(loss.ce / (loss.weight + 1e-6)) == pytest.approx(terms["ce"].item(), rel=1e-9)
-    if weights.needs_target:
-        assert float(loss.l1 / (loss.weight + 1e-6)) == pytest.approx(terms["l1"].item(), rel=1e-9)
-        assert float(loss.tau / loss.blocks) == pytest.approx(tau, rel=1e-9)
-        assert 1.1 < tau < 4.9
-        assert (loss.accepted / loss.counted.clamp(min=1)).tolist() == pytest.approx(rates, rel=1e-9)
-    reached = 0
-    for name, parameter in draft.trainable_parameters().items():
-        if parameter.grad is None:
-            assert gradients[name] is None or not gradients[name].any(), name
-            continue
-        reached += 1
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-7, atol=1e-12, msg=name)
-    assert reached >= 14
+    for slots_at_once in (1000, 3):
+        monkeypatch.setattr(fused, "CHUNK_ELEMENTS", slots_at_once * VOCABULARY)
+        draft.zero_grad()
+        hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+        loss = dspark_loss(draft, hidden, batch, weights)
+        loss.value.backward()
+        torch.testing.assert_close(loss.value, expected, rtol=1e-9, atol=0)
+        assert float(loss.ce / (loss.weight + 1e-6)) == pytest.approx(terms["ce"].item(), rel=1e-9)
+        if weights.needs_target:
+            assert float(loss.l1 / (loss.weight + 1e-6)) == pytest.approx(terms["l1"].item(), rel=1e-9)
+            assert float(loss.tau / loss.blocks) == pytest.approx(tau, rel=1e-9)
+            assert 1.1 < tau < 4.9
+            assert (loss.accepted / loss.counted.clamp(min=1)).tolist() == pytest.approx(rates, rel=1e-9)
+        reached = 0
+        for name, parameter in draft.trainable_parameters().items():
+            if plain[name] is None:
+                assert parameter.grad is None or not parameter.grad.any(), name
+                continue
+            reached += 1
+            torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-7, atol=1e-12, msg=name)
+        assert reached >= 14
 
 
 def unfused_loss(draft, batch, weights):
