@@ -64,37 +64,31 @@ def prompts() -> list[list[int]]:
     return [torch.randint(32, 384, (length,), generator=generator).tolist() for length in lengths]
 
 
-def plain_answers(target: Target, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy answers by nothing but whole forwards of the model: no state, no cache, none of our decoding."""
-    sequences = [list(prompt) for prompt in prompts]
-    done = [False] * len(prompts)
-    for _ in range(NEW_TOKENS):
-        longest = max(map(len, sequences))
-        ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
-        mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
-        with torch.no_grad():
-            logits = target.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, sequence in enumerate(sequences):
-            if not done[row]:
-                sequence.append(int(logits[row, len(sequence) - 1].argmax()))
-                done[row] = sequence[-1] in target.stop_ids
-    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
+GREEDY = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def plain(target, prompts) -> list[list[int]]:
-    return plain_answers(target, prompts)
-
-
-GREEDY = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
-
-
-def test_plain_decoding_equals_whole_forwards(target, prompts, plain):
+    """Greedy answers without a draft."""
     decoder = Decoder(target)
     generations = [decoder.start(prompt, GREEDY) for prompt in prompts]
     while any(generation.finished is None for generation in generations):
         decoder.step(generations)
-    assert [generation.tokens for generation in generations] == plain
+    return [generation.tokens for generation in generations]
+
+
+def test_plain_decoding_equals_whole_forwards(target, prompts, plain):
+    """Every token is what the model says, without state or cache, of all that comes before it."""
+    sequences = [prompt + answer for prompt, answer in zip(prompts, plain, strict=True)]
+    longest = max(map(len, sequences))
+    ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+    with torch.no_grad():
+        best = target.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.argmax(-1).tolist()
+    for row, prompt, answer in zip(best, prompts, plain, strict=True):
+        assert answer == row[len(prompt) - 1 : len(prompt) + len(answer) - 1]
+        assert len(answer) == NEW_TOKENS or answer[-1] in target.stop_ids
+        assert not set(answer[:-1]) & target.stop_ids
 
 
 def test_greedy_speculative_output_equals_plain_output_for_100_prompts(target, prompts, plain):
