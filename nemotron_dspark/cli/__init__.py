@@ -4,6 +4,7 @@ Command modules import torch and transformers inside the command, so that `--hel
 """
 
 import importlib
+import os
 import sys
 
 import typer
@@ -65,7 +66,8 @@ def main() -> None:
         shell.complain(error)
         sys.exit(error.exit_code)
     except SystemExit as leaving:
-        if leaving.code == 130:  # what typer makes of Ctrl-C, without a word
+        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started
+        if leaving.code == 130 and first:  # what typer makes of Ctrl-C, without a word
             shell.err.print("[yellow]Stopped.[/] What was finished is saved; the same command goes on from there.")
         raise
     except BrokenPipeError:

@@ -1,5 +1,6 @@
 """`nds train`: a draft for a target, from a target cache or from conversations."""
 
+import contextlib
 import dataclasses
 import shlex
 from pathlib import Path
@@ -31,39 +32,34 @@ def register(app: typer.Typer) -> None:
         as_json: shell.JsonOption = False,
     ) -> None:
         """Train a draft. The same command again goes on where it stopped."""
-        given = [*(assignments or ()), *shell.taps_setting(taps), *shell.trust_setting(trust)]
-        config = load_run_config(config_file, given, target=target)
-        name = Path(target).name or "target"
-        if (cache is None) == (data is None):
-            folder = f"caches/{name}"
-            raise InputError(
-                "Training needs the target's hidden states, and neither --cache nor --data is given."
-                if cache is None
-                else "Both --cache and --data are given: hidden states come from one of them.",
-                "Give `--data conversations.jsonl` to run the target while the draft trains, which needs no disk; or "
-                f"build a cache once with `nds cache build --target {shlex.quote(target)} --data conversations.jsonl "
-                f"--out {shlex.quote(folder)}` and give `--cache {shlex.quote(folder)}`: the target runs once, not "
-                "once an epoch.",
-            )
-        shell.quiet_libraries()
-        if engine != "native":
-            if cache is None:
-                raise InputError("DeepSpec's loop reads a cache; --data is given.", "Build one with `nds cache build`.")
-            _train_with_deepspec(engine, target, cache, out or Path("runs") / name, config)
-            return
-        from nemotron_dspark.training.display import Display
-        from nemotron_dspark.training.run import train_run
+        from nemotron_dspark.training.ranks import joined
 
-        with Display() as watcher:
-            report = train_run(
-                target,
-                cache,
-                out or Path("runs") / name,
-                config,
-                conversations=data,
-                resume=not fresh,
-                watcher=watcher,
-            )
+        with joined() as ranks:
+            given = [*(assignments or ()), *shell.taps_setting(taps), *shell.trust_setting(trust)]
+            config = load_run_config(config_file, given, target=target)
+            out = out or Path("runs") / _name(target)
+            _check_that_one_is_given(target, cache, data)
+            shell.quiet_libraries()
+            if engine != "native":
+                _train_with_deepspec(engine, target, cache, out, config)
+                return
+            from nemotron_dspark.training.display import Display
+            from nemotron_dspark.training.loop import Watcher
+            from nemotron_dspark.training.run import train_run
+
+            with Display() if ranks.first else contextlib.nullcontext(Watcher()) as watcher:
+                report = train_run(
+                    target,
+                    cache,
+                    out,
+                    config,
+                    conversations=data,
+                    resume=not fresh,
+                    watcher=watcher,
+                    ranks=ranks,
+                )
+        if not ranks.first:
+            return
         if as_json:
             shell.emit(dataclasses.asdict(report))
             return
@@ -86,10 +82,31 @@ def register(app: typer.Typer) -> None:
         shell.out.print(table)
 
 
-def _train_with_deepspec(engine: str, target: str, cache: Path, out: Path, config: RunConfig) -> None:
+def _name(target: str) -> str:
+    return Path(target).name or "target"
+
+
+def _check_that_one_is_given(target: str, cache: Path | None, data: Path | None) -> None:
+    if (cache is None) != (data is None):
+        return
+    folder = f"caches/{_name(target)}"
+    raise InputError(
+        "Training needs the target's hidden states, and neither --cache nor --data is given."
+        if cache is None
+        else "Both --cache and --data are given: hidden states come from one of them.",
+        "Give `--data conversations.jsonl` to run the target while the draft trains, which needs no disk; or "
+        f"build a cache once with `nds cache build --target {shlex.quote(target)} --data conversations.jsonl "
+        f"--out {shlex.quote(folder)}` and give `--cache {shlex.quote(folder)}`: the target runs once, not "
+        "once an epoch.",
+    )
+
+
+def _train_with_deepspec(engine: str, target: str, cache: Path | None, out: Path, config: RunConfig) -> None:
     """The same run as a DeepSpec config in ``out``, then what `nds deepspec train` does."""
     if engine != "deepspec":
         raise InputError(f"There is no engine {engine!r}.", "Use native or deepspec.")
+    if cache is None:
+        raise InputError("DeepSpec's loop reads a cache; --data is given.", "Build one with `nds cache build`.")
     from nemotron_dspark.cache.reader import read_layout
     from nemotron_dspark.cli.deepspec_command import start_training
     from nemotron_dspark.deepspec.config_file import config_for

@@ -113,6 +113,12 @@ class TrainConfig(_Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto = bf16 on CUDA, fp32 elsewhere")
     device: str = Field("auto", description="auto = cuda when there is one, else cpu")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="under torchrun: ddp = every process has all weights, fsdp = each keeps a part of them"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute each layer again in the backward: less memory, a forward of the layers more"
+    )
     local_batch_size: int = Field(1, ge=1, description="samples of one forward")
     global_batch_size: int = Field(512, ge=1, description="samples of one optimiser step")
     epochs: int = Field(10, ge=1, description="passes over the cache")

@@ -5,7 +5,7 @@ the target's two matrices.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +90,10 @@ class Draft(nn.Module):
         """Write ``model.safetensors`` and ``config.json``; ``slim`` leaves out the target's two matrices."""
         if not slim:
             self._require_embeddings()
-        tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in self.state_dict().items()
-            if not (slim and name in SHARED)
-        }
+        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items() if not (slim and name in SHARED)}
         if not slim and tensors[SHARED[0]].data_ptr() == tensors[SHARED[1]].data_ptr():  # a target that ties them
             tensors[SHARED[1]] = tensors[SHARED[1]].clone()
-        config = dataclasses.replace(self.config, dtype=str(self.dtype).removeprefix("torch."))
-        content = save(tensors, metadata={"format": "pt"})
-        files.write_whole(Path(folder) / WEIGHTS_FILE, lambda file: file.write(content))
-        files.write_json(Path(folder) / "config.json", config.to_json())
+        write_draft(folder, self.config, tensors)
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Draft":
@@ -175,6 +168,14 @@ class Draft(nn.Module):
             setattr(self.get_submodule(owner), leaf, nn.Parameter(value))
         # The LM head is the target's and is not multiplied here: the last norm gives its logits the target's scale.
         self.norm.weight.data.mul_(self.config.target_logit_multiplier)
+
+
+def write_draft(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write a draft's ``model.safetensors`` and ``config.json``; a slim copy without `SHARED` among ``tensors``."""
+    config = dataclasses.replace(config, dtype=str(tensors["fc.weight"].dtype).removeprefix("torch."))
+    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    files.write_whole(Path(folder) / WEIGHTS_FILE, lambda file: file.write(content))
+    files.write_json(Path(folder) / "config.json", config.to_json())
 
 
 def _check_tensors(file: safe_open, expected: dict[str, Tensor], path: Path, do: str) -> None:

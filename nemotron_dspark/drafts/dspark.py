@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from nemotron_dspark.drafts.attention import block_attention
 from nemotron_dspark.drafts.base import Draft
@@ -34,6 +35,7 @@ class DSparkDraft(Draft):
         self.markov_head = build_sequential_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         self.attention = "auto"  # kind of training attention, see drafts.attention.KINDS
+        self.recompute_layers = False  # in the backward, instead of keeping their activations
         self._key_value_weights: Tensor | None = None  # [layers, 2·kv_heads·d, H], made by new_context
         self._key_norms: Tensor | None = None  # [layers, 1, d]
 
@@ -71,7 +73,11 @@ class DSparkDraft(Draft):
         )
         attend = block_attention(anchors, length, slots, self.attention)
         for layer in self.layers:
-            hidden = layer(hidden, context, block_rotation, all_rotation, attend)
+            inputs = (hidden, context, block_rotation, all_rotation, attend)
+            if self.recompute_layers:
+                hidden = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(*inputs)
         return self.norm(hidden).unflatten(1, (-1, slots))
 
     def base_logits(self, hidden: Tensor) -> Tensor:

@@ -74,36 +74,39 @@ def collate(
     )
 
 
-def batches(
-    source: Source,
-    plan: Plan,
-    config: TrainConfig,
-    *,
-    first_step: int,
-    num_anchors: int,
-    block_size: int,
-    with_last: bool,
-    pin: bool = False,
-    stopped: Sequence[Any] = (),
-) -> Iterator[Batch]:
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Makes the batch of a forward from the ids of its samples."""
+
+    source: Source
+    plan: Plan
+    seed: int
+    num_anchors: int
+    block_size: int
+    with_last: bool
+    pin: bool = False  # copied to a GPU while it computes
+
+    def __call__(self, step: int, ids: np.ndarray) -> Batch:
+        samples = self.source.samples(ids.tolist(), step)
+        visit = self.plan.visit(step)
+        anchors = [
+            draw_anchors(sample.loss_mask, self.num_anchors, seed=self.seed, epoch=visit, sample_id=sample_id)
+            for sample_id, sample in zip(ids.tolist(), samples, strict=True)
+        ]
+        batch = collate(samples, anchors, self.block_size, with_last=self.with_last)
+        return batch.pinned() if self.pin else batch
+
+
+def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequence[Any] = ()) -> Iterator[Batch]:
     """Every forward's batch from ``first_step`` to the end of the plan, read ahead by a thread.
 
     Ends early once ``stopped`` has an element, also while it waits for a batch.
     """
-
-    def load(step: int, ids: np.ndarray) -> Batch:
-        samples = source.samples(ids.tolist(), step)
-        anchors = [
-            draw_anchors(sample.loss_mask, num_anchors, seed=config.seed, epoch=plan.visit(step), sample_id=sample_id)
-            for sample_id, sample in zip(ids.tolist(), samples, strict=True)
-        ]
-        batch = collate(samples, anchors, block_size, with_last=with_last)
-        return batch.pinned() if pin else batch
-
+    plan = load.plan
     wanted = (
         (step, ids)
         for step in range(first_step, plan.total_steps)
-        for ids in plan.micro_batches(step, config, source.lengths)
+        for ids in plan.micro_batches(step, config, load.source.lengths)
     )
     return _ahead(load, wanted, stopped)
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nemotron_dspark import files
+from nemotron_dspark.drafts.base import write_draft
+from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 
@@ -35,14 +37,19 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, draft: DSparkDraft, optimiser_tensors: Mapping[str, Tensor], progress: Progress, keep: int
+    folder: Path,
+    config: DraftConfig,
+    weights: Mapping[str, Tensor],
+    optimiser_tensors: Mapping[str, Tensor],
+    progress: Progress,
+    keep: int,
 ) -> Path:
     """Write ``folder/step-N`` whole and remove all but the newest ``keep``; returns its path."""
-    final = folder / f"step-{progress.step:08d}"
+    final = step_folder(folder, progress.step)
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        draft.save(temporary / "draft", slim=True)
+        write_draft(temporary / "draft", config, weights)
         content = save({name: tensor.cpu().contiguous() for name, tensor in optimiser_tensors.items()})
         files.write_whole(temporary / "optimiser.safetensors", lambda file: file.write(content))
         files.write_json(temporary / "state.json", dataclasses.asdict(progress))
@@ -86,6 +93,11 @@ def check_space(run_folder: Path, draft: DSparkDraft, keep: int) -> None:
             "Free some space, give --out on another disk, or keep fewer (train.keep_checkpoints); `nds plan` tells "
             "what a run needs before it starts.",
         )
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps is."""
+    return folder / f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -2,6 +2,9 @@
 
 All that decides a step is the weights, the optimiser's moments and the step's number. So a run killed anywhere goes on
 from its newest checkpoint and ends in the same weights as an undisturbed one, bit for bit on a CPU.
+
+A step's forwards are dealt out to the processes. What they add up to is divided once, by the weight of all slots of the
+step; so neither the number of processes nor the size of a forward changes more than the rounding.
 """
 
 import contextlib
@@ -17,8 +20,8 @@ import torch
 
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.errors import CheckError
-from nemotron_dspark.training.batches import batches
+from nemotron_dspark.errors import CheckError, EnvironmentFault
+from nemotron_dspark.training.batches import Loader, batches
 from nemotron_dspark.training.checkpoints import (
     Progress,
     damage,
@@ -26,11 +29,15 @@ from nemotron_dspark.training.checkpoints import (
     read_progress,
     restore_weights,
     save_checkpoint,
+    step_folder,
 )
+from nemotron_dspark.training.faults import samples_at_fault
 from nemotron_dspark.training.metrics import MetricsLog, StepMetrics, Window
-from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from nemotron_dspark.training.objective import EPSILON, LossWeights, Objective
 from nemotron_dspark.training.optimiser import MasterAdamW, learning_rate
 from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.ranks import ALONE, Ranks
+from nemotron_dspark.training.sharding import shard, shards
 from nemotron_dspark.training.source import CacheLike, CacheSource, Source
 
 
@@ -52,6 +59,7 @@ class TrainResult:
     tokens: int
     seconds: float
     last: StepMetrics | None  # last line written by this call
+    checkpoint: Path  # holds the weights of the last step
 
 
 def train(
@@ -61,125 +69,158 @@ def train(
     run_folder: Path,
     *,
     watcher: Watcher | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train ``draft`` in place to the end of the plan, from the newest whole checkpoint in ``run_folder`` on.
 
-    The draft lies on its device in its type already, with the target's embeddings set. Checkpoints go to
-    ``run_folder/checkpoints``, metrics beside them. Whoever made ``source`` closes it.
+    The draft has its type already, and the target's embeddings, which lie on the device to train on. So do its other
+    weights unless they are to be sharded. Checkpoints go to ``run_folder/checkpoints``, metrics beside them. Whoever
+    made ``source`` closes it.
 
     Raises:
-        InputError: batch sizes and cache do not fit, or the cache turns out damaged.
+        InputError: batch sizes, cache and number of processes do not fit, or the cache turns out damaged.
         CheckError: the loss is no longer finite; the weights before that step are in the newest checkpoint.
-        EnvironmentFault: the disk is full.
+        EnvironmentFault: the disk or the device's memory is full.
         KeyboardInterrupt: SIGINT or SIGTERM came; everything up to the last finished step is saved.
     """
     watcher = watcher or Watcher()
     checkpoints = run_folder / "checkpoints"
     source = source if isinstance(source, Source) else CacheSource(source)
-    plan = source.plan(config)
+    plan = source.plan(config, ranks)
     weights = LossWeights.of(config, draft)
-    optimiser = MasterAdamW(draft.trainable_parameters(), config)
-    progress = _restore(checkpoints, draft, optimiser, watcher) or Progress(0, 0, 0.0, ())
-    resumed_from = step = progress.step
-    window = Window(draft.config.block_size, progress.window)
+    device, dtype = draft.embed_tokens.weight.device, draft.dtype
+    resumed_from = step = saved = _newest_whole(checkpoints, watcher, ranks)
+    progress = Progress(0, 0, 0.0, ())
+    if step:
+        progress = read_progress(step_folder(checkpoints, step))
+        optimiser_tensors = restore_weights(step_folder(checkpoints, step), draft)
     tokens, seconds, last = progress.tokens, progress.seconds, None
     if step >= plan.total_steps:
         source.saved(step)  # the call that finished may have been killed before it said so
-        return TrainResult(step, resumed_from, tokens, seconds, None)
+        return TrainResult(step, resumed_from, tokens, seconds, None, step_folder(checkpoints, step))
 
+    objective = Objective(draft, weights)
+    if shards(config, ranks):
+        shard(objective, device, ranks)
+    draft.recompute_layers = config.activation_checkpointing
+    optimiser = MasterAdamW(draft.trainable_parameters(), config, dtype)
+    if step:
+        optimiser.restore(optimiser_tensors, step)
+        del optimiser_tensors
     source.open(step)
-    log = MetricsLog(run_folder, step)
+    log = MetricsLog(run_folder, step) if ranks.first else None
+    window = Window(draft.config.block_size, progress.window)
     draft.train()
     watcher.begin(plan, step)
     started = time.monotonic()
-    saved = step
+    load = Loader(
+        source,
+        plan,
+        config.seed,
+        draft.config.num_anchors,
+        draft.config.block_size,
+        with_last=weights.needs_target,
+        pin=device.type == "cuda",
+    )
 
     def save() -> None:
         nonlocal saved
-        if saved != step:
-            now = Progress(step, tokens, seconds + time.monotonic() - started, tuple(window.sums))
-            save_checkpoint(checkpoints, draft, optimiser.tensors(), now, config.keep_checkpoints)
-            saved = step
-            source.saved(step)
+        if saved == step:
+            return
+        now = Progress(step, tokens, seconds + time.monotonic() - started, tuple(window.sums))
+        kept = optimiser.weights(wanted=ranks.first), optimiser.tensors(wanted=ranks.first)
+        if ranks.first:
+            save_checkpoint(checkpoints, draft.config, *kept, now, config.keep_checkpoints)
+        ranks.wait()  # torchrun ends all processes when one has ended, also the one that writes
+        saved = step
+        source.saved(step)
 
     with (
-        contextlib.closing(log),
+        contextlib.closing(log) if log else contextlib.nullcontext(),
         _stop_signals() as stopped,
-        contextlib.closing(
-            batches(
-                source,
-                plan,
-                config,
-                first_step=step,
-                num_anchors=draft.config.num_anchors,
-                block_size=draft.config.block_size,
-                with_last=weights.needs_target,
-                pin=draft.device.type == "cuda",
-                stopped=stopped,
-            )
-        ) as feed,
+        contextlib.closing(batches(load, config, first_step=step, stopped=stopped)) as feed,
     ):
         while step < plan.total_steps:
-            sums: torch.Tensor | None = None
+            sums = torch.zeros(len(window.sums), dtype=torch.float64, device=device)
             step_tokens = 0
             for done in range(plan.accumulation):
-                batch = next(feed, None)
-                if batch is None:  # stopped while waiting for it
-                    break
-                batch = batch.to(draft.device)
-                hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-                loss = dspark_loss(draft, hidden, batch, weights)
-                (loss.value / plan.accumulation).backward()
-                optimiser.accumulate()
-                sums = loss.sums() if sums is None else sums + loss.sums()
+                batch = next(feed, None)  # None: stopped while waiting for it
+                if ranks.any(bool(stopped)):  # an unfinished step is done again; its gradients are not kept
+                    save()
+                    raise KeyboardInterrupt
+                with _memory_of(device):
+                    total, parts = objective(batch.to(device))
+                    total.backward()
+                    optimiser.accumulate()
+                sums += parts
                 step_tokens += batch.tokens
                 watcher.forward(step, done + 1)
-                if stopped:
-                    break
-            if stopped:  # an unfinished step is done again; its gradients are not kept
-                save()
-                raise KeyboardInterrupt
+            *values, step_tokens = ranks.sum(torch.cat((sums, sums.new_tensor([step_tokens])))).tolist()
+            weight = values[1] + EPSILON
+            loss = values[0] / weight
+            optimiser.normalise(weight, ranks)
             grad_norm = optimiser.clip(config.max_grad_norm)
-            values = sums.tolist()
-            if not (math.isfinite(grad_norm) and math.isfinite(values[0])):
-                raise _not_finite(step, values[0], grad_norm, list_checkpoints(checkpoints))
+            if not (math.isfinite(grad_norm) and math.isfinite(loss)):
+                feed.close()
+                found = samples_at_fault(objective, load, step, config, device, ranks)
+                raise _not_finite(step, loss, grad_norm, found, config, list_checkpoints(checkpoints))
             lr = learning_rate(step, plan.total_steps, config)
             optimiser.step(lr)
             step += 1
-            tokens += step_tokens
-            window.add(plan.accumulation, values, step_tokens)
+            tokens += int(step_tokens)
+            window.add(values, step_tokens)
             if step % config.log_every == 0 or step == plan.total_steps:
                 last = window.summary(weights, step=step, epoch=plan.epoch(step - 1), lr=lr, grad_norm=grad_norm)
-                log.write(last)
+                if log:
+                    log.write(last)
                 watcher.metrics(last)
                 window = Window(draft.config.block_size)
             if step % config.checkpoint_every == 0 or plan.must_save(step):
                 save()
     draft.eval()
-    return TrainResult(step, resumed_from, tokens, seconds + time.monotonic() - started, last)
+    seconds += time.monotonic() - started
+    return TrainResult(step, resumed_from, tokens, seconds, last, step_folder(checkpoints, step))
 
 
-def _restore(folder: Path, draft: DSparkDraft, optimiser: MasterAdamW, watcher: Watcher) -> Progress | None:
-    """Take the newest checkpoint that is whole; a damaged one is passed over and said."""
-    for checkpoint in reversed(list_checkpoints(folder)):
+def _newest_whole(folder: Path, watcher: Watcher, ranks: Ranks) -> int:
+    """Step of the newest checkpoint that is whole, 0 for none; a damaged one is passed over and said."""
+    step = 0
+    for checkpoint in reversed(list_checkpoints(folder)) if ranks.first else ():
         fault = damage(checkpoint)
-        if fault:
-            watcher.note(f"Checkpoint {checkpoint.name} is passed over: {fault}.")
-            continue
-        progress = read_progress(checkpoint)
-        optimiser_tensors = restore_weights(checkpoint, draft)
-        optimiser.restore(optimiser_tensors, progress.step)
-        return progress
-    return None
+        if not fault:
+            step = read_progress(checkpoint).step
+            break
+        watcher.note(f"Checkpoint {checkpoint.name} is passed over: {fault}.")
+    return int(ranks.sum(torch.tensor(float(step))))
 
 
-def _not_finite(step: int, loss: float, grad_norm: float, checkpoints: list[Path]) -> CheckError:
+def _not_finite(
+    step: int, loss: float, grad_norm: float, found: list[int], config: TrainConfig, checkpoints: list[Path]
+) -> CheckError:
     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
     kept = f"{checkpoints[-1]} is the last good checkpoint" if checkpoints else "there was no checkpoint yet"
+    again = "train into another --out with a lower train.lr or max_grad_norm."
+    if not found or len(found) == config.global_batch_size:
+        where = " in every sample" if found else ", in no sample alone"
+        return CheckError(f"Training stopped at step {step + 1}: {what}{where}; {kept}.", again.capitalize())
+    named = ", ".join(map(str, found[:10])) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
+    where = f"sample{'s' if len(found) > 1 else ''} {named}"
     return CheckError(
-        f"Training stopped at step {step + 1}: {what}; {kept}.",
-        "Train into another --out with a lower train.lr or max_grad_norm, and check the cache with `nds cache verify`.",
+        f"Training stopped at step {step + 1}: {what} because of {where}; {kept}.",
+        f"Check the cache with `nds cache verify`, and what stands there in the data; if both are sound, {again}",
     )
+
+
+@contextlib.contextmanager
+def _memory_of(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise EnvironmentFault(
+            f"A forward and backward of the draft do not fit into the memory of {device}.",
+            "Lower train.local_batch_size, set train.activation_checkpointing=true, or on several GPUs "
+            "train.parallel=fsdp; fewer train.num_anchors make another training.",
+        ) from None
 
 
 @contextlib.contextmanager

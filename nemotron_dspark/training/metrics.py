@@ -22,7 +22,7 @@ class StepMetrics:
 
     step: int  # optimiser steps done
     epoch: int  # of the last step, from 0
-    loss: float  # mean over forwards
+    loss: float  # mean over slots, as the terms are
     ce: float
     l1: float | None  # 2 x total variation
     confidence: float | None  # BCE of the confidence head
@@ -39,25 +39,26 @@ class Window:
 
     def __init__(self, block_size: int, sums: tuple[float, ...] = ()):
         self._block_size = block_size
-        self.sums = list(sums) if sums else [0.0] * (8 + 2 * block_size)  # number of forwards, then `Loss.sums`
+        width = 7 + 2 * block_size  # as `Loss.sums`; checkpoints from before had one more
+        self.sums = list(sums) if len(sums) == width else [0.0] * width
         self.restart_clock()
 
     def restart_clock(self) -> None:
         self._started = time.monotonic()
         self._tokens = 0
 
-    def add(self, forwards: int, sums: list[float], tokens: int) -> None:
-        self.sums = [before + new for before, new in zip(self.sums, (forwards, *sums), strict=True)]
+    def add(self, sums: list[float], tokens: float) -> None:
+        self.sums = [before + new for before, new in zip(self.sums, sums, strict=True)]
         self._tokens += tokens
 
     def summary(self, weights: LossWeights, *, step: int, epoch: int, lr: float, grad_norm: float) -> StepMetrics:
-        forwards, loss, weight, ce, l1, confidence, blocks, tau, *slots = self.sums
+        loss, weight, ce, l1, confidence, blocks, tau, *slots = self.sums
         counted, accepted = slots[: self._block_size], slots[self._block_size :]
         measured = weights.needs_target
         return StepMetrics(
             step,
             epoch,
-            loss / max(forwards, 1),
+            _ratio(loss, weight),
             _ratio(ce, weight),
             _ratio(l1, weight) if measured else None,
             _ratio(confidence, weight) if weights.confidence else None,

@@ -1,7 +1,7 @@
 """DeepSpec's objective: cross-entropy to the text, L1 to the target's distribution, and a calibrated confidence.
 
 With w_k = exp(-k/γ_decay) for the slots that count and 0 for all others, every term is Σ w·term / (Σ w + 1e-6) over the
-slots of one forward:
+slots of one optimiser step, however it is cut into forwards and processes:
 
     CE   = -log p(token)                 p: the draft's distribution in the slot
     L1   = Σ_v |p_v - q_v|               q: the target's, softmax(logits of its last hidden state); this is 2 x TV
@@ -14,7 +14,7 @@ import dataclasses
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from nemotron_dspark.config import TrainConfig
@@ -49,9 +49,9 @@ class LossWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """The loss of one forward and what it is made of. All but ``value`` is detached and adds up over forwards."""
+    """What one forward adds to the loss of its step. All but ``total`` is detached."""
 
-    value: Tensor  # scalar, to be differentiated
+    total: Tensor  # Σ w·(α_ce·CE + α_l1·L1 + α_conf·BCE), to be differentiated
     weight: Tensor  # Σ w
     ce: Tensor  # Σ w·CE
     l1: Tensor  # Σ w·L1
@@ -61,12 +61,32 @@ class Loss:
     blocks: Tensor  # blocks with at least one slot that counts
     tau: Tensor  # sum over them of 1 + Σ_k Π_{j≤k} acceptance_j, the expected tokens per round
 
+    @property
+    def value(self) -> Tensor:
+        """The loss where this forward is the whole step."""
+        return self.total / (self.weight + EPSILON)
+
     def sums(self) -> Tensor:
         """Everything in one vector, in the order `metrics.Window` reads: [7 + 2γ] fp64."""
-        parts = (self.value.detach(), self.weight, self.ce, self.l1, self.confidence, self.blocks, self.tau)
+        parts = (self.total.detach(), self.weight, self.ce, self.l1, self.confidence, self.blocks, self.tau)
         return torch.cat(
             (torch.stack([part.double() for part in parts]), self.counted.double(), self.accepted.double())
         )
+
+
+class Objective(nn.Module):
+    """A draft and its loss in one module: sharded weights are whole in a module's forward, and the loss needs some."""
+
+    def __init__(self, draft: DSparkDraft, weights: LossWeights):
+        super().__init__()
+        self.draft = draft
+        self.weights = weights
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`Loss.total` and `Loss.sums` of ``batch``."""
+        hidden = self.draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+        loss = dspark_loss(self.draft, hidden, batch, self.weights)
+        return loss.total, loss.sums()
 
 
 def dspark_loss(
@@ -75,7 +95,7 @@ def dspark_loss(
     batch: Batch,
     weights: LossWeights,
 ) -> Loss:
-    """Loss of one forward. Slots that do not count are left out before the vocabulary is touched.
+    """The part of one forward. Slots that do not count are left out before the vocabulary is touched.
 
     Raises:
         InputError: a term needs the target's last hidden states and ``batch`` has none.
@@ -97,10 +117,9 @@ def dspark_loss(
     weight = torch.ones(len(place), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     if weights.decay is not None:
         weight = torch.exp(-slots.to(weight.dtype) / weights.decay)
-    total = weight.sum()
-    zero = total.new_zeros(())
+    zero = weight.new_zeros(())
     places, position = place.unique_consecutive(return_inverse=True)
-    value, ce, l1 = slot_losses(
+    total, ce, l1 = slot_losses(
         hidden_n,
         None if latents is None else latents[rows, blocks, slots],
         draft.lm_head.weight,
@@ -125,7 +144,6 @@ def dspark_loss(
         bce = functional.binary_cross_entropy_with_logits(logit, accept, reduction="none")
         confidence_sum = (weight * bce).sum()
 
-    value = (value + weights.confidence * confidence_sum) / (total + EPSILON)
     accepted = zero.expand(batch.counted.shape[-1])
     tau = zero
     if accept is not None:
@@ -135,8 +153,8 @@ def dspark_loss(
         reached = batch.counted[..., 0]
         tau = ((1 + rates.cumprod(dim=-1).sum(dim=-1)) * reached).sum()
     return Loss(
-        value,
-        total,
+        total + weights.confidence * confidence_sum,
+        weight.sum(),
         ce_sum.detach(),
         l1_sum.detach(),
         confidence_sum.detach(),

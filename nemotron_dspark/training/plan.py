@@ -9,6 +9,7 @@ import numpy as np
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.anchors import epoch_order, round_order
+from nemotron_dspark.training.ranks import ALONE, Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +19,14 @@ class Plan:
     num_samples: int
     steps_per_epoch: int  # a rest smaller than one global batch is left out of the epoch
     total_steps: int
-    accumulation: int  # forwards per step
+    accumulation: int  # forwards per step and process
+    rank: int  # of this process
+    ranks: int
 
     @staticmethod
-    def of(config: TrainConfig, num_samples: int) -> "Plan":
+    def of(config: TrainConfig, num_samples: int, ranks: Ranks = ALONE) -> "Plan":
         """The plan for ``num_samples``; `InputError` when the batch sizes do not fit them or each other."""
-        if config.global_batch_size % config.local_batch_size:
-            raise InputError(
-                f"train.global_batch_size {config.global_batch_size} is not a multiple of train.local_batch_size "
-                f"{config.local_batch_size}.",
-                "Change one of them.",
-            )
+        _check_batch_sizes(config, ranks.size)
         steps_per_epoch = num_samples // config.global_batch_size
         if not steps_per_epoch:
             raise InputError(
@@ -39,7 +37,9 @@ class Plan:
             num_samples,
             steps_per_epoch,
             config.max_steps or config.epochs * steps_per_epoch,
-            config.global_batch_size // config.local_batch_size,
+            config.global_batch_size // (config.local_batch_size * ranks.size),
+            ranks.rank,
+            ranks.size,
         )
 
     def epoch(self, step: int) -> int:
@@ -60,10 +60,13 @@ class Plan:
         return cached_order(self.num_samples, config.seed, self.epoch(step))[first : first + size]
 
     def micro_batches(self, step: int, config: TrainConfig, lengths: np.ndarray) -> list[np.ndarray]:
-        """Sample ids of each forward of ``step``, longest first: forwards pad little and memory peaks early."""
+        """Sample ids of each forward of ``step`` in this process, longest first: little is padded, memory peaks early.
+
+        The processes take turns, so that all have about the same length at a time.
+        """
         ids = self.samples(step, config)
         by_length = ids[np.argsort(-lengths[ids], kind="stable")]
-        return np.split(by_length, self.accumulation)
+        return np.split(by_length, self.accumulation * self.ranks)[self.rank :: self.ranks]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,13 +103,15 @@ class RollingPlan(Plan):
     _rounds: dict[int, list[Window]] = dataclasses.field(default_factory=dict)
 
     @staticmethod
-    def rolling(config: TrainConfig, sizes: np.ndarray, *, budget: int, reuse: int) -> "RollingPlan":
+    def rolling(
+        config: TrainConfig, sizes: np.ndarray, *, budget: int, reuse: int, ranks: Ranks = ALONE
+    ) -> "RollingPlan":
         """The plan for samples of ``sizes`` bytes.
 
         Raises:
             InputError: the batch sizes do not fit the data, or a global batch does not fit into half the budget.
         """
-        plan = Plan.of(config, len(sizes))
+        plan = Plan.of(config, len(sizes), ranks)
         whole = int(sizes.sum()) <= budget
         largest = int(np.sort(sizes)[-config.global_batch_size :].sum())
         if not whole and largest > budget // 2:
@@ -186,6 +191,24 @@ class RollingPlan(Plan):
         while any(part.sum() > self.budget // 2 for part in np.array_split(per_step, count)):
             count += 1
         return [part.flatten() for part in np.array_split(steps, count)]
+
+
+def _check_batch_sizes(config: TrainConfig, ranks: int) -> None:
+    whole, local = config.global_batch_size, config.local_batch_size
+    if whole % local:
+        raise InputError(
+            f"train.global_batch_size {whole} is not a multiple of train.local_batch_size {local}.",
+            "Change one of them.",
+        )
+    together = local * ranks
+    if whole % together:
+        sizes = [size for size in (whole // together * together, (whole // together + 1) * together) if size]
+        counts = [count for count in range(1, ranks) if whole // local % count == 0]
+        raise InputError(
+            f"train.global_batch_size {whole} is not a multiple of train.local_batch_size {local} x {ranks} processes.",
+            f"Set train.global_batch_size to {' or '.join(map(str, sizes))}, or start "
+            f"{' or '.join(map(str, counts[-3:]))} processes.",
+        )
 
 
 @lru_cache(maxsize=2)

@@ -21,10 +21,11 @@ from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.tokens import Selected, TokenStore
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig
-from nemotron_dspark.errors import EnvironmentFault
+from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.training.online import proven_target
 from nemotron_dspark.training.plan import RollingPlan, Window
+from nemotron_dspark.training.ranks import ALONE, Ranks
 from nemotron_dspark.training.source import Source
 
 FOLDER = "windows"  # inside the run folder
@@ -65,7 +66,12 @@ class RollingSource(Source):
         self._stopped = False
         self._producer: threading.Thread | None = None
 
-    def plan(self, config: TrainConfig) -> RollingPlan:
+    def plan(self, config: TrainConfig, ranks: Ranks = ALONE) -> RollingPlan:
+        if ranks.size > 1:
+            raise InputError(
+                f"cache.mode=rolling makes its windows in one process, and there are {ranks.size}.",
+                "Start one process, set cache.mode=online, or build a cache once with `nds cache build`.",
+            )
         sizes = sample_sizes(
             self._cache,
             self.lengths,

@@ -6,6 +6,7 @@ conversations the target itself runs beside the draft.
 
 import contextlib
 import dataclasses
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.checkpoints import check_space, expected_disk
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import StepMetrics
+from nemotron_dspark.training.ranks import ALONE, Ranks
+from nemotron_dspark.training.sharding import shards
 from nemotron_dspark.training.source import CacheSource, Source
 
-# These change neither the order of samples nor a number that is computed.
-_FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "device", "attention")
 _SUMMARIES = {
     "cached": "cached: {samples}, {states} of hidden states are read; the target is not loaded.",
     "online": "online: the target runs in the training loop; {samples}. No hidden states are written; a cache of them "
@@ -77,19 +78,75 @@ def train_run(
     conversations: Path | None = None,
     resume: bool = True,
     watcher: Watcher | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainReport:
     """Train a draft for ``target_name`` in ``run_folder``, from where an earlier call stopped.
 
     Either on ``cache_folder``, or on the file ``conversations``, over which the target runs meanwhile as ``cache.mode``
-    says.
+    says. Of several ``ranks`` all call it alike; the first prepares what lies in the folder, and writes.
 
     Raises:
         InputError: target, cache or data, configuration and run folder do not fit together, or one of them is damaged;
             also when ``resume`` is False and the folder holds a run.
         CheckError: the loss became infinite or NaN, or the loaded target is not right.
-        EnvironmentFault: no such device, or the disk is full.
+        EnvironmentFault: no such device, the disk is full, or the ranks do not share the folder.
     """
     run_folder, watcher = Path(run_folder), watcher or Watcher()
+    with ranks.in_turn():
+        if not ranks.first:
+            resume = True
+            if not (run_folder / folders.RUN_FILE).is_file():
+                raise EnvironmentFault(
+                    f"Process {ranks.rank} on {platform.node()} does not see what the first one wrote to {run_folder}.",
+                    "Give --out on a disk that all machines share.",
+                )
+        run = _prepare(target_name, cache_folder, run_folder, config, conversations, resume, watcher, ranks)
+        if ranks.first:
+            check_space(run_folder, run.draft, config.train.keep_checkpoints)
+    for note in run.notes:
+        watcher.note(f"note: {note}")
+    watcher.note(_summary(run.mode, run.source, run.states, run.draft, config, run_folder))
+    embedding, head = run.draft.embed_tokens.weight, run.draft.lm_head.weight
+    with contextlib.closing(run.source):
+        result = train(run.source, run.draft, config.train, run_folder, watcher=watcher, ranks=ranks)
+    draft_folder = run_folder / "draft"
+    if ranks.first:
+        folders.publish(result.checkpoint, embedding, head, draft_folder)
+    return TrainReport(
+        str(run_folder),
+        str(draft_folder),
+        run.mode,
+        result.steps,
+        result.resumed_from,
+        len(run.source.lengths),
+        result.tokens,
+        result.seconds,
+        sum(parameter.numel() for parameter in run.draft.trainable_parameters().values()),
+        tuple(run.notes),
+        result.last,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    mode: str
+    source: Source
+    states: int  # bytes of all hidden states
+    draft: DSparkDraft
+    notes: list[str]
+
+
+def _prepare(
+    target_name: str,
+    cache_folder: Path | None,
+    run_folder: Path,
+    config: RunConfig,
+    conversations: Path | None,
+    resume: bool,
+    watcher: Watcher,
+    ranks: Ranks,
+) -> _Run:
+    """Check that everything fits, take the folder, tokenise, and make the draft that is to be trained."""
     allowed = config.target.trust_remote_code
     folder = locate(target_name, revision=config.target.revision, weights=True, code=allowed)
     spec = TargetSpec.from_folder(folder, target_name, trust_remote_code=allowed)
@@ -97,18 +154,20 @@ def train_run(
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     cache = TargetCache(cache_folder) if conversations is None else None
     draft_config, notes = _draft_config(tokenizer, spec, cache, config)
-    device, dtype = resolve_device(config.train)
+    device, dtype = resolve_device(config.train, ranks)
     settings = {
         "target": target_name,
         "mode": "cached" if cache is not None else config.cache.mode,
         "draft": {**draft_config.to_json(), "dtype": str(dtype).removeprefix("torch.")},
-        "train": {k: v for k, v in config.train.model_dump(mode="json").items() if k not in (*_FREE_KEYS, "precision")},
+        "train": config.train.model_dump(mode="json", exclude={*folders.FREE_KEYS, "precision"}),
     }
     if cache is not None:
         notes += _check_cache(cache, spec, draft_config, target_name)
+        if ranks.first:
+            check_mask_token(cache, draft_config.mask_token_id)
         settings["cache"] = fingerprint(cache.folder)
         source: Source = CacheSource(cache)
-        source.plan(config.train)  # refuses what does not fit before the folder is touched
+        source.plan(config.train, ranks)  # refuses what does not fit before the folder is touched
         folders.claim(run_folder, settings, resume)
         states = sum(cache.layout.shard_sizes)
     else:
@@ -158,41 +217,27 @@ def train_run(
                 note=watcher.note,
                 working=watcher.working,
             )
-        source.plan(config.train)
+        source.plan(config.train, ranks)
     if config.draft.confidence_head and not config.train.confidence_alpha:
         notes.append("the confidence head is not trained: train.confidence_alpha is 0.")
-    folders.describe(run_folder, settings, config, notes, cache_folder if cache is not None else conversations)
+    if ranks.first:
+        folders.describe(run_folder, settings, config, notes, cache_folder if cache is not None else conversations)
 
     draft = DSparkDraft(draft_config, seed=config.train.seed)
     embeddings = read_embedding_and_head(folder, spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
-    draft = draft.to(device=device, dtype=dtype)
+    draft = draft.to(dtype)
+    for part in (draft.embed_tokens, draft.lm_head) if shards(config.train, ranks) else (draft,):
+        part.to(device)  # of the others only a part goes there, once they are sharded
     draft.attention = config.train.attention
-    check_space(run_folder, draft, config.train.keep_checkpoints)
-    for note in notes:
-        watcher.note(f"note: {note}")
-    watcher.note(_summary(settings["mode"], source, states, draft, config, run_folder))
-    with contextlib.closing(source):
-        result = train(source, draft, config.train, run_folder, watcher=watcher)
-    return TrainReport(
-        str(run_folder),
-        str(folders.publish(draft, run_folder / "draft")),
-        settings["mode"],
-        result.steps,
-        result.resumed_from,
-        len(source.lengths),
-        result.tokens,
-        result.seconds,
-        sum(parameter.numel() for parameter in draft.trainable_parameters().values()),
-        tuple(notes),
-        result.last,
-    )
+    return _Run(settings["mode"], source, states, draft, notes)
 
 
-def resolve_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+def resolve_device(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[torch.device, torch.dtype]:
     """The device and the weights' type that ``config`` means on this machine.
 
     Raises:
+        InputError: one GPU for several processes.
         EnvironmentFault: the device is not there.
     """
     name = config.device
@@ -206,6 +251,17 @@ def resolve_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
         raise EnvironmentFault(
             f"The device {name!r} cannot be used: {reason}.", "Set train.device to cpu, or leave it at auto."
         ) from None
+    if ranks.size > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise InputError(
+                f"train.device={name} is one GPU, and there are {ranks.size} processes.", "Leave train.device at auto."
+            )
+        if ranks.local >= torch.cuda.device_count():
+            raise EnvironmentFault(
+                f"{platform.node()} has {torch.cuda.device_count()} GPUs, too few for its processes.",
+                f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}.",
+            )
+        device = torch.device("cuda", ranks.local)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -236,7 +292,6 @@ def _check_cache(cache: TargetCache, spec: TargetSpec, draft: DraftConfig, targe
             f"draft.taps asks for layers {list(draft.target_layer_ids)}, the cache holds {list(cache.taps)}.",
             "Leave draft.taps out to use the cache's, or build a cache with these taps.",
         )
-    check_mask_token(cache, draft.mask_token_id)
     made_from = cache.target_name
     if made_from is not None and made_from != target_name:
         return [f"the cache names another target, {made_from}; training goes on with {target_name}."]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from torch import Tensor
 
 from nemotron_dspark import __version__, files
 from nemotron_dspark.config import RunConfig
@@ -17,6 +18,17 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.training import online
 
 RUN_FILE = "run.json"
+# Keys of `train` that change neither the order of samples nor a number that is computed, but for its rounding.
+FREE_KEYS = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "device",
+    "attention",
+    "parallel",
+    "activation_checkpointing",
+    "local_batch_size",
+)
 # What the source of a run's samples is known by, where it is no setting.
 _CONTENTS = {
     "cache": "another cache",
@@ -39,6 +51,8 @@ def claim(run_folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     if not resume:
         raise InputError(f"{run_folder} already holds a run.", "Give a new folder to --out, or leave out --fresh.")
     before = files.read_json(path).get("settings", {})
+    for key in FREE_KEYS:  # some were not free once
+        before.get("train", {}).pop(key, None)
     different = _first_difference(before, settings)
     if not different:
         return
@@ -73,8 +87,10 @@ def describe(
     files.write_text(run_folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def publish(draft: DSparkDraft, folder: Path) -> Path:
-    """Write the finished draft under a temporary name and put it in place."""
+def publish(checkpoint: Path, embedding: Tensor, head: Tensor, folder: Path) -> Path:
+    """Write the last checkpoint's draft with the target's matrices, under a temporary name, and put it in place."""
+    draft = DSparkDraft.load(checkpoint / "draft")
+    draft.set_embeddings(embedding, head)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     draft.save(temporary)

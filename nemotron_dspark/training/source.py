@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.ranks import ALONE, Ranks
 
 
 class SampleLike(Protocol):
@@ -33,8 +34,8 @@ class Source:
 
     lengths: np.ndarray  # int [samples], tokens of each
 
-    def plan(self, config: TrainConfig) -> Plan:
-        return Plan.of(config, len(self.lengths))
+    def plan(self, config: TrainConfig, ranks: Ranks = ALONE) -> Plan:
+        return Plan.of(config, len(self.lengths), ranks)
 
     def open(self, step: int) -> None:
         """Get ready to train from ``step`` on; not called where nothing is left to train."""

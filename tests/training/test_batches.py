@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemotron_dspark.training.anchors import counted_slots, draw_anchors
-from nemotron_dspark.training.batches import batches
+from nemotron_dspark.training.batches import Loader, batches
 from nemotron_dspark.training.plan import Plan
 from nemotron_dspark.training.source import CacheSource
 
@@ -68,7 +68,7 @@ def test_batches_go_on_at_any_step(make_cache, make_settings, first_step):
 
     def stream(start):
         return list(
-            batches(CacheSource(cache), plan, config, first_step=start, num_anchors=6, block_size=4, with_last=True)
+            batches(Loader(CacheSource(cache), plan, config.seed, 6, 4, with_last=True), config, first_step=start)
         )
 
     whole, part = stream(0), stream(first_step)

@@ -237,7 +237,7 @@ def test_a_terminal_shows_what_goes_on_before_and_beside_the_steps():
     shown = io.StringIO()
     with Display(Console(file=shown, force_terminal=True, width=160)) as watcher:
         watcher.working("loading the target [1]")
-        watcher.begin(Plan(12, 4, 8, 3), 0)
+        watcher.begin(Plan(12, 4, 8, 3, rank=0, ranks=1), 0)
         watcher.forward(0, 1)
         watcher.working("target, for steps 5-8: 40%")
     text = shown.getvalue()
