@@ -5,9 +5,8 @@
 Each recipe makes a random target (bf16 weights on disk, as published ones are), builds a cache, trains and leaves a
 draft. Disk is the size of the files. Memory is the highest resident memory of the stage above that of the process
 just before it, each stage in a process of its own, in which the same stage has run once on the smallest target: so
-libraries are loaded, and what they cost is not compared. Pages of the cache that training has mapped count as
-resident, although the system takes them back when it needs them: the share of the samples that is visited is added.
-Exit code 1 when disk is off by more than 1 % or memory by more than 10 %.
+libraries are loaded, and what they cost is not compared. Exit code 1 when disk is off by more than 1 % or memory by
+more than 10 %.
 """
 
 import argparse
@@ -174,8 +173,6 @@ def predict(recipe: str, folder: Path) -> list[dict]:
         {"what": f"memory {stage}", "predicted": column.memory[stage].host - needs.ASSUMED.libraries}
         for stage in ("cache", "train")
     ]
-    visited = min(1.0, run.train.max_steps * run.train.global_batch_size / load.samples)
-    rows[1]["predicted"] += visited * column.disk["cache"]
     one = column.disk["checkpoints"] / (run.train.keep_checkpoints + 1)
     disk = {"cache": column.disk["cache"], "checkpoint": one, "draft": column.disk["draft"]}
     return [*rows, *({"what": f"disk {name}", "predicted": value} for name, value in disk.items())]

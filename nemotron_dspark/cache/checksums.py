@@ -24,7 +24,7 @@ def sample_checksum(pieces: Iterable[Any]) -> int:
     """CRC-32 over ``pieces``, contiguous buffers."""
     value = 0
     for piece in pieces:
-        value = zlib.crc32(memoryview(piece).cast("B"), value)
+        value = zlib.crc32(piece, value)
     return value
 
 
@@ -38,10 +38,14 @@ def read_checksums(folder: Path) -> dict[str, str]:
     """Digest of each file by its name; empty where there are none, as in DeepSpec's own caches.
 
     Raises:
-        InputError: they are damaged themselves.
+        InputError: they are damaged themselves, or gone while those of the samples are there.
     """
     path = folder / CHECKSUMS
     if not path.is_file():
+        if (folder / SAMPLES).is_file():
+            raise InputError(
+                f"{path} is missing, and {SAMPLES} is there.", "Restore the file or build the cache again."
+            )
         return {}
     values = read_json(path)
     files = values.get("files") if isinstance(values, dict) else None

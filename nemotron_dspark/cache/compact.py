@@ -295,7 +295,9 @@ class CompactLayout(Layout):
     def _tensors(self, pieces: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """By column name; of one sample."""
         return {
-            column.name: torch.from_numpy(piece.copy()).view(column.dtype).view(-1, *column.row)
+            column.name: torch.from_numpy(piece).view(column.dtype).view(-1, *column.row)
+            if len(piece)
+            else torch.empty(0, *column.row, dtype=column.dtype)
             for column, piece in zip(self.columns, pieces, strict=True)
         }
 

@@ -172,8 +172,8 @@ class DeepSpecLayout(Layout):
         return Sample(
             torch.from_numpy(ids.view("<i4").astype(np.int64)),
             torch.from_numpy(loss != 0),
-            torch.from_numpy(taps.copy()).view(torch.bfloat16).view(length, -1),
-            torch.from_numpy(last.copy()).view(torch.bfloat16).view(length, -1),
+            torch.from_numpy(taps).view(torch.bfloat16).view(length, -1),
+            torch.from_numpy(last).view(torch.bfloat16).view(length, -1),
         )
 
     def faults(self, sample_id: int, pieces: Sequence[np.ndarray]) -> list[str]:

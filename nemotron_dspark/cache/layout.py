@@ -62,7 +62,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, sample_id: int, pieces: Sequence[np.ndarray]) -> Sample:
-        """The sample whose ``pieces`` (uint8 each) were read; it owns its memory."""
+        """The sample whose ``pieces`` (uint8 each) were read; it may keep their memory."""
 
     @abc.abstractmethod
     def faults(self, sample_id: int, pieces: Sequence[np.ndarray]) -> list[str]:

@@ -1,5 +1,9 @@
-"""Read a target cache sample by sample: memory-mapped, checked when opened, and each sample when it is first read."""
+"""Read a target cache sample by sample: checked when opened, and each sample when it is first read.
 
+Files are read, not mapped: where one is cut off or its disk fails, a mapped page kills the process without a word.
+"""
+
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +43,6 @@ class TargetCache:
                 raise InputError(fault, RESTORE)
         self._checksums = read_sample_checksums(self.folder, len(self))
         self._unread = np.ones(len(self), dtype=bool)
-        self._maps: dict[int, np.memmap] = {}
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -87,17 +90,17 @@ class TargetCache:
         return self.layout.decode(sample_id, pieces)
 
     def pieces(self, sample_id: int) -> list[np.ndarray]:
-        """Bytes of one sample as they lie in its shard, uint8 each, without a copy."""
-        shard = self._shard(int(self.layout.shards[sample_id]))
-        return [shard[offset : offset + size] for offset, size in self.layout.pieces(sample_id)]
+        """Bytes of one sample as they lie in its shard, uint8 each."""
+        return self._read(sample_id, self.layout.pieces(sample_id))
 
     def intact(self, sample_id: int, pieces: Sequence[np.ndarray]) -> bool:
         """Whether ``pieces`` have the checksum they were written with; True where there is none."""
         return self._checksums is None or sample_checksum(pieces) == int(self._checksums[sample_id])
 
     def input_ids(self, sample_id: int) -> Tensor:
-        """int64 [S], without its hidden states being read."""
-        return torch.from_numpy(self.pieces(sample_id)[0].view("<i4").astype(np.int64))
+        """int64 [S], without its hidden states being read or its checksum looked at."""
+        (ids,) = self._read(sample_id, self.layout.pieces(sample_id)[:1])
+        return torch.from_numpy(ids.view("<i4").astype(np.int64))
 
     def loss_mask(self, sample_id: int) -> np.ndarray:
         """Bool [S], without its hidden states being read."""
@@ -107,14 +110,28 @@ class TargetCache:
         """The sample's place, for messages."""
         return f"{self.folder / self.layout.shard_files[int(self.layout.shards[sample_id])]}: sample {sample_id}"
 
-    def _shard(self, shard_id: int) -> np.memmap:
-        if shard_id not in self._maps:
-            path = self.folder / self.layout.shard_files[shard_id]
+    def _read(self, sample_id: int, places: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """The bytes at these offsets, of these sizes."""
+        pieces = [np.empty(size, dtype=np.uint8) for _, size in places]
+        try:
+            file = os.open(self.folder / self.layout.shard_files[int(self.layout.shards[sample_id])], os.O_RDONLY)
             try:
-                self._maps[shard_id] = np.memmap(path, dtype=np.uint8, mode="r")
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path} cannot be read: {error}.", RESTORE) from None
-        return self._maps[shard_id]
+                whole = all(_fill(file, piece, place) for piece, (place, _) in zip(pieces, places, strict=True))
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise InputError(f"{self.where(sample_id)} cannot be read: {error.strerror}.", RESTORE) from None
+        if not whole:
+            raise InputError(f"{self.where(sample_id)} is cut off: the file has become too short.", RESTORE)
+        return pieces
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}  # worker processes map the shards themselves
+
+def _fill(file: int, piece: np.ndarray, offset: int) -> bool:
+    """Read ``piece`` at ``offset``; False where the file ends before."""
+    view = memoryview(piece)
+    while view:  # one call reads at most 2 GiB
+        count = os.preadv(file, [view], offset)
+        if not count:
+            return False
+        view, offset = view[count:], offset + count
+    return True

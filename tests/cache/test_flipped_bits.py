@@ -1,0 +1,76 @@
+"""A single flipped bit anywhere in a cache is found: by verify, which names the file, and when the cache is read."""
+
+import re
+
+import pytest
+
+from nemotron_dspark.cache.convert import convert_cache
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cache.verify import verify
+from nemotron_dspark.cache.writer import write_cache
+from nemotron_dspark.config import CacheConfig
+from nemotron_dspark.errors import InputError
+from tests.cache.test_reader import samples
+from tests.flips import flipped, places
+
+FLIPS = 240
+
+
+@pytest.fixture(scope="module", params=["deepspec", "compact"])
+def cache(request, tmp_path_factory):
+    """A few shards of short samples, so that a bit of each of their parts is flipped."""
+    folder = tmp_path_factory.mktemp("flips") / "cache"
+    write_cache(folder, samples([5, 9, 4, 7, 12, 3], 2, 8), taps=(0, 2), hidden_size=8, shard_bytes=900)
+    if request.param == "deepspec":
+        return folder
+    convert_cache(folder, folder.with_name("compact"), CacheConfig(format="compact", quantisation="fp8"))
+    return folder.with_name("compact")
+
+
+def read_all(folder):
+    return [sample for sample in TargetCache(folder)]
+
+
+def test_a_flipped_bit_anywhere_is_found_by_verify_and_when_it_is_read(cache):
+    files = {path.name for path in cache.iterdir()}
+    assert files >= {"manifest.json", "samples.idx", "samples.crc", "checksums.json"}
+    found = places(cache, FLIPS)
+    assert len(found) >= 200
+    for path, bit in found:
+        with flipped(path, bit):
+            problems = verify(cache).problems
+            assert any(path.name in problem for problem in problems), (path, bit, problems)
+            with pytest.raises(InputError):
+                read_all(cache)
+    assert verify(cache).whole
+    assert len(read_all(cache)) == 6
+
+
+def test_a_file_that_is_gone_or_cut_off_is_found(cache):
+    for path in sorted(cache.iterdir()):
+        content = path.read_bytes()
+        for change in (path.unlink, lambda path=path, content=content: path.write_bytes(content[:-2])):
+            change()
+            try:
+                with pytest.raises(InputError, match=re.escape(path.name)):
+                    read_all(cache)
+                if path.is_file() or path.name != "manifest.json":
+                    assert any(path.name in problem for problem in verify(cache).problems), path
+            finally:
+                path.write_bytes(content)
+    assert verify(cache).whole
+
+
+def test_a_shard_that_goes_while_the_cache_is_open_is_an_error_with_the_sample_in_it(cache):
+    opened = TargetCache(cache)
+    shard = cache / opened.layout.shard_files[-1]
+    content = shard.read_bytes()
+    last = len(opened) - 1
+    shard.write_bytes(content[:20])
+    with pytest.raises(InputError, match=rf"{shard.name}: sample {last} is cut off"):
+        opened[last]
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"{shard.name}: sample {last} cannot be read: No such file"):
+        opened[last]
+    shard.write_bytes(content)
+    assert len(opened[last].input_ids) == 3
