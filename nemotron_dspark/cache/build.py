@@ -217,7 +217,7 @@ def _lay_out(
     return new_layout(
         cache,
         lengths,
-        lambda sample: tokens[sample].loss_mask,
+        lambda: tokens.targets(samples),
         taps=taps,
         hidden_size=hidden_size,
         extra=extra,

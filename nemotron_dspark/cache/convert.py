@@ -15,7 +15,7 @@ import numpy as np
 
 from nemotron_dspark.cache.build import REPORT, BuildProgress, check_space
 from nemotron_dspark.cache.checksums import fingerprint
-from nemotron_dspark.cache.compact import CompactLayout
+from nemotron_dspark.cache.compact import CompactLayout, has_target
 from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import TargetCache
@@ -74,7 +74,7 @@ def convert_cache(
     layout = new_layout(
         cache,
         source.lengths,
-        source.loss_mask,
+        lambda: np.array([has_target(source.loss_mask(sample)).sum() for sample in range(len(source))]),
         taps=source.taps,
         hidden_size=source.hidden_size,
         extra=source.layout.extra,

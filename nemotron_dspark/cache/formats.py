@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from nemotron_dspark.cache import compact
-from nemotron_dspark.cache.compact import CompactLayout, has_target
+from nemotron_dspark.cache.compact import CompactLayout
 from nemotron_dspark.cache.format import RECORD_SIZE, DeepSpecLayout, bytes_per_token
 from nemotron_dspark.cache.layout import Layout, manifest_of
 from nemotron_dspark.config.run import CacheConfig
 from nemotron_dspark.files import read_json
 
-LossMask = Callable[[int], np.ndarray]  # bool or uint8 [S] of a sample; only the compact format asks for it
+Targets = Callable[[], np.ndarray]  # `compact.has_target` counted in each sample; only the compact format asks for it
 
 
 def read_layout(folder: Path) -> Layout:
@@ -27,7 +27,7 @@ def read_layout(folder: Path) -> Layout:
 def new_layout(
     cache: CacheConfig,
     lengths: np.ndarray,  # int [samples]
-    loss_mask: LossMask,
+    targets: Targets,
     *,
     taps: Sequence[int],
     hidden_size: int,
@@ -36,23 +36,17 @@ def new_layout(
     """The layout that ``cache`` asks for."""
     settings = {"taps": taps, "hidden_size": hidden_size, "shard_bytes": cache.shard_bytes, "extra": extra}
     if cache.format == "compact":
-        return CompactLayout.of(lengths, _kept(lengths, loss_mask), quantisation=cache.quantisation, **settings)
+        return CompactLayout.of(lengths, targets(), quantisation=cache.quantisation, **settings)
     return DeepSpecLayout.of(lengths, **settings)
 
 
 def sample_sizes(
-    cache: CacheConfig, lengths: np.ndarray, loss_mask: LossMask, *, num_taps: int, hidden_size: int
+    cache: CacheConfig, lengths: np.ndarray, targets: Targets, *, num_taps: int, hidden_size: int
 ) -> np.ndarray:
     """Bytes that each sample takes in the format that ``cache`` asks for, its record included, int64 [samples]."""
     if cache.format == "compact":
-        kept = _kept(lengths, loss_mask)
         sizes = compact.sample_sizes(
-            lengths, kept, num_taps=num_taps, hidden_size=hidden_size, quantisation=cache.quantisation
+            lengths, targets(), num_taps=num_taps, hidden_size=hidden_size, quantisation=cache.quantisation
         )
         return sizes + compact.RECORD.itemsize
     return lengths * bytes_per_token(num_taps, hidden_size) + RECORD_SIZE
-
-
-def _kept(lengths: np.ndarray, loss_mask: LossMask) -> np.ndarray:
-    """Last hidden states that are kept of each sample, int64 [samples]."""
-    return np.array([has_target(loss_mask(sample)).sum() for sample in range(len(lengths))], dtype=np.int64)

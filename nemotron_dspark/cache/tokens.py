@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from nemotron_dspark.cache.compact import has_target
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.config.run import DataConfig
 from nemotron_dspark.data import conversations as rows
@@ -52,12 +53,20 @@ class Tokens:
     ids: np.ndarray  # int64 [samples], what a person knows them by
     complete = True
     read = 1.0  # share of the conversations that they come from
+    _targets = np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, sample_id: int) -> Tokenised:
         raise NotImplementedError
+
+    def targets(self, samples: int) -> np.ndarray:
+        """How many last hidden states the loss looks at, int64 [samples], of the first so many; counted once each."""
+        more = range(len(self._targets), samples)
+        counted = [int(has_target(self[sample].loss_mask).sum()) for sample in more]
+        self._targets = np.concatenate((self._targets, np.array(counted, dtype=np.int64)))
+        return self._targets[:samples]
 
     def wait(self, samples: int) -> None:
         """Return when so many samples are known, or all of them, or `stop` was called."""

@@ -120,7 +120,7 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
     with clock("answers"):
         target = Target.of(config.target)
         prove(target)
-        _answer(target, run_dir, config, budget, progress)
+        answer_prompts(target, run_dir, config, budget, progress)
 
     with clock("cache"):
         _cache(target, run_dir, config, progress)
@@ -197,7 +197,7 @@ def _write_prompts(run_dir: Path, budget: Budget, seed: int) -> Path:
     return held_out
 
 
-def _answer(target: Target, run_dir: Path, config: RunConfig, budget: Budget, progress: Progress) -> None:
+def answer_prompts(target: Target, run_dir: Path, config: RunConfig, budget: Budget, progress: Progress) -> None:
     """`conversations.jsonl`: each prompt answered once, at one of the temperatures the draft will work at."""
     rows = (run_dir / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     answered = []

@@ -8,8 +8,10 @@ machine's peak, and every assumption is in `ASSUMED`.
 import dataclasses
 import math
 
+from nemotron_dspark.cache import compact
 from nemotron_dspark.cache.format import RECORD_SIZE, bytes_per_token
-from nemotron_dspark.config import EvalConfig, TrainConfig
+from nemotron_dspark.cache.quantise import QUANTISATIONS
+from nemotron_dspark.config import CacheConfig, EvalConfig, TrainConfig
 from nemotron_dspark.drafts.attention import PIECES
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
@@ -99,6 +101,23 @@ class Shape:
 def cache_bytes(shape: Shape, samples: int, tokens: int) -> int:
     """2·H·(T+1) + 6 a token and 56 a sample. While it is built 5 more a token lie beside it."""
     return bytes_per_token(shape.taps, shape.hidden) * tokens + RECORD_SIZE * samples
+
+
+def compact_bytes(shape: Shape, quantisation: str, workload: Workload) -> int:
+    """Likewise in the compact format: quantised, last hidden states only of positions that are a target.
+
+    Without the headers of shards, about a kilobyte each.
+    """
+    of_taps, of_last = (kind(shape.hidden) for kind in QUANTISATIONS[quantisation])
+    states = shape.taps * of_taps.state_bytes * workload.tokens + of_last.state_bytes * workload.targets
+    return states + token_bytes(workload.tokens) + (16 + compact.RECORD.itemsize) * workload.samples
+
+
+def stored_bytes(shape: Shape, cache: CacheConfig, workload: Workload) -> int:
+    """All hidden states in the format that ``cache`` asks for."""
+    if cache.format == "compact":
+        return compact_bytes(shape, cache.quantisation, workload)
+    return cache_bytes(shape, workload.samples, workload.tokens)
 
 
 def token_bytes(tokens: int) -> int:

@@ -29,10 +29,16 @@ class Mode:
     stored: Callable[[float, CacheConfig], float]  # (bytes of the whole cache, settings) to bytes on the disk
     forwards: Callable[[float, CacheConfig], float]  # (epochs, settings) to times the target runs over the data
     batch: Callable[[float, float], float]  # (tokens of a capture's, of a training forward) to those in the loop
+    format: str | None = None  # of what is stored; None: as configured
+
+
+def _whole_cache(name: str, cache_format: str) -> Mode:
+    return Mode(name, None, lambda whole, _: whole, lambda epochs, _: 1.0, lambda capture, train: 0.0, cache_format)
 
 
 MODES = (
-    Mode("cached", None, lambda whole, _: whole, lambda epochs, _: 1.0, lambda capture, train: 0.0),
+    _whole_cache("cached", "deepspec"),
+    _whole_cache("compact", "compact"),
     Mode(
         "rolling",
         "cache.mode=rolling",
@@ -115,8 +121,9 @@ def plan(
     """
     columns = tuple(_column(mode, shape, config, workload, machine, price) for mode in modes())
     fitting = [column for column in columns if not column.problems]
-    best = min(fitting, key=lambda column: column.total_hours) if fitting else None
-    commands = _commands(best, shape, options, data) if best else ()
+    exact = [column for column in fitting if column.mode != "compact" or fitting[0].mode != "cached"]
+    best = min(exact, key=lambda column: column.total_hours) if fitting else None
+    commands = _commands(best, shape, config.cache, options, data) if best else ()
     return Plan(
         shape.name,
         machine,
@@ -151,7 +158,7 @@ def _column(
     if sum(disk.values()) > machine.disk_bytes:
         problems.append(f"disk: {size(sum(disk.values()))} are needed, there are {size(machine.disk_bytes)}.")
         if mode.setting is None:
-            advice += _smaller_cache(shape, config, workload, machine, disk)
+            advice += _smaller_cache(mode, shape, config, workload, machine, disk)
     for stage, need in memory.items():
         lacking = _lacking(need, machine)
         if lacking:
@@ -165,7 +172,7 @@ def _column(
 
 def _disk(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine) -> dict[str, float]:
     found = {} if shape.weights_here else {"target": float(shape.stored_bytes)}
-    stored = mode.stored(needs.cache_bytes(shape, workload.samples, workload.tokens), config.cache)
+    stored = mode.stored(_states(mode, shape, config, workload), config.cache)
     if stored:
         found["cache"] = float(stored)
     if mode.setting:
@@ -207,7 +214,7 @@ def _hours(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, mach
     work = needs.training_seconds(shape, config.train, workload, machine, epochs)
     forward = needs.forward_seconds(shape, workload.tokens, machine)
     seconds = {"answers": needs.answer_seconds(shape, workload, machine)}
-    whole = needs.cache_bytes(shape, workload.samples, workload.tokens)
+    whole = _states(mode, shape, config, workload)
     stored = mode.stored(whole, config.cache)
     produced = mode.forwards(epochs, config.cache)
     made = produced * (max(forward, whole / ASSUMED.write) if stored else forward)
@@ -234,8 +241,14 @@ def _lacking(need: Memory, machine: Machine) -> str:
     return ""
 
 
+def _states(mode: Mode, shape: Shape, config: RunConfig, workload: Workload) -> int:
+    """Bytes of all hidden states as ``mode`` would store them."""
+    asked = {"format": mode.format} if mode.format else {}
+    return needs.stored_bytes(shape, config.cache.model_copy(update=asked), workload)
+
+
 def _smaller_cache(
-    shape: Shape, config: RunConfig, workload: Workload, machine: Machine, disk: dict[str, float]
+    mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine, disk: dict[str, float]
 ) -> list[str]:
     """Fewer samples, or fewer taps, with which the cache fits."""
     room = machine.disk_bytes - (sum(disk.values()) - disk["cache"])
@@ -243,7 +256,7 @@ def _smaller_cache(
     found = [f"The disk holds the cache of about {fitting:,} samples."] if fitting > 0 else []
     for taps in range(shape.taps - 1, 0, -1):
         smaller = dataclasses.replace(shape, taps=taps)
-        if needs.cache_bytes(smaller, workload.samples, workload.tokens) <= room:
+        if _states(mode, smaller, config, workload) <= room:
             return [*found, f"It holds all with --set draft.num_taps={taps}."]
     return found
 
@@ -285,14 +298,16 @@ def _reason(best: Column | None, columns: Sequence[Column]) -> str:
     return f"{best.mode} fits" + (f", and {'; '.join(said)}" if said else "") + f"{more}."
 
 
-def _commands(best: Column, shape: Shape, options: Sequence[str], data: str) -> tuple[str, ...]:
+def _commands(best: Column, shape: Shape, asked: CacheConfig, options: Sequence[str], data: str) -> tuple[str, ...]:
     name = Path(shape.name).name.lower() or "target"
     target = f"--target {shlex.quote(shape.name)}"
     given = "".join(f" {shlex.quote(text)}" for text in options)
     cache, run = f"caches/{shlex.quote(name)}", f"runs/{shlex.quote(name)}"
     data = shlex.quote(data)
-    setting = next(mode.setting for mode in MODES if mode.name == best.mode)
-    build = [f"nds cache build {target} --data {data} --out {cache}{given}"] if setting is None else []
+    mode = next(mode for mode in MODES if mode.name == best.mode)
+    setting = mode.setting
+    written = f" --cache-format {mode.format}" if mode.format not in (None, asked.format) else ""
+    build = [f"nds cache build {target} --data {data} --out {cache}{given}{written}"] if setting is None else []
     states = f"--cache {cache}" if setting is None else f"--data {data} --set {setting}"
     train = f"nds train {target} {states} --out {run}{given}"
     return (*build, train, f"nds eval {target} --draft {run}/draft --prompts held_out.jsonl{given}")

@@ -5,6 +5,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from nemotron_dspark.cache.compact import has_target
+from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.config import DataConfig
 from nemotron_dspark.data.conversations import Skipped, read
 from nemotron_dspark.data.samples import samples_of
@@ -20,6 +22,9 @@ class Workload:
     samples: int
     tokens: int
     loss_tokens: int  # those that train the draft: the target's answers
+    targets: (
+        int  # positions from which such a token is predicted, after another one: a compact cache keeps their states
+    )
     longest: int  # tokens of the longest sample
     source: str  # how this is known, in words
 
@@ -52,7 +57,8 @@ def from_numbers(
         )
     tokens = samples * mean_length
     text = f"{samples:,} samples of {mean_length:,} tokens, {answer_share:.0%} of them answers"
-    return Workload(samples, tokens, round(tokens * answer_share), longest, text)
+    loss = round(tokens * answer_share)
+    return Workload(samples, tokens, loss, max(0, loss - samples), longest, text)
 
 
 def from_file(path: Path, tokenizer: Any | None, data: DataConfig, max_positions: int) -> Workload:
@@ -72,18 +78,25 @@ def from_file(path: Path, tokenizer: Any | None, data: DataConfig, max_positions
         how = f"guessed at {CHARACTERS_PER_TOKEN} characters a token, there is no tokenizer here"
     else:
         samples = (item for item in samples_of(conversations, tokenizer, data) if not isinstance(item, Skipped))
-        found = [(len(item.tokens.input_ids), item.tokens.loss_tokens) for item in samples]
+        found = [_measured(item.tokens) for item in samples]
         how = "tokenised" if step == 1 else f"every {step}th conversation tokenised"
     if not found:
         raise InputError(f"{path} leaves no sample.", "`nds data check` shows what happens to each conversation.")
-    samples, tokens, loss = step * len(found), step * sum(n for n, _ in found), step * sum(n for _, n in found)
+    samples = step * len(found)
+    tokens, loss, targets = (step * sum(numbers) for numbers in zip(*found, strict=True))
     text = f"{path.name}: {samples:,} samples of {tokens / samples:,.0f} tokens on average ({how})"
-    return Workload(samples, tokens, loss, max(n for n, _ in found), text)
+    return Workload(samples, tokens, loss, targets, max(length for length, *_ in found), text)
 
 
-def _guessed(item: Any, data: DataConfig) -> tuple[int, int]:
-    """(tokens, loss tokens) of a conversation, by its characters."""
+def _measured(tokens: Tokenised) -> tuple[int, int, int]:
+    """Tokens, loss tokens and targets."""
+    return len(tokens.input_ids), tokens.loss_tokens, int(has_target(tokens.loss_mask).sum())
+
+
+def _guessed(item: Any, data: DataConfig) -> tuple[int, int, int]:
+    """Tokens, loss tokens and targets of a conversation, by its characters."""
     answers = sum(len(message.content) for message in item.messages if message.role == "assistant")
     everything = sum(len(message.content) for message in item.messages)
     length = min(max(2, everything // CHARACTERS_PER_TOKEN), data.max_length)
-    return length, max(1, round(length * answers / max(1, everything)))
+    loss = max(1, round(length * answers / max(1, everything)))
+    return length, loss, loss - 1

@@ -75,7 +75,7 @@ class RollingSource(Source):
         sizes = sample_sizes(
             self._cache,
             self.lengths,
-            lambda sample: self._tokens[sample].loss_mask,
+            lambda: self._tokens.targets(len(self._tokens)),
             num_taps=len(self._taps),
             hidden_size=self._width,
         )
@@ -171,7 +171,7 @@ class RollingSource(Source):
         layout = new_layout(
             self._cache,
             tokens.lengths,
-            lambda sample: tokens[sample].loss_mask,
+            lambda: tokens.targets(len(tokens)),
             taps=self._taps,
             hidden_size=self._width,
             extra={"target_model_name_or_path": self._config.name},

@@ -199,7 +199,7 @@ def _prepare(
         sizes = sample_sizes(
             config.cache,
             store.lengths,
-            lambda sample: store[sample].loss_mask,
+            lambda: store.targets(len(store)),
             num_taps=len(taps),
             hidden_size=spec.hidden_size,
         )

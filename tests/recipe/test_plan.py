@@ -5,18 +5,21 @@ import json
 import re
 import runpy
 
+import numpy as np
 import pytest
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from nemotron_dspark.cache.compact import CompactLayout
+from nemotron_dspark.cache.quantise import QUANTISATIONS
 from nemotron_dspark.cli import plan_command, shell
 from nemotron_dspark.config import load_run_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import needs, plan
 from nemotron_dspark.recipe.describe import describe
 from nemotron_dspark.recipe.machines import MACHINES, Machine, machine
-from nemotron_dspark.recipe.workload import from_file, from_numbers
+from nemotron_dspark.recipe.workload import Workload, from_file, from_numbers
 from nemotron_dspark.resources import resource_folder
 from tests.recipe.nemotrons import NEMOTRONS
 
@@ -118,7 +121,39 @@ def test_a_full_disk_changes_the_recommendation_and_says_what_would_fit(shape):
     assert column(planned(shape, MACHINES["dgx-spark"], samples=fitting + 1000), "cached").problems
     taps = int(re.search(r"num_taps=(\d)", cached.advice[1]).group(1))
     assert needs.cache_bytes(shape, 150_000, 120_000_000) * (taps + 1) / 6 < 3.6e12
-    assert any("cache.mode=" in command and "--data" in command for command in tight.commands)
+    assert tight.recommended == "compact"
+    assert tight.commands[0].endswith("--cache-format compact")
+    tighter = planned(shape, MACHINES["dgx-spark"], samples=600_000)
+    assert tighter.recommended == "rolling"
+    assert any("cache.mode=rolling" in command and "--data" in command for command in tighter.commands)
+
+
+def test_a_compact_cache_is_asked_for_only_where_the_other_does_not_fit(shape):
+    fast = dataclasses.replace(WIDE, flops=2e15)  # so that writing the cache takes longer than computing it
+    found = planned(shape, fast)
+    compact, cached = column(found, "compact"), column(found, "cached")
+    assert compact.total_hours < cached.total_hours
+    assert compact.disk["cache"] < 0.3 * cached.disk["cache"]
+    assert found.recommended == "cached"
+    again = planned(shape, MACHINES["dgx-spark"], samples=150_000, settings=["cache.format=compact"])
+    assert "--cache-format" not in again.commands[0]  # the user's own option is in the command already
+    rolled = planned(shape, settings=["cache.format=compact"], samples=12_000)
+    assert column(rolled, "rolling").disk["cache"] < 200e9 < column(rolled, "cached").disk["cache"]
+    assert column(planned(shape, samples=12_000), "rolling").disk["cache"] == 200e9
+
+
+def test_disk_of_a_compact_cache_is_that_of_its_layout(shape):
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(20, 900, 400)
+    kept = lengths // 2
+    workload = Workload(400, int(lengths.sum()), int(kept.sum()) + 400, int(kept.sum()), 900, "")
+    for quantisation in QUANTISATIONS:
+        layout = CompactLayout.of(
+            lengths, kept, taps=range(5), hidden_size=4096, quantisation=quantisation, shard_bytes=1 << 30
+        )
+        predicted = needs.compact_bytes(shape, quantisation, workload)
+        assert predicted == pytest.approx(layout.total_bytes, rel=1e-4)
+        assert predicted < layout.total_bytes
 
 
 def test_memory_that_does_not_suffice_names_the_setting_that_helps(shape):
