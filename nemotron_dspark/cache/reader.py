@@ -103,8 +103,9 @@ class TargetCache:
         return torch.from_numpy(ids.view("<i4").astype(np.int64))
 
     def loss_mask(self, sample_id: int) -> np.ndarray:
-        """Bool [S], without its hidden states being read."""
-        return self.pieces(sample_id)[self.layout.mask_piece] != 0
+        """Bool [S], without its hidden states being read or its checksum looked at."""
+        (mask,) = self._read(sample_id, [self.layout.pieces(sample_id)[self.layout.mask_piece]])
+        return mask != 0
 
     def where(self, sample_id: int) -> str:
         """The sample's place, for messages."""
