@@ -20,7 +20,7 @@ import torch
 
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.errors import CheckError, EnvironmentFault
+from nemotron_dspark.errors import CheckError, EnvironmentFault, NdsError
 from nemotron_dspark.training.batches import Loader, batches
 from nemotron_dspark.training.checkpoints import (
     Progress,
@@ -78,7 +78,8 @@ def train(
     made ``source`` closes it.
 
     Raises:
-        InputError: batch sizes, cache and number of processes do not fit, or the cache turns out damaged.
+        InputError: batch sizes, cache and number of processes do not fit, or the cache turns out damaged; everything up
+            to the last finished step is saved then, as with whatever else ends the reading of samples.
         CheckError: the loss is no longer finite; the weights before that step are in the newest checkpoint.
         EnvironmentFault: the disk or the device's memory is full.
         KeyboardInterrupt: SIGINT or SIGTERM came; everything up to the last finished step is saved.
@@ -144,9 +145,18 @@ def train(
             sums = torch.zeros(len(window.sums), dtype=torch.float64, device=device)
             step_tokens = 0
             for done in range(plan.accumulation):
-                batch = next(feed, None)  # None: stopped while waiting for it
-                if ranks.any(bool(stopped)):  # an unfinished step is done again; its gradients are not kept
+                failure = None
+                try:
+                    batch = next(feed, None)  # None: stopped while waiting for it
+                except NdsError as error:  # a damaged cache, say, whatever was read of it before
+                    failure = error
+                stops, failures = ranks.sum(torch.tensor([bool(stopped), failure is not None])).tolist()
+                if stops or failures:  # an unfinished step is done again; its gradients are not kept
                     save()
+                    if failure:
+                        raise _stopped_by(failure, step) from failure
+                    if failures:
+                        ranks.wait()  # does not come back from here: another one raises
                     raise KeyboardInterrupt
                 with _memory_of(device):
                     total, parts = objective(batch.to(device))
@@ -192,6 +202,11 @@ def _newest_whole(folder: Path, watcher: Watcher, ranks: Ranks) -> int:
             break
         watcher.note(f"Checkpoint {checkpoint.name} is passed over: {fault}.")
     return int(ranks.sum(torch.tensor(float(step))))
+
+
+def _stopped_by(failure: NdsError, step: int) -> NdsError:
+    kept = "Everything until then is saved." if step else "No step was finished."
+    return type(failure)(f"Training stopped after step {step}: {failure.what}", f"{failure.do} {kept}")
 
 
 def _not_finite(

@@ -1,0 +1,101 @@
+"""What breaks while a draft trains: nothing that was computed is lost, and the same command goes on to the same bits."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cache.writer import write_cache
+from nemotron_dspark.config import load_run_config
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.training.checkpoints import list_checkpoints
+from nemotron_dspark.training.loop import Watcher
+from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.run import train_run
+from tests.flips import flipped
+from tests.training.test_kill import result
+from tests.training.test_run import SETTINGS, TAPS, samples
+
+STEPS = 6
+CONFIG = load_run_config(assignments=[*SETTINGS, f"train.max_steps={STEPS}", "train.checkpoint_every=100"])
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_hybrid, tmp_path_factory):
+    """Two epochs of three steps; several shards."""
+    folder = tmp_path_factory.mktemp("faults") / "cache"
+    extra = {"target_model_name_or_path": str(tiny_hybrid)}
+    write_cache(folder, samples(12), taps=TAPS, hidden_size=64, extra=extra, shard_bytes=20_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_hybrid, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults") / "whole"
+    train_run(str(tiny_hybrid), cache, folder, CONFIG)
+    return result(folder)
+
+
+@pytest.fixture
+def copy(cache, tmp_path):
+    return Path(shutil.copytree(cache, tmp_path / "cache"))
+
+
+def needed_at(cache, step):
+    """A sample that is first read for this step, counted from 0."""
+    lengths = TargetCache(cache).lengths
+    plan = Plan.of(CONFIG.train, len(lengths))
+    before = {sample for earlier in range(step) for sample in plan.samples(earlier, CONFIG.train).tolist()}
+    return next(sample for sample in plan.samples(step, CONFIG.train).tolist() if sample not in before)
+
+
+class Once(Watcher):
+    """Does something when the run begins."""
+
+    def __init__(self, action):
+        self.begin = lambda plan, step: action()
+
+
+@pytest.mark.parametrize("fault", ["flipped", "gone", "cut off"])
+def test_a_fault_of_the_cache_costs_no_step_and_the_same_command_goes_on(
+    tiny_hybrid, copy, undisturbed, tmp_path, fault
+):
+    sample = needed_at(copy, 2)
+    opened = TargetCache(copy)
+    shard = copy / opened.layout.shard_files[opened.layout.shards[sample]]
+    offset, size = opened.layout.pieces(sample)[-1]
+    content = shard.read_bytes()
+
+    def damage():
+        if fault == "flipped":
+            shard.write_bytes(content[: offset + 7] + bytes([content[offset + 7] ^ 4]) + content[offset + 8 :])
+        elif fault == "gone":
+            shard.unlink()
+        else:
+            os.truncate(shard, offset + size // 2)
+
+    with pytest.raises(InputError, match=rf"{shard.name}: sample \d+") as stopped:
+        train_run(str(tiny_hybrid), copy, tmp_path / "run", CONFIG, watcher=Once(damage))
+    reached = int(stopped.value.what.removeprefix("Training stopped after step ").split(":")[0])
+    newest = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")][-1:]
+    assert newest == ([f"step-{reached:08d}"] if reached else [])
+    if fault == "flipped":  # the others may touch samples before this one
+        assert reached == 2
+        assert f"sample {sample} is not what was written" in stopped.value.what
+        assert "Everything until then is saved" in stopped.value.do
+    shard.write_bytes(content)
+    report = train_run(str(tiny_hybrid), copy, tmp_path / "run", CONFIG)
+    assert report.resumed_from == reached
+    assert result(tmp_path / "run") == undisturbed
+
+
+def test_a_cache_that_is_damaged_before_is_refused_before_the_first_step(tiny_hybrid, copy, tmp_path):
+    train_run(str(tiny_hybrid), copy, tmp_path / "run", CONFIG)
+    with flipped(copy / "samples.idx", 99), pytest.raises(InputError, match=r"samples\.idx"):
+        train_run(str(tiny_hybrid), copy, tmp_path / "new", CONFIG)
+    assert not (tmp_path / "new").exists()
+    (copy / "shard-00001.bin").unlink()
+    with pytest.raises(InputError, match=r"shard-00001\.bin is missing"):
+        train_run(str(tiny_hybrid), copy, tmp_path / "new", CONFIG)
