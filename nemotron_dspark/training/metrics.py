@@ -77,21 +77,25 @@ class MetricsLog:
     def __init__(self, run_folder: Path, resumed_step: int):
         self._path = run_folder / FILE
         self._drop_after(resumed_step)
-        self._board = _tensorboard(run_folder / "tensorboard", resumed_step)
+        self._events = run_folder / "tensorboard"
+        with files.disk_errors(self._events):
+            self._board = _tensorboard(self._events, resumed_step)
 
     def write(self, metrics: StepMetrics) -> None:
         with files.disk_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
         if self._board is None:
             return
-        for key, value in dataclasses.asdict(metrics).items():
-            for name, number in _scalars(key, value):
-                self._board.add_scalar(name, number, metrics.step)
-        self._board.flush()
+        with files.disk_errors(self._events):
+            for key, value in dataclasses.asdict(metrics).items():
+                for name, number in _scalars(key, value):
+                    self._board.add_scalar(name, number, metrics.step)
+            self._board.flush()
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with files.disk_errors(self._events):
+                self._board.close()
 
     def _drop_after(self, step: int) -> None:
         """Keep the lines up to the checkpoint the run goes on from; the steps after it are done again."""

@@ -1,4 +1,4 @@
-"""What breaks while a draft trains: nothing that was computed is lost, and the same command goes on to the same bits."""
+"""What breaks while a draft trains: nothing computed is lost, and the same command goes on to the same bits."""
 
 import os
 import shutil
