@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -367,6 +368,20 @@ def test_rolling_over_a_budget_that_holds_everything_equals_cached_training_bit_
     report = run("run", "cache.mode=rolling")
     assert report.mode == "rolling"
     assert_same_bits(report.run_folder, cached_run)
+
+
+def test_a_rolling_cache_may_be_compact(run, tiny_hybrid, conversations, tmp_path):
+    asked = config("cache.format=compact", "train.max_steps=4")
+    target = Target.load(str(tiny_hybrid), device="cpu")
+    build_cache(target, conversations, tmp_path / "cache", taps=(1, 4), data=asked.data, cache=asked.cache)
+    train_run(str(tiny_hybrid), tmp_path / "cache", tmp_path / "cached", asked)
+    told, watcher = [], Watcher()
+    watcher.note = told.append
+    report = run("run", "cache.mode=rolling", "cache.format=compact", "train.max_steps=4", watcher=watcher)
+    assert_same_bits(report.run_folder, tmp_path / "cached")
+    whole = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    (said,) = (text for text in told if "of hidden states fit" in text)
+    assert 0 < whole - 1000 * float(re.search(r"All ([\d.]+) kB", said).group(1)) < 3000
 
 
 class Disk(Watcher):
