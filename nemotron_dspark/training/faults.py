@@ -28,6 +28,6 @@ def samples_at_fault(
             numbers = [total]
             if not sharded:
                 numbers += torch.autograd.grad(total, parameters, allow_unused=True)
-        finite = all(bool(number.isfinite().all()) for number in numbers if number is not None)
+        finite = all(number.float().norm().isfinite() for number in numbers if number is not None)
         bad[np.searchsorted(ids, sample_id)] = not finite
     return ids[(ranks.sum(bad) > 0).numpy()].tolist()

@@ -190,3 +190,25 @@ def test_embeddings_of_another_target_are_refused(make_draft):
     draft = make_draft()
     with pytest.raises(InputError, match="another target"):
         draft.set_embeddings(torch.zeros(98, 64), torch.zeros(97, 64))
+
+
+def test_recomputed_layers_give_the_same_gradients_and_keep_less(make_draft):
+    draft = make_draft().train()
+    ids, taps = batch(draft)
+    anchors = torch.tensor([[4, 19], [1, 25]])
+    gradients, kept = [], []
+
+    def keep(tensor):
+        kept[-1] += tensor.numel()
+        return tensor
+
+    for recompute in (False, True):
+        draft.recompute_layers = recompute
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = draft(ids, taps, anchors, torch.ones_like(anchors, dtype=torch.bool))
+        parameters = [draft.fc.weight, *draft.layers.parameters()]
+        gradients.append(torch.autograd.grad(hidden.square().sum(), parameters))
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+    assert kept[1] < kept[0] / 3

@@ -9,13 +9,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from conftest import MemoryCache, new_draft, settings
 
-from nemotron_dspark.errors import NdsError
+from nemotron_dspark import cli
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.plan import Plan
 from nemotron_dspark.training.ranks import Ranks, joined
@@ -42,24 +43,29 @@ def signalled(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-def one_rank(ranks: Ranks, folder: Path, *, dtype=torch.float32, poison=False, act=None, acting=1, **changes):
+def one_rank(
+    ranks: Ranks, folder: Path, *, dtype=torch.float32, poison=False, act=None, acting=1, device="cpu", **changes
+):
     config, cache = settings(**(SETTINGS | changes)), MemoryCache()
     if poison:  # a sample of rank 1 in the third step
         plan = Plan.of(config, len(cache), ranks)
         sample = cache[int(Plan.samples(plan, 2, config)[3])]
         sample.taps = torch.full_like(sample.taps, float("nan"))
-    draft = new_draft(cache=cache).to(dtype)
+    draft = new_draft(cache=cache).to(device, dtype)
+    draft.attention = "dense"  # on CUDA too, where these heads are too small for the other
     train(cache, draft, config, folder, watcher=Act(act if ranks.rank == acting else None), ranks=ranks)
 
 
-def start(size: int, folder: Path, **options) -> list[dict]:
-    """Exit code (or signal) and words of each of ``size`` processes, as `nds` would end."""
+def start(size: int, work: Callable[[], None], folder: Path) -> list[dict]:
+    """Run ``work`` in ``size`` processes that find each other as torchrun's do; how each has ended and what it said."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun keeps it, not a rank
-    children = []
+    folder.mkdir(parents=True, exist_ok=True)
+    children = {}
     for rank in range(size):
-        receive, send = os.pipe()
         child = os.fork()
         if child == 0:
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(folder / f".{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.environ |= {
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(store.port),
@@ -69,58 +75,80 @@ def start(size: int, folder: Path, **options) -> list[dict]:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(size),
             }
-            code, words = 0, ""
+            code = 0
             try:
-                with joined() as ranks:
-                    one_rank(ranks, folder, **options)
-            except NdsError as error:
-                code, words = error.exit_code, str(error)
+                work()
             except KeyboardInterrupt:
                 code = 130
             except SystemExit as leaving:
                 code = leaving.code
             except BaseException as error:
-                code, words = 1, repr(error)
-            os.write(send, words.encode())
+                print(error, file=sys.stderr)
+                code = getattr(error, "exit_code", 1)
+            sys.stdout.flush()
             os._exit(code)
-        os.close(send)
-        children.append((child, receive))
-    ended = []
-    for child, receive in children:
-        with open(receive) as pipe:
-            words = pipe.read()
-        ended.append({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "words": words})
-    return ended
+        children[rank] = child
+    return [
+        {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}
+        | {name: (folder / f".{name}-{rank}").read_text() for name in ("out", "err")}
+        for rank, child in children.items()
+    ]
+
+
+def trained(size: int, folder: Path, **options) -> list[dict]:
+    def work() -> None:
+        with joined() as ranks:
+            one_rank(ranks, folder, **options)
+
+    return start(size, work, folder)
+
+
+def command(size: int, folder: Path, *words: str) -> list[dict]:
+    sys.argv = ["nds", *words, "--out", str(folder / "run")]
+    return start(size, cli.main, folder)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for slow in ("torch._dynamo", "torch.utils.tensorboard", "torch.distributed.fsdp"):  # once, not in every child
+    for slow in (
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "torch.distributed.fsdp",
+        "nemotron_dspark.training.run",
+    ):  # imported once, not in every child
         with contextlib.suppress(ImportError):
             importlib.import_module(slow)
     folder, bf16 = Path(sys.argv[1]), torch.bfloat16
     stop, kill = signalled(signal.SIGTERM), signalled(signal.SIGKILL)
+    train_it = ["train", *sys.argv[2:]]
     runs = {
-        "one": lambda at: [start(1, at)],
-        "two": lambda at: [start(2, at)],
-        "four": lambda at: [start(4, at)],
-        "one, wide": lambda at: [start(1, at, local_batch_size=4)],
-        "two, sharded": lambda at: [start(2, at, parallel="fsdp", activation_checkpointing=True)],
-        "two, bf16": lambda at: [start(2, at, dtype=bf16)],
-        "two, sharded, bf16": lambda at: [start(2, at, dtype=bf16, parallel="fsdp")],
-        "two, stopped, two": lambda at: [start(2, at, act=stop), start(2, at)],
-        "two, stopped, four": lambda at: [start(2, at, act=stop), start(4, at)],
-        "sharded, stopped, one": lambda at: [start(2, at, parallel="fsdp", act=stop), start(1, at)],
-        "one, stopped, sharded": lambda at: [start(1, at, act=stop, acting=0), start(2, at, parallel="fsdp")],
-        "two, killed, two": lambda at: [start(2, at, act=kill), start(2, at)],
-        "two, first killed": lambda at: [start(2, at, act=kill, acting=0)],
-        "sharded, killed": lambda at: [start(2, at, parallel="fsdp", act=kill)],
-        "four, not a number": lambda at: [start(4, at, poison=True)],
-        "sharded, not a number": lambda at: [start(2, at, poison=True, parallel="fsdp")],
-        "three": lambda at: [start(3, at)],
+        "one": lambda at: [trained(1, at)],
+        "two": lambda at: [trained(2, at)],
+        "four": lambda at: [trained(4, at)],
+        "one, wide": lambda at: [trained(1, at, local_batch_size=4)],
+        "two, bf16": lambda at: [trained(2, at, dtype=bf16)],
+        "two, bf16, sharded": lambda at: [trained(2, at, dtype=bf16, parallel="fsdp", activation_checkpointing=True)],
+        "two, stopped, two": lambda at: [trained(2, at, act=stop), trained(2, at)],
+        "two, stopped, four": lambda at: [trained(2, at, act=stop), trained(4, at)],
+        "sharded, stopped, one": lambda at: [trained(2, at, parallel="fsdp", act=stop), trained(1, at)],
+        "one, stopped, sharded": lambda at: [trained(1, at, act=stop, acting=0), trained(2, at, parallel="fsdp")],
+        "two, killed, two": lambda at: [trained(2, at, act=kill), trained(2, at)],
+        "two, first killed": lambda at: [trained(2, at, act=kill, acting=0)],
+        "four, not a number": lambda at: [trained(4, at, poison=True)],
+        "sharded, not a number": lambda at: [trained(2, at, poison=True, parallel="fsdp")],
+        "three": lambda at: [trained(3, at)],
+        "command": lambda at: [
+            command(1, at / "alone", *train_it, "--json"),
+            command(2, at, *train_it, "--json"),
+            command(2, at, *train_it, "--fresh"),
+        ],
     }
-    wanted = sys.argv[2:] or list(runs)
-    print(json.dumps({name: runs[name](folder / name) for name in wanted}))
+    if torch.cuda.device_count() > 1:
+        runs |= {
+            "two, cuda": lambda at: [trained(2, at, device="cuda")],
+            "two, cuda, sharded": lambda at: [trained(2, at, device="cuda", parallel="fsdp")],
+        }
+    print(json.dumps({name: run(folder / name) for name, run in runs.items()}))
 
 
 if __name__ == "__main__":

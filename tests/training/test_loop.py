@@ -108,6 +108,16 @@ def test_bf16_weights_train_on_fp32_masters_and_resume_exactly(make_cache, make_
     assert_same(weights(resumed), weights(whole))
 
 
+def test_activation_checkpointing_changes_no_weight(make_cache, make_draft, make_settings, tmp_path):
+    cache, drafts = make_cache(), []
+    for wanted in (False, True):
+        drafts.append(make_draft(cache=cache))
+        settings = make_settings(activation_checkpointing=wanted, max_steps=2)
+        train(cache, drafts[-1], settings, tmp_path / str(wanted))
+        assert drafts[-1].recompute_layers == wanted
+    assert_same(weights(drafts[0]), weights(drafts[1]))
+
+
 def test_cross_entropy_alone_never_reads_last_hidden_states(make_cache, make_draft, make_settings, tmp_path):
     cache = make_cache()
     for sample in cache._samples:
@@ -136,9 +146,30 @@ def test_loss_that_is_no_number_stops_before_it_reaches_a_weight(make_cache, mak
     sample = cache[int(third_step[1][0])]  # epochs are four steps long, so it comes first in the third
     sample.taps = torch.full_like(sample.taps, float("nan"))
     draft = make_draft(cache=cache)
-    with pytest.raises(CheckError, match=r"at step 3.*step-00000002 is the last good"):
+    expected = rf"at step 3: loss nan because of sample {third_step[1][0]};.*step-00000002 is the last good"
+    with pytest.raises(CheckError, match=expected):
         train(cache, draft, settings, tmp_path)
     assert all(value.isfinite().all() for value in weights(draft).values())
+
+
+def test_gradient_that_is_no_number_is_traced_to_its_sample(make_cache, make_draft, make_settings, tmp_path):
+    """Taps so large that what they do is finite, and the gradient of the weight that makes it so is not."""
+    cache, settings = make_cache(dtype=torch.float32), make_settings()
+    ids = Plan.of(settings, len(cache)).samples(0, settings)
+    cache[int(ids[2])].taps.fill_(3e38)
+    draft = make_draft(cache=cache)
+    draft.fc.weight.data.mul_(1e-38)
+    expected = rf"at step 1: gradient norm \w+ because of sample {ids[2]}; there was no checkpoint yet"
+    with pytest.raises(CheckError, match=expected):
+        train(cache, draft, settings, tmp_path)
+
+
+def test_weights_that_have_diverged_are_not_blamed_on_the_samples(make_cache, make_draft, make_settings, tmp_path):
+    cache = make_cache()
+    draft = make_draft(cache=cache)
+    draft.norm.weight.data.fill_(float("inf"))
+    with pytest.raises(CheckError, match=r"at step 1: loss nan in every sample; .*Train into another --out"):
+        train(cache, draft, make_settings(), tmp_path)
 
 
 def test_damaged_checkpoint_is_passed_over(make_cache, make_draft, make_settings, tmp_path):

@@ -47,3 +47,11 @@ def test_clipping_scales_all_gradients_alike(make_settings):
     first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
     assert optimiser.clip(1.0) == pytest.approx(5.0)
     assert (first.grad.item(), second.grad.item()) == pytest.approx((0.6, 0.8), rel=1e-5)
+
+
+def test_gradients_are_divided_by_what_the_slots_weigh(make_settings):
+    first = nn.Parameter(torch.zeros(2))
+    optimiser = MasterAdamW({"first": first}, make_settings())
+    first.grad = torch.tensor([3.0, 6.0])
+    optimiser.normalise(3.0)
+    assert first.grad.tolist() == [1.0, 2.0]
