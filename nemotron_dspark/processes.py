@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from nemotron_dspark.errors import EnvironmentFault, NdsError
 
+START = multiprocessing.get_context("spawn")  # a fork would inherit locks that threads hold, and CUDA's state
 _GRACE = 5.0  # seconds to end by itself
 
 
@@ -25,10 +26,9 @@ class Child:
     """
 
     def __init__(self, name: str, work: Callable[..., None], *arguments: Any):
-        context = multiprocessing.get_context("spawn")  # a fork would inherit locks that threads hold, and CUDA's state
         self._name = name
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_run, args=(work, theirs, arguments), name=name, daemon=True)
+        self._pipe, theirs = START.Pipe()
+        self._process = START.Process(target=_run, args=(work, theirs, arguments), name=name, daemon=True)
         self._process.start()
         theirs.close()
 
