@@ -297,8 +297,8 @@ def check_space(folder: Path, missing: int, how: str = "") -> None:
     if free < missing + _SPARE_BYTES:
         raise EnvironmentFault(
             f"The cache needs {how}{missing / 1e9:.2f} GB more and {folder} has {free / 1e9:.2f} GB free.",
-            "Free some space, and the same command goes on; or choose another disk, fewer conversations or taps, or no "
-            "cache (`nds train --data`): `nds plan` compares them.",
+            "Free some space, and the same command goes on; or choose another disk, a compact cache "
+            "(--cache-format compact), fewer conversations or taps, or none (`nds train --data`): see `nds plan`.",
         )
 
 
