@@ -247,7 +247,8 @@ def test_a_killed_build_leaves_no_helper_and_goes_on_with_one_process(target, da
     note = tmp_path / "note"
     process = forks.Process(target=build_apart, args=(str(target.folder), data, tmp_path / "c", note))
     process.start()
-    wait_until(note.exists)
+    journal = tmp_path / "c/.build/written.journal"
+    wait_until(lambda: note.exists() and journal.stat().st_size > 0)
     process.kill()
     process.join()
     wait_until(lambda: not alive(int(note.read_text())))
