@@ -2,6 +2,10 @@
 
 In each: ``draft/`` (a slim copy that `DSparkDraft.load` reads), ``optimiser.safetensors``, ``state.json`` (the step and
 the sums of the metrics since their last line) and ``manifest.json`` with every file's checksum, written last.
+
+All tensors are whole, also those that several processes trained in parts: the first one gathers and writes them, any
+number of processes reads them. (torch.distributed.checkpoint would write the parts; its own format is pickle, and its
+safetensors are another set of files for every number of processes.)
 """
 
 import dataclasses

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nemotron_dspark.errors import EnvironmentFault, NdsError
 
-# The first rank may tokenise for hours while the others wait; a dead one is noticed by its connection, not by this.
-_PATIENCE = datetime.timedelta(days=1)
+# A dead process is noticed by its connection; these are for one that is stuck.
+_TURN = datetime.timedelta(days=1)  # the first rank may tokenise for hours
+_STEP = datetime.timedelta(hours=1)  # load a target, write a checkpoint
 _FAILED = "nds/failed"
 
 
@@ -48,10 +49,12 @@ class Ranks:
     def in_turn(self) -> Iterator[None]:
         """The first rank goes through the block alone; the others follow when it is through."""
         if not self.first:
-            self.wait()
+            self._wait_for_turn()
         yield
         if self.first:
-            self.wait()
+            self._wait_for_turn()
+
+    def _wait_for_turn(self) -> None: ...
 
     def add_up(self, gradients: Iterable[Tensor]) -> None:
         """Replace each by its sum over the ranks, which all have them in the same order."""
@@ -67,11 +70,11 @@ ALONE = Ranks()
 class _Several(Ranks):
     def __init__(self, rank: int, size: int, local: int):
         self.rank, self.size, self.local = rank, size, local
-        self._groups: dict[str, dist.ProcessGroup] = {"cpu": dist.group.WORLD}
+        self._groups = {"cpu": dist.new_group(backend="gloo", timeout=_STEP)}
 
     def sum(self, values: Tensor) -> Tensor:
         total = values.to("cpu", torch.float64, copy=True)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self._groups["cpu"])
         return total
 
     def any(self, flag: bool) -> bool:
@@ -79,6 +82,9 @@ class _Several(Ranks):
 
     def wait(self) -> None:
         self.any(False)
+
+    def _wait_for_turn(self) -> None:
+        dist.barrier()
 
     def add_up(self, gradients: Iterable[Tensor]) -> None:
         under_way = [
@@ -111,7 +117,7 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(local)  # "cuda" means this one from here on
     try:
         store, rank, size = next(dist.rendezvous("env://"))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TURN)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise EnvironmentFault(
@@ -128,8 +134,9 @@ def joined() -> Iterator[Ranks]:
         if said_by != rank:
             raise SystemExit(said_code) from None
         if lost:
+            silent = "timed out" in str(error).lower()
             raise EnvironmentFault(
-                "Another process of this run has died.",
+                f"Another process of this run {'gives no sign of life' if silent else 'has died'}.",
                 "Its output says why, or the system's log if it was killed. The same command goes on from the newest "
                 "checkpoint.",
             ) from None

@@ -106,6 +106,8 @@ def train_run(
     for note in run.notes:
         watcher.note(f"note: {note}")
     watcher.note(_summary(run.mode, run.source, run.states, run.draft, config, run_folder))
+    if ranks.size > 1:
+        watcher.note(f"{ranks.size} processes, train.parallel={config.train.parallel}.")
     embedding, head = run.draft.embed_tokens.weight, run.draft.lm_head.weight
     with contextlib.closing(run.source):
         result = train(run.source, run.draft, config.train, run_folder, watcher=watcher, ranks=ranks)

@@ -4,11 +4,13 @@ A program of its own: it imports torch once and forks, which is only safe while 
 """
 
 import contextlib
+import datetime
 import importlib
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +19,9 @@ import torch.distributed as dist
 from conftest import MemoryCache, new_draft, settings
 
 from nemotron_dspark import cli
+from nemotron_dspark.training import ranks
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.plan import Plan
-from nemotron_dspark.training.ranks import Ranks, joined
 
 SETTINGS = {"max_steps": 6, "local_batch_size": 1, "global_batch_size": 8, "log_every": 2, "checkpoint_every": 2}
 
@@ -39,21 +41,33 @@ class Act(Watcher):
         self.notes.append(text)
 
 
+def stuck():
+    time.sleep(6)
+
+
 def signalled(number):
     return lambda: os.kill(os.getpid(), number)
 
 
 def one_rank(
-    ranks: Ranks, folder: Path, *, dtype=torch.float32, poison=False, act=None, acting=1, device="cpu", **changes
+    together: ranks.Ranks,
+    folder: Path,
+    *,
+    dtype=torch.float32,
+    poison=False,
+    act=None,
+    acting=1,
+    device="cpu",
+    **changes,
 ):
     config, cache = settings(**(SETTINGS | changes)), MemoryCache()
     if poison:  # a sample of rank 1 in the third step
-        plan = Plan.of(config, len(cache), ranks)
+        plan = Plan.of(config, len(cache), together)
         sample = cache[int(Plan.samples(plan, 2, config)[3])]
         sample.taps = torch.full_like(sample.taps, float("nan"))
     draft = new_draft(cache=cache).to(device, dtype)
     draft.attention = "dense"  # on CUDA too, where these heads are too small for the other
-    train(cache, draft, config, folder, watcher=Act(act if ranks.rank == acting else None), ranks=ranks)
+    train(cache, draft, config, folder, watcher=Act(act if together.rank == acting else None), ranks=together)
 
 
 def start(size: int, work: Callable[[], None], folder: Path) -> list[dict]:
@@ -97,8 +111,10 @@ def start(size: int, work: Callable[[], None], folder: Path) -> list[dict]:
 
 def trained(size: int, folder: Path, **options) -> list[dict]:
     def work() -> None:
-        with joined() as ranks:
-            one_rank(ranks, folder, **options)
+        if options.get("act") is stuck:
+            ranks._STEP = datetime.timedelta(seconds=2)
+        with ranks.joined() as together:
+            one_rank(together, folder, **options)
 
     return start(size, work, folder)
 
@@ -133,6 +149,7 @@ def main() -> None:
         "sharded, stopped, one": lambda at: [trained(2, at, parallel="fsdp", act=stop), trained(1, at)],
         "one, stopped, sharded": lambda at: [trained(1, at, act=stop, acting=0), trained(2, at, parallel="fsdp")],
         "two, killed, two": lambda at: [trained(2, at, act=kill), trained(2, at)],
+        "two, one stuck": lambda at: [trained(2, at, act=stuck)],
         "two, first killed": lambda at: [trained(2, at, act=kill, acting=0)],
         "four, not a number": lambda at: [trained(4, at, poison=True)],
         "sharded, not a number": lambda at: [trained(2, at, poison=True, parallel="fsdp")],

@@ -133,6 +133,13 @@ def test_rank_that_dies_ends_the_others_with_a_sentence(runs, name, killed):
     assert ended[1 - killed]["err"].startswith("Another process of this run has died.")
 
 
+def test_rank_that_is_stuck_ends_the_run_with_a_sentence(runs):
+    ended = runs[1]["two, one stuck"][0]
+    assert [process["code"] for process in ended] == [3, 3]
+    (words,) = said(ended)
+    assert words.startswith("Another process of this run gives no sign of life.")
+
+
 def test_run_whose_rank_was_killed_ends_in_the_same_bits_when_started_again(runs):
     assert_equal(runs, "two, killed, two", "two", relative=0.0)
 
