@@ -5,13 +5,14 @@ processor time after which the process is killed from outside, wherever it is.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,11 @@ class Child:
         if self.pid:
             os.close(send)
             return
-        status, calls = 1, [0]
+        status, numbers = 1, itertools.count(1)
         try:
-            _count_disk_calls(calls, at, after)
+            _number_disk_calls(numbers, at, after)
             action()
-            os.write(send, str(calls[0]).encode())
+            os.write(send, str(next(numbers) - 1).encode())
             status = 0
         except BaseException:
             os.write(send, traceback.format_exc()[-3000:].encode())
@@ -136,21 +137,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def _count_disk_calls(calls: list[int], at: int | None, after: bool) -> None:
-    def counted(real: Callable) -> Callable:
+def _number_disk_calls(numbers: Iterator[int], at: int | None, after: bool) -> None:
+    def numbered(real: Callable) -> Callable:
         def call(*given: Any, **named: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == at and not after:
+            number = next(numbers)
+            if number == at and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*given, **named)
-            if calls[0] == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return real(*given, **named)
+            finally:
+                if number == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 
     for name in DISK_CALLS:
-        setattr(os, name, counted(getattr(os, name)))
+        setattr(os, name, numbered(getattr(os, name)))
 
 
 def _processor_seconds(pid: int) -> float:
