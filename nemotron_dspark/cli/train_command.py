@@ -32,9 +32,10 @@ def register(app: typer.Typer) -> None:
         as_json: shell.JsonOption = False,
     ) -> None:
         """Train a draft. The same command again goes on where it stopped."""
-        from nemotron_dspark.training.ranks import joined
+        from nemotron_dspark.training.ranks import ALONE, joined
 
-        with joined() as ranks:
+        # DeepSpec starts its processes itself, and reads the variables of torchrun in a way of its own.
+        with joined() if engine == "native" else contextlib.nullcontext(ALONE) as ranks:
             given = [*(assignments or ()), *shell.taps_setting(taps), *shell.trust_setting(trust)]
             config = load_run_config(config_file, given, target=target)
             out = out or Path("runs") / _name(target)

@@ -19,9 +19,11 @@ import torch.distributed as dist
 from conftest import MemoryCache, new_draft, settings
 
 from nemotron_dspark import cli
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.training import ranks
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.sharding import is_sharded
 
 SETTINGS = {"max_steps": 6, "local_batch_size": 1, "global_batch_size": 8, "log_every": 2, "checkpoint_every": 2}
 
@@ -31,14 +33,24 @@ class Act(Watcher):
 
     def __init__(self, act=None):
         self._act = act
-        self.notes = []
 
     def forward(self, step, done):
         if self._act and (step, done) == (4, 1):
             self._act()
 
-    def note(self, text):
-        self.notes.append(text)
+
+def not_a_number(cache, sample_id):
+    cache[sample_id].taps.fill_(float("nan"))
+
+
+def damaged(cache, sample_id):
+    class Damaged(MemoryCache):
+        def __getitem__(self, index):
+            if index == sample_id:
+                raise InputError(f"Sample {sample_id} is damaged.", "Restore it.")
+            return super().__getitem__(index)
+
+    cache.__class__ = Damaged
 
 
 def stuck():
@@ -54,20 +66,21 @@ def one_rank(
     folder: Path,
     *,
     dtype=torch.float32,
-    poison=False,
+    fault=None,
     act=None,
     acting=1,
     device="cpu",
     **changes,
 ):
     config, cache = settings(**(SETTINGS | changes)), MemoryCache()
-    if poison:  # a sample of rank 1 in the third step
-        plan = Plan.of(config, len(cache), together)
-        sample = cache[int(Plan.samples(plan, 2, config)[3])]
-        sample.taps = torch.full_like(sample.taps, float("nan"))
+    if fault:
+        third_step = Plan.of(config, len(cache), together).samples(2, config)
+        fault(cache, int(third_step[3]))
     draft = new_draft(cache=cache).to(device, dtype)
     draft.attention = "dense"  # on CUDA too, where these heads are too small for the other
     train(cache, draft, config, folder, watcher=Act(act if together.rank == acting else None), ranks=together)
+    weights = draft.trainable_parameters().values()
+    print(sum((weight.to_local() if is_sharded(weight) else weight).numel() for weight in weights))
 
 
 def start(size: int, work: Callable[[], None], folder: Path) -> list[dict]:
@@ -151,8 +164,9 @@ def main() -> None:
         "two, killed, two": lambda at: [trained(2, at, act=kill), trained(2, at)],
         "two, one stuck": lambda at: [trained(2, at, act=stuck)],
         "two, first killed": lambda at: [trained(2, at, act=kill, acting=0)],
-        "four, not a number": lambda at: [trained(4, at, poison=True)],
-        "sharded, not a number": lambda at: [trained(2, at, poison=True, parallel="fsdp")],
+        "four, not a number": lambda at: [trained(4, at, fault=not_a_number)],
+        "sharded, not a number": lambda at: [trained(2, at, fault=not_a_number, parallel="fsdp")],
+        "two, one damaged sample": lambda at: [trained(2, at, fault=damaged)],
         "three": lambda at: [trained(3, at)],
         "command": lambda at: [
             command(1, at / "alone", *train_it, "--json"),

@@ -114,6 +114,13 @@ def test_sharded_weights_train_in_bf16_on_fp32_masters_as_whole_ones_do(runs):
     assert_equal(runs, "two, bf16, sharded", "two, bf16")
 
 
+def test_sharded_weights_are_a_part_on_every_rank(runs):
+    parts = [int(process["out"]) for process in runs[1]["two, bf16, sharded"][0]]
+    whole = int(runs[1]["one"][0][0]["out"])
+    assert sum(parts) == whole
+    assert max(parts) < 0.55 * whole
+
+
 def test_stop_on_one_rank_stops_all_at_one_step_and_the_resumed_run_is_the_same_to_the_bit(runs):
     stopped, _ = runs[1]["two, stopped, two"]
     assert [process["code"] for process in stopped] == [130, 130]
@@ -152,6 +159,15 @@ def test_loss_that_is_no_number_is_traced_to_its_sample_and_said_once(runs, name
     assert "at step 3: loss nan because of sample 6;" in words
     assert "step-00000002 is the last good checkpoint" in words
     assert [path.name for path in list_checkpoints(folder / name / "checkpoints")] == ["step-00000002"]
+
+
+def test_sample_that_one_rank_cannot_read_ends_the_run_behind_a_checkpoint(runs):
+    folder, ended = runs
+    assert {process["code"] for process in ended["two, one damaged sample"][0]} == {2}
+    (words,) = said(ended["two, one damaged sample"][0])
+    assert words.startswith("Training stopped after step 2: Sample 6 is damaged.")
+    kept = list_checkpoints(folder / "two, one damaged sample" / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000002"]
 
 
 def test_number_of_ranks_that_does_not_fit_is_refused_once(runs):
