@@ -64,8 +64,8 @@ class Unrotated(Int4):
 Way = tuple[type[Quantiser] | None, type[Quantiser] | None]  # taps, last hidden states; None: exact
 WAYS: dict[str, Way] = {
     "exact": (None, None),
-    "fp8": QUANTISATIONS["fp8"],
-    "int8": QUANTISATIONS["int8"],
+    "fp8": (Fp8, Fp8),
+    "int8": (Int8, Int8),
     "int4": (Int4, Int4),
     "int4, last int8": (Int4, Int8),
     "int4 without rotation": (Unrotated, Unrotated),
@@ -176,7 +176,7 @@ def speeds(width: int = 4096, taps: int = 5, share: float = 0.4, tokens: int = 2
     """Tokens a second of processor time, for a target of Nemotron-H-8B's shape of which ``share`` carries loss."""
     states = torch.randn(tokens, (taps + 1) * width).bfloat16().view(-1, width)[: int(tokens * (taps + share))]
     found = {}
-    for name, (kind, _) in QUANTISATIONS.items():
+    for name, kind in QUANTISATIONS.items():
         quantiser = kind(width)
         parts = dict(zip([part.name for part in quantiser.parts], quantiser.encode(states), strict=True))
         calls: dict[str, Callable[[], object]] = {

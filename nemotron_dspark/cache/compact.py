@@ -88,8 +88,8 @@ class CompactLayout(Layout):
         self.quantisation = quantisation
         self.label = f"compact, {quantisation}"
         self.extra = extra or {}
-        self._of_taps, self._of_last = (kind(hidden_size) for kind in QUANTISATIONS[quantisation])
-        self.columns = columns(len(self.taps), self._of_taps.parts, self._of_last.parts)
+        self._quantiser = QUANTISATIONS[quantisation](hidden_size)
+        self.columns = columns(len(self.taps), self._quantiser.parts)
         self.mask_piece = [column.name for column in self.columns].index("loss_mask")
         count = int(shards[-1]) + 1 if len(shards) else 0
         self._bounds = np.searchsorted(shards, np.arange(count + 1))
@@ -129,8 +129,8 @@ class CompactLayout(Layout):
         found = {
             "input_ids": np.ascontiguousarray(input_ids, dtype="<i4"),
             "loss_mask": np.ascontiguousarray(loss_mask, dtype=np.uint8),
-            **_encoded("taps", self._of_taps.parts, self._of_taps.encode(states)),
-            **_encoded("last", self._of_last.parts, self._of_last.encode(kept)),
+            **self._encoded("taps", states),
+            **self._encoded("last", kept),
         }
         return [found[column.name] for column in self.columns]
 
@@ -138,11 +138,11 @@ class CompactLayout(Layout):
         found = self._tensors(pieces)
         loss = found["loss_mask"] != 0
         last = torch.zeros(len(loss), self.hidden_size, dtype=torch.bfloat16)
-        last[torch.from_numpy(has_target(loss.numpy()))] = self._of_last.decode(_parts_of("last", found))
+        last[torch.from_numpy(has_target(loss.numpy()))] = self._quantiser.decode(_parts_of("last", found))
         return Sample(
             found["input_ids"].long(),
             loss,
-            self._of_taps.decode(_parts_of("taps", found)).view(len(loss), -1),
+            self._quantiser.decode(_parts_of("taps", found)).view(len(loss), -1),
             last,
         )
 
@@ -155,7 +155,7 @@ class CompactLayout(Layout):
             faults.append("has a mask with values other than 0 and 1")
         if int(has_target(found["loss_mask"].numpy()).sum()) != int(self.kept[sample_id]):
             faults.append("has another loss mask than its last hidden states were chosen by")
-        if not (self._of_taps.sound(_parts_of("taps", found)) and self._of_last.sound(_parts_of("last", found))):
+        if not all(self._quantiser.sound(_parts_of(states, found)) for states in ("taps", "last")):
             faults.append("has hidden states that are not finite or cannot be decoded")
         return faults
 
@@ -292,6 +292,13 @@ class CompactLayout(Layout):
         text += b" " * (-len(text) % 8)  # as the library does it: numbers behind it are aligned
         return len(text).to_bytes(8, "little") + text
 
+    def _encoded(self, name: str, states: Tensor) -> dict[str, np.ndarray]:
+        """Bytes by column name."""
+        return {
+            f"{name}.{part.name}": tensor.cpu().contiguous().view(torch.uint8).numpy()
+            for part, tensor in zip(self._quantiser.parts, self._quantiser.encode(states), strict=True)
+        }
+
     def _tensors(self, pieces: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """By column name; of one sample."""
         return {
@@ -302,13 +309,13 @@ class CompactLayout(Layout):
         }
 
 
-def columns(num_taps: int, of_taps: Sequence[Part], of_last: Sequence[Part]) -> tuple[Column, ...]:
+def columns(num_taps: int, parts: Sequence[Part]) -> tuple[Column, ...]:
     """Every tensor that holds samples, ids first; wide numbers before narrow ones, so that all are aligned."""
     found = [
         Column("input_ids", torch.int32, ()),
         Column("loss_mask", torch.uint8, ()),
-        *(Column(f"taps.{part.name}", part.dtype, (num_taps, part.columns)) for part in of_taps),
-        *(Column(f"last.{part.name}", part.dtype, (part.columns,), of_last=True) for part in of_last),
+        *(Column(f"taps.{part.name}", part.dtype, (num_taps, part.columns)) for part in parts),
+        *(Column(f"last.{part.name}", part.dtype, (part.columns,), of_last=True) for part in parts),
     ]
     return tuple(sorted(found, key=lambda column: -column.dtype.itemsize))
 
@@ -322,17 +329,9 @@ def sample_sizes(
     quantisation: str,
 ) -> np.ndarray:
     """Bytes that each sample takes in its shard, with its entries in `cu_seqlens` and `cu_last`, int64 [samples]."""
-    of_taps, of_last = (kind(hidden_size) for kind in QUANTISATIONS[quantisation])
-    token = 4 + 1 + num_taps * of_taps.state_bytes
-    return 16 + token * np.asarray(lengths, dtype=np.int64) + of_last.state_bytes * np.asarray(kept, dtype=np.int64)
-
-
-def _encoded(of: str, parts: Sequence[Part], tensors: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """Bytes by column name."""
-    return {
-        f"{of}.{part.name}": tensor.cpu().contiguous().view(torch.uint8).numpy()
-        for part, tensor in zip(parts, tensors, strict=True)
-    }
+    state = QUANTISATIONS[quantisation](hidden_size).state_bytes
+    states = num_taps * np.asarray(lengths, dtype=np.int64) + np.asarray(kept, dtype=np.int64)
+    return 16 + (4 + 1) * np.asarray(lengths, dtype=np.int64) + state * states
 
 
 def _parts_of(of: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

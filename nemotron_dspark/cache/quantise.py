@@ -1,4 +1,4 @@
-"""Hidden states in an eighth to a half of their bytes, and back.
+"""Hidden states in a quarter to a half of their bytes, and back.
 
 A state (one tap, or the last one, of one token) is quantised by itself: its bytes depend on nothing else in the batch.
 int4 first takes the largest value of every group of channels out and keeps it as it is, then rotates the rest of the
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,10 +24,9 @@ GROUP = 128  # channels with a scale of their own; where it does not divide the 
 _LARGEST_FP8 = 448.0  # of e4m3
 # Lloyd (1982) and Max (1960): the positive half of the 16 levels with the least squared error for a unit normal.
 _LEVELS = (0.12911, 0.39020, 0.66035, 0.94772, 1.26214, 1.62484, 2.07682, 2.74367)
-# The largest of 128 values falls that far beyond the last level; measured least squared error (docs/compact.md).
-_STRETCH = 0.93
+_STRETCH = 0.93  # of the scale that puts a group's largest value on the last level; least squared error, measured
 _REACH, _FINE = 4, 64  # the nearest level is looked up for values within ±reach, 64 of them in every unit
-_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}  # values handled together: on a CPU they stay in its cache
+_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 21}  # values handled together: on a CPU they stay in its cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Quantiser(abc.ABC):
         some = [self._encode(states[first : first + step].bfloat16()) for first in range(0, len(states), step)]
         if not some:
             return tuple(torch.empty(0, part.columns, dtype=part.dtype) for part in self.parts)
-        return some[0] if len(some) == 1 else tuple(map(torch.cat, zip(*some, strict=True)))
+        return some[0] if len(some) == 1 else tuple(map(_joined, zip(*some, strict=True)))
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """What is left of the states, bf16 [N, width]; ``parts`` by name, on a CPU."""
@@ -189,12 +188,12 @@ class Int4(Quantiser):
         return _sums(self.group) * _signs(self.group) * self.group**-0.5
 
 
-# What `cache.quantisation` may be: how taps are stored, and how last hidden states.
-QUANTISATIONS: dict[str, tuple[type[Quantiser], type[Quantiser]]] = {
-    "int4": (Int4, Int4),
-    "int8": (Int8, Int8),
-    "fp8": (Fp8, Fp8),
-}
+QUANTISATIONS: dict[str, type[Quantiser]] = {"int4": Int4, "int8": Int8, "fp8": Fp8}  # by `cache.quantisation`
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other, as bytes: not every device joins every type."""
+    return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
 
 
 def _divisor(scales: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ def compact_bytes(shape: Shape, quantisation: str, workload: Workload) -> int:
 
     Without the headers of shards, about a kilobyte each.
     """
-    of_taps, of_last = (kind(shape.hidden) for kind in QUANTISATIONS[quantisation])
-    states = shape.taps * of_taps.state_bytes * workload.tokens + of_last.state_bytes * workload.targets
+    state = QUANTISATIONS[quantisation](shape.hidden).state_bytes
+    states = state * (shape.taps * workload.tokens + workload.targets)
     return states + token_bytes(workload.tokens) + (16 + compact.RECORD.itemsize) * workload.samples
 
 
