@@ -4,11 +4,21 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from nemotron_dspark.cache.checksums import CHECKSUMS, changed_files, read_checksums
+import numpy as np
+
+from nemotron_dspark.cache.checksums import (
+    CHECKSUMS,
+    SAMPLES,
+    changed_files,
+    read_checksums,
+    sample_checksum,
+    write_checksums,
+)
 from nemotron_dspark.cache.formats import read_layout
-from nemotron_dspark.cache.layout import INDEX, MANIFEST
+from nemotron_dspark.cache.layout import INDEX, MANIFEST, RESTORE
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import sha256, write_whole
 
 _LIMIT = 20  # faults of one kind that are listed
 
@@ -55,6 +65,24 @@ def verify(folder: Path | str, *, progress: Callable[[str], None] = lambda name:
             raise
         problems.append(error.what)
     return VerifyReport(folder, samples, len(digests), tuple(dict.fromkeys(problems)))
+
+
+def write_missing_checksums(folder: Path | str) -> None:
+    """Give a cache that has none, DeepSpec's, the checksums by which later damage is found.
+
+    Raises:
+        InputError: it has them, or a value in it cannot be right.
+    """
+    folder = Path(folder)
+    if (folder / CHECKSUMS).is_file():
+        raise InputError(f"{folder} has checksums already.", "`nds cache verify` compares them.")
+    cache = TargetCache(folder, check_files=False)
+    for fault in _sample_faults(cache):  # of a cache that has lost its checksums.json, each sample's checksum too
+        raise InputError(fault, RESTORE)
+    checksums = np.array([sample_checksum(cache.pieces(sample_id)) for sample_id in range(len(cache))], dtype="<u4")
+    write_whole(folder / SAMPLES, lambda file: file.write(checksums.tobytes()))
+    names = (MANIFEST, INDEX, SAMPLES, *cache.layout.shard_files)
+    write_checksums(folder, {name: sha256(folder / name) for name in names})
 
 
 def check_mask_token(cache: TargetCache, mask_token_id: int) -> None:

@@ -97,11 +97,20 @@ def info(folder: FolderArgument, as_json: shell.JsonOption = False) -> None:
         _print_info(found)
 
 
-def verify(folder: FolderArgument, as_json: shell.JsonOption = False) -> None:
+def verify(
+    folder: FolderArgument,
+    write_checksums: Annotated[
+        bool, typer.Option(help="First write the checksums that a cache of DeepSpec's does not have.")
+    ] = False,
+    as_json: shell.JsonOption = False,
+) -> None:
     """Check every checksum, record and value; exit code 1 and one line per problem if anything is wrong."""
     from nemotron_dspark.cache.verify import verify as check
+    from nemotron_dspark.cache.verify import write_missing_checksums
 
     with shell.err.status("reading") as status:
+        if write_checksums:
+            write_missing_checksums(folder)
         report = check(folder, progress=lambda name: status.update(f"reading {escape(name)}"))
     if as_json:
         shell.emit(

@@ -113,7 +113,11 @@ class RollingSource(Source):
             if window.first_step not in self._ready:
                 raise self._failure
             cache = self._ready[window.first_step]
-        return [cache[place] for place in np.searchsorted(window.ids, ids).tolist()]
+        try:
+            return [cache[place] for place in np.searchsorted(window.ids, ids).tolist()]
+        except InputError as error:
+            again = f"Delete {self._path(window)}; the same command makes it again."
+            raise InputError(error.what, again) from None
 
     def saved(self, step: int) -> None:
         over = step >= self._plan.total_steps
@@ -167,7 +171,11 @@ class RollingSource(Source):
             raise _Stopped
         if (folder / MANIFEST).is_file():
             shutil.rmtree(folder / WORK, ignore_errors=True)  # killed between the manifest and this
-            return TargetCache(folder)
+            try:
+                return TargetCache(folder)
+            except InputError as error:
+                self._note(f"{error.what} It is made again.")
+                _remove(folder)
         layout = new_layout(
             self._cache,
             tokens.lengths,

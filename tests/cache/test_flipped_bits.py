@@ -3,11 +3,14 @@
 import re
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from nemotron_dspark.cache.convert import convert_cache
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.cache.verify import verify
+from nemotron_dspark.cache.verify import verify, write_missing_checksums
 from nemotron_dspark.cache.writer import write_cache
+from nemotron_dspark.cli import cache_command
 from nemotron_dspark.config import CacheConfig
 from nemotron_dspark.errors import InputError
 from tests.cache.test_reader import samples
@@ -74,3 +77,29 @@ def test_a_shard_that_goes_while_the_cache_is_open_is_an_error_with_the_sample_i
         opened[last]
     shard.write_bytes(content)
     assert len(opened[last].input_ids) == 3
+
+
+def test_a_cache_without_checksums_is_given_them_once(tmp_path):
+    folder = tmp_path / "theirs"
+    write_cache(folder, samples([5, 9, 4], 2, 8), taps=(0, 2), hidden_size=8, shard_bytes=900)
+    ours = (folder / "samples.crc").read_bytes()
+    for name in ("checksums.json", "samples.crc"):
+        (folder / name).unlink()
+    state = folder / TargetCache(folder).layout.shard_files[0], 8 * 100
+    with flipped(*state):
+        assert verify(folder).whole
+        read_all(folder)  # nobody can tell
+    nds = typer.Typer()
+    cache_command.register(nds)
+    said = CliRunner().invoke(nds, ["cache", "verify", str(folder), "--write-checksums"], catch_exceptions=False)
+    assert "5 checksums" in said.stdout
+    assert (folder / "samples.crc").read_bytes() == ours
+    with flipped(*state), pytest.raises(InputError, match="sample 0 is not what was written"):
+        read_all(folder)
+    with pytest.raises(InputError, match="has checksums already"):
+        write_missing_checksums(folder)
+    (folder / "checksums.json").unlink()
+    with flipped(*state), pytest.raises(InputError, match="sample 0 is not what was written"):
+        write_missing_checksums(folder)
+    write_missing_checksums(folder)
+    assert verify(folder).whole

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from nemotron_dspark.training.loop import Watcher
 from nemotron_dspark.training.plan import Plan
 from nemotron_dspark.training.run import train_run
 from tests.flips import flipped
-from tests.training.test_kill import result
+from tests.training.test_kill import ROLLING, SMALL, result
 from tests.training.test_run import SETTINGS, TAPS, samples
+from tests.training.test_without_cache import SETTINGS as WITHOUT_CACHE
+from tests.training.test_without_cache import write_conversations
 
 STEPS = 6
 CONFIG = load_run_config(assignments=[*SETTINGS, f"train.max_steps={STEPS}", "train.checkpoint_every=100"])
@@ -99,3 +102,44 @@ def test_a_cache_that_is_damaged_before_is_refused_before_the_first_step(tiny_hy
     (copy / "shard-00001.bin").unlink()
     with pytest.raises(InputError, match=r"shard-00001\.bin is missing"):
         train_run(str(tiny_hybrid), copy, tmp_path / "new", CONFIG)
+
+
+class StopAt(Watcher):
+    def __init__(self, step):
+        self.step, self.notes = step, []
+
+    def forward(self, step, done):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_a_damaged_window_of_a_rolling_cache_is_made_again(tiny_hybrid, tmp_path):
+    data = write_conversations(tmp_path / "data.jsonl")
+    config = load_run_config(assignments=[*WITHOUT_CACHE, *SMALL, *ROLLING])
+
+    def run(name, watcher=None):
+        train_run(str(tiny_hybrid), None, tmp_path / name, config, conversations=data, watcher=watcher)
+
+    run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", StopAt(3))
+    window = sorted((tmp_path / "cut" / "windows").iterdir())[0]
+    shard = window / TargetCache(window).layout.shard_files[-1]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{shard.name}: sample \d+ is not what was written") as stopped:
+        run("cut")
+    assert f"Delete {window}; the same command makes it again" in stopped.value.do
+    shutil.rmtree(window)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", StopAt(4))
+    with open(window / "manifest.json", "r+b") as file:
+        file.truncate(40)
+    watcher = StopAt(None)
+    run("cut", watcher)
+    assert any("manifest.json is not valid JSON" in note and "made again" in note for note in watcher.notes)
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
