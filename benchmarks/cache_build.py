@@ -49,7 +49,7 @@ from nemotron_dspark.targets import Target
 
 PATTERN, HIDDEN, TAPS = "M-M-*-M-M-*-", 256, (1, 5, 9)
 DATA = DataConfig(max_length=1024)
-CACHE = CacheConfig(shard_bytes=8 * 1024**2, batch_tokens=4096)  # some eight shards, as of a large target and set
+CACHE = CacheConfig(shard_bytes=8 * 1024**2, batch_tokens=1024)  # some ten shards; forwards as large as the ideal's
 SHAPES = tuple((rows, length) for length in (256, 512) for rows in (1, 2, 4, 8))  # of the ideal
 PLAIN_ROWS = 32
 

@@ -8,14 +8,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_WINDOW = 64  # batches' worth of tokens are sorted together: the padding of 1024-token chats is then 2 %
+_WINDOW = 64  # batches' worth of tokens are sorted together: the padding of chats of up to 1024 tokens is then 2 %
+_FIRST = 16  # in the beginning, so that the first forward need not wait for more than these
 _SHORTEST = 0.9  # of a batch's longest sample: what is shorter does not join a batch that is large enough
 _ENOUGH = 0.25  # of batch_tokens: a forward of so many is about as fast as a full one
 
 
 def window_stop(lengths: np.ndarray, first: int, batch_tokens: int) -> int | None:
-    """End of the run of samples that is sorted together from ``first``; None when it lies beyond ``lengths``."""
-    enough = np.cumsum(lengths[first:]) >= _WINDOW * batch_tokens
+    """End of the run of samples that is sorted together from ``first``; None when it lies beyond ``lengths``.
+
+    It has as many tokens as there are before it, within limits.
+    """
+    before = int(lengths[:first].sum())
+    enough = np.cumsum(lengths[first:]) >= min(max(before, _FIRST * batch_tokens), _WINDOW * batch_tokens)
     return first + int(enough.argmax()) + 1 if enough.any() else None
 
 

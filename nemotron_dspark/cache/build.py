@@ -92,8 +92,8 @@ def build_cache(
     """Write the cache of ``conversations_file`` under ``target`` to ``out_folder``, or finish one that was interrupted.
 
     A finished cache of the same inputs is left as it is. With ``mask_token_id``, data that contains it is refused. Each
-    of ``helpers`` loads the same target in a process of its own, to compute a share of it; a script that gives any must
-    not build when it is merely imported.
+    of ``helpers`` loads the same target in a process of its own, to compute a share of it. Processes are started for
+    them, and to tokenise large files: a script must not build when it is merely imported.
 
     Raises:
         InputError: unusable data, or a folder that holds something else or was built from other inputs.
@@ -206,6 +206,8 @@ def helping_targets(config: TargetConfig, device: torch.device, processes: int |
 def _load(config: TargetConfig, threads: int | None) -> CapturesStates:
     if threads is not None:
         torch.set_num_threads(threads)
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)  # kernels are started on the current device
     return Target.of(config)
 
 

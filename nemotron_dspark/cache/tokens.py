@@ -180,7 +180,7 @@ def store_tokens(
     data: DataConfig,
     *,
     mask_token_id: int | None,
-    processes: int = 1,
+    processes: int = 0,
     progress: Callable[[Stored], None] = lambda stored: None,
 ) -> Tally:
     """Tokenise ``conversations`` into ``folder``; sample ids are dense in the order of the file.
@@ -236,7 +236,7 @@ def tokenise(
     max_positions: int,
     mask_token_id: int | None,
     inputs: dict[str, Any],
-    processes: int = 1,
+    processes: int = 0,
     progress: Callable[[Stored], None] = lambda stored: None,
 ) -> None:
     """`store_tokens` into ``folder``, no sample longer than ``max_positions``; the file ``report`` marks it as done.

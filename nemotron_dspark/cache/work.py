@@ -175,15 +175,18 @@ def _compute(
         with _Behind(write) as behind:
             for batch in batches:
                 samples = [tokens[sample_id] for sample_id in batch.ids]
-                try:
-                    states = capture_states(target, samples, taps)
-                except torch.OutOfMemoryError:
-                    raise EnvironmentFault(
-                        f"A forward of {len(samples)} samples of up to {len(samples[0].input_ids)} tokens does not fit "
-                        f"into the memory of {target.device}.",
-                        "Lower cache.batch_tokens or data.max_length, and build into another folder.",
-                    ) from None
-                behind.give(batch, samples, states)
+                behind.give(batch, samples, _forward(target, samples, taps))
+
+
+def _forward(target: CapturesStates, samples: Sequence[Tokenised], taps: tuple[int, ...]) -> States:
+    try:
+        return capture_states(target, samples, taps)
+    except torch.OutOfMemoryError:
+        raise EnvironmentFault(
+            f"A forward of {len(samples)} samples of up to {len(samples[0].input_ids)} tokens does not fit into the "
+            f"memory of {target.device}.",
+            "Lower cache.batch_tokens or data.max_length, and build into another folder.",
+        ) from None
 
 
 class _Behind:
@@ -221,6 +224,7 @@ class _Behind:
                     self._do(*things)
                 except BaseException as error:  # is raised where more is given
                     self._failure = error
+            del things  # hidden states: their memory is wanted while this waits
 
 
 class _Served(threading.Thread):

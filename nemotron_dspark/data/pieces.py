@@ -31,8 +31,8 @@ class Piece:
     skipped: tuple[Skipped, ...]
 
 
-def tokenised_pieces(file: Path, tokenizer: Any, data: DataConfig, *, processes: int = 1) -> Iterator[Piece]:
-    """The samples of ``file`` as `samples.read_samples` finds them; a file beyond `OWN_BYTES` by other ``processes``.
+def tokenised_pieces(file: Path, tokenizer: Any, data: DataConfig, *, processes: int = 0) -> Iterator[Piece]:
+    """The samples of ``file`` as `samples.read_samples` finds them; beyond `OWN_BYTES` by other ``processes``, if any.
 
     Raises:
         EnvironmentFault: one of them died.

@@ -34,6 +34,7 @@ def small_pieces():
     """Enough windows and pieces of the file for things to happen at the same time."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(batches, "_WINDOW", 4)
+        patched.setattr(batches, "_FIRST", 2)
         patched.setattr(pieces, "PIECE_BYTES", 1_000)
         yield
 
@@ -238,7 +239,8 @@ def test_a_helper_that_dies_ends_the_build_and_loses_nothing(target, data, expec
 
 def build_apart(folder, data, out, note):
     torch.set_num_threads(1)
-    batches._WINDOW, pieces.PIECE_BYTES, processes.START = 4, 1_000, multiprocessing.get_context("fork")
+    batches._WINDOW, batches._FIRST, pieces.PIECE_BYTES = 4, 2, 1_000
+    processes.START = multiprocessing.get_context("fork")
     target = Wrapped(Target.load(folder), lambda forward: time.sleep(600) if forward == 3 else None)
     build(target, data, out, helpers=[functools.partial(noting_target, folder, note)])
 
