@@ -28,6 +28,7 @@ test-oldest: $(OLDEST_INSTALLED)
 # Ratios, all of one run; docs/performance.md says what they mean. NDS_PEERS and DEEPSPEC_HOME name other projects' code.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
+	$(BIN)/python benchmarks/cache_build.py
 	$(BIN)/python benchmarks/rollback.py
 
 lint: $(INSTALLED)
