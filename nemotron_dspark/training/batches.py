@@ -16,6 +16,8 @@ from nemotron_dspark.training.anchors import counted_slots, draw_anchors
 from nemotron_dspark.training.plan import Plan
 from nemotron_dspark.training.source import SampleLike, Source
 
+_CPU = torch.device("cpu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -84,7 +86,7 @@ class Loader:
     num_anchors: int
     block_size: int
     with_last: bool
-    pin: bool = False  # copied to a GPU while it computes
+    device: torch.device = _CPU  # where batches go
 
     def __call__(self, step: int, ids: np.ndarray) -> Batch:
         samples = self.source.samples(ids.tolist(), step)
@@ -94,7 +96,7 @@ class Loader:
             for sample_id, sample in zip(ids.tolist(), samples, strict=True)
         ]
         batch = collate(samples, anchors, self.block_size, with_last=self.with_last)
-        return batch.pinned() if self.pin else batch
+        return batch.pinned() if self.device.type == "cuda" else batch  # copied while the GPU computes
 
 
 def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequence[Any] = ()) -> Iterator[Batch]:
@@ -111,8 +113,8 @@ def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequ
     return _ahead(load, wanted, stopped)
 
 
-def _ahead(load: Any, wanted: Iterable[tuple], stopped: Sequence[Any], depth: int = 2) -> Iterator[Batch]:
-    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+def _ahead(load: Loader, wanted: Iterable[tuple], stopped: Sequence[Any], depth: int = 2) -> Iterator[Batch]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=_use, initargs=(load.device,))
     try:
         waiting: collections.deque[Future] = collections.deque()
         for arguments in wanted:
@@ -125,6 +127,11 @@ def _ahead(load: Any, wanted: Iterable[tuple], stopped: Sequence[Any], depth: in
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # what it waits for may never come
+
+
+def _use(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a thread begins with the machine's first, whichever its process uses
 
 
 def _done(batch: Future, stopped: Sequence[Any]) -> bool:

@@ -121,7 +121,7 @@ def train(
         draft.config.num_anchors,
         draft.config.block_size,
         with_last=weights.needs_target,
-        pin=device.type == "cuda",
+        device=device,
     )
 
     def save() -> None:

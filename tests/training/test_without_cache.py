@@ -104,8 +104,11 @@ def weights(folder):
 
 
 def assert_close(found, expected):
+    """Losses to 1e-5. Weights to 1e-4: where a hidden state is between two bf16 numbers, other company rounds it to the
+    other one, and Adam's steps are as large for a gradient that is nearly nothing.
+    """
     for name, value in weights(expected).items():
-        assert (weights(found)[name] - value).norm() <= 1e-5 * value.norm(), name
+        assert (weights(found)[name] - value).norm() <= 1e-4 * value.norm(), name
     for here, there in zip(read_metrics(Path(found)), read_metrics(Path(expected)), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
 
