@@ -16,9 +16,9 @@ from tests.training.test_without_cache import SETTINGS, write_conversations
 
 SMALL = (
     "train.global_batch_size=6",
-    "train.max_steps=10",
+    "train.max_steps=8",
     "train.log_every=2",
-    "train.checkpoint_every=1",
+    "train.checkpoint_every=2",
     "data.max_length=60",
 )
 ROLLING = (
@@ -27,7 +27,6 @@ ROLLING = (
     "cache.reuse=2",
     "train.max_steps=null",
     "train.epochs=3",
-    "train.checkpoint_every=2",
 )
 
 
@@ -60,8 +59,8 @@ def result(folder: Path) -> tuple[bytes, bytes, list[dict]]:
     ("kills", "settings"),
     [
         pytest.param(20, ("cache.mode=online",), id="cached"),
-        pytest.param(6, ("cache.mode=online",), id="online"),
-        pytest.param(8, ROLLING, id="rolling"),
+        pytest.param(4, ("cache.mode=online",), id="online"),
+        pytest.param(6, ROLLING, id="rolling"),
     ],
 )
 def test_a_run_killed_again_and_again_equals_the_undisturbed_one(kills, settings, request, tiny_hybrid, tmp_path):
