@@ -17,6 +17,7 @@ from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
 from nemotron_dspark.recipe.workload import Workload
+from nemotron_dspark.targets.mamba2 import CHUNK
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 from nemotron_dspark.training import checkpoints
 from nemotron_dspark.training.fused import CHUNK_ELEMENTS, TARGET_ELEMENTS
@@ -158,7 +159,7 @@ def layer_bytes(shape: Shape, kind: LayerKind, length: int, b: int) -> float:
     Mamba-2's or the MLP's.
     """
     spec, values = shape.spec, shape.config
-    attention = b * (4 * spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim + 1.25 * b * length
+    attention = b * (4 * spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
     mlp = b * (4 if spec.mlp == "gated" else 3) * (spec.intermediate_size or 0)
     if kind is LayerKind.ATTENTION:
         return attention
@@ -175,8 +176,8 @@ def layer_bytes(shape: Shape, kind: LayerKind, length: int, b: int) -> float:
 
 def _mamba_bytes(shape: Shape, length: int, b: int) -> float:
     """Mamba-2's chunked scan: in fp32 per token seven vectors of its width, B and C for every head, and three scores
-    for every head and position of a chunk; rows are padded to whole chunks. The projection and the convolution before
-    it are in the weights' type.
+    for every head and position of a chunk, which `targets.mamba2.even_chunks` makes of equal size. The projection and
+    the convolution before it are in the weights' type.
     """
     values = shape.config
     heads = _size(values, shape.spec.num_attention_heads, "mamba_num_heads", "mamba_n_heads", "linear_num_value_heads")
@@ -185,6 +186,7 @@ def _mamba_bytes(shape: Shape, length: int, b: int) -> float:
     groups = _size(values, 1, "n_groups", "mamba_n_groups")
     chunk = _size(values, 64, "chunk_size", "mamba_chunk_size")
     inner = heads * head
+    chunk = math.ceil(length / math.ceil(length / min(chunk, CHUNK)))
     padded = math.ceil(length / chunk) * chunk / length
     scan = 7 * inner + 3 * heads * state + 3 * heads * chunk + inner * state / chunk
     return 4 * padded * scan + b * (3 * inner + 4 * groups * state + heads)
@@ -205,6 +207,7 @@ class Training:
 
     device: float
     host: float
+    other: float = 0.0  # in main memory, for each process beside the first
 
 
 def training_bytes(
@@ -233,7 +236,8 @@ def training_bytes(
     fixed = 2 * b * trained + optimiser + (4 * trained if b < 4 else 0) + b * frozen
     if gpu:  # the optimiser's tensors come to main memory, and once more as the file's bytes
         host = 2 * optimiser + 2 * frozen + READ_AHEAD * batch
-        return Training(fixed + 2 * batch + saved + top, max(host, 4.0 * (trained + frozen)))
+        made = 4.0 * (trained + frozen)  # in fp32, before it moves to the device
+        return Training(fixed + 2 * batch + saved + top, max(host, made), max(READ_AHEAD * batch, made))
     gradients = 4 * trained
     writing = optimiser - gradients
     return Training(fixed + READ_AHEAD * batch + max(saved + top, writing), 0.0)
@@ -345,12 +349,15 @@ def training_operations(shape: Shape, config: TrainConfig, workload: Workload) -
     return 2 * (3 * body + objective)
 
 
-def training_seconds(shape: Shape, config: TrainConfig, workload: Workload, machine: Machine, epochs_: float) -> float:
-    """All forwards and backwards, and the optimiser, which moves some 40 bytes a parameter and step."""
+def training_seconds(
+    shape: Shape, config: TrainConfig, workload: Workload, machine: Machine, epochs_: float, processes: int = 1
+) -> float:
+    """All forwards and backwards, shared by ``processes``, and the optimiser, which moves some 40 bytes a parameter and
+    step in each; what goes over the network between them is not counted."""
     computed = epochs_ * workload.samples * training_operations(shape, config, workload)
     steps = epochs_ * workload.samples / config.global_batch_size
     moved = steps * 40 * shape.trainable
-    return computed / (machine.flops * ASSUMED.train) + moved / (machine.bandwidth * ASSUMED.bandwidth)
+    return computed / (processes * machine.flops * ASSUMED.train) + moved / (machine.bandwidth * ASSUMED.bandwidth)
 
 
 def evaluation_seconds(shape: Shape, config: EvalConfig, machine: Machine) -> float:

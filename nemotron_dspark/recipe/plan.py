@@ -30,6 +30,13 @@ class Mode:
     forwards: Callable[[float, CacheConfig], float]  # (epochs, settings) to times the target runs over the data
     batch: Callable[[float, float], float]  # (tokens of a capture's, of a training forward) to those in the loop
     format: str | None = None  # of what is stored; None: as configured
+    alone: bool = False  # it trains in one process only
+
+    def processes(self, config: RunConfig, machine: Machine) -> int:
+        """Those that train: as many as there are GPUs, and as the samples of a step can be dealt out to."""
+        forwards = config.train.global_batch_size // config.train.local_batch_size
+        most = 1 if self.alone else max(1, machine.gpus)
+        return max((count for count in range(1, most + 1) if forwards % count == 0), default=1)
 
 
 def _whole_cache(name: str, cache_format: str) -> Mode:
@@ -45,6 +52,7 @@ MODES = (
         lambda whole, cache: min(whole, 1e9 * cache.budget_gb),
         lambda epochs, cache: math.ceil(epochs / cache.reuse),
         lambda capture, train: capture,
+        alone=True,
     ),
     Mode("online", "cache.mode=online", lambda whole, _: 0.0, lambda epochs, _: epochs, lambda capture, train: train),
 )
@@ -123,7 +131,7 @@ def plan(
     fitting = [column for column in columns if not column.problems]
     exact = [column for column in fitting if column.mode != "compact" or fitting[0].mode != "cached"]
     best = min(exact, key=lambda column: column.total_hours) if fitting else None
-    commands = _commands(best, shape, config.cache, options, data) if best else ()
+    commands = _commands(best, shape, config, machine, options, data) if best else ()
     return Plan(
         shape.name,
         machine,
@@ -138,7 +146,11 @@ def plan(
 
 def assumptions(machine: Machine) -> tuple[str, ...]:
     """Sentences on everything that is neither in the config nor a property of the machine."""
-    gpus = f"Answers use all {machine.gpus} GPUs; the other stages of nds use one. " if machine.gpus > 1 else ""
+    gpus = ""
+    if machine.gpus > 1:
+        gpus = (
+            f"All {machine.gpus} GPUs answer, build and train (rolling: one); what goes between them is not counted. "
+        )
     return (
         f"{gpus}Of the peak, a forward of the target reaches {ASSUMED.forward:.0%}, training {ASSUMED.train:.0%}; of "
         f"the memory's bandwidth, generation reaches {ASSUMED.bandwidth:.0%} with {needs.concurrency(machine)} "
@@ -187,32 +199,37 @@ def _memory(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, mac
     """Per stage; without a GPU everything is in main memory."""
     width = machine.weight_bytes
     train_batch = config.train.local_batch_size * workload.longest
-    cache_batch = min(max(config.cache.batch_tokens, workload.longest), workload.samples * workload.longest)
+    cache_batch, before = workload.largest_batch(config.cache.batch_tokens)
     capture = needs.capture_bytes(shape, cache_batch, workload.longest, width)
     train = needs.training_bytes(
         shape, config.train, workload.longest, workload.answer_share, width, bool(machine.gpus)
     )
     target = shape.parameters * width
     serve = needs.serving_bytes(shape, width, 1, workload.longest)
-    found = {}
+    found = {}  # on the device; in main memory; there for each further process, and how many there are
+    others = mode.processes(config, machine) - 1
     if mode.setting is None:
-        found["cache"] = (target + capture, needs.cache_batch_bytes(shape, cache_batch))
-        found["train"] = (train.device, train.host)
+        written = needs.cache_batch_bytes(shape, before)
+        found["cache"] = (target + capture, written, written, max(1, machine.gpus) - 1)
+        found["train"] = (train.device, train.host, train.other, others)
     else:
         beside = needs.capture_bytes(shape, mode.batch(cache_batch, train_batch), workload.longest, width)
-        found["train"] = (train.device + target + beside, train.host)
-    found["eval"] = (serve, 0.0)
+        found["train"] = (train.device + target + beside, train.host, train.other, others)
+    found["eval"] = (serve, 0.0, 0.0, 0)
     if not machine.gpus:
-        return {stage: Memory(0.0, ASSUMED.libraries + sum(both)) for stage, both in found.items()}
+        return {stage: Memory(0.0, ASSUMED.libraries + gpu + host) for stage, (gpu, host, *_) in found.items()}
     return {
-        stage: Memory(ASSUMED.cuda_context + gpu, ASSUMED.cuda_libraries + host) for stage, (gpu, host) in found.items()
+        stage: Memory(ASSUMED.cuda_context + gpu, ASSUMED.cuda_libraries * (1 + count) + host + count * other)
+        for stage, (gpu, host, other, count) in found.items()
     }
 
 
 def _hours(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine) -> dict[str, float]:
     epochs = needs.epochs(config.train, workload.samples)
-    work = needs.training_seconds(shape, config.train, workload, machine, epochs)
+    processes = mode.processes(config, machine)
+    work = needs.training_seconds(shape, config.train, workload, machine, epochs, processes)
     forward = needs.forward_seconds(shape, workload.tokens, machine)
+    forward /= max(1, machine.gpus) if mode.setting is None else processes
     seconds = {"answers": needs.answer_seconds(shape, workload, machine)}
     whole = _states(mode, shape, config, workload)
     stored = mode.stored(whole, config.cache)
@@ -298,7 +315,9 @@ def _reason(best: Column | None, columns: Sequence[Column]) -> str:
     return f"{best.mode} fits" + (f", and {'; '.join(said)}" if said else "") + f"{more}."
 
 
-def _commands(best: Column, shape: Shape, asked: CacheConfig, options: Sequence[str], data: str) -> tuple[str, ...]:
+def _commands(
+    best: Column, shape: Shape, config: RunConfig, machine: Machine, options: Sequence[str], data: str
+) -> tuple[str, ...]:
     name = Path(shape.name).name.lower() or "target"
     target = f"--target {shlex.quote(shape.name)}"
     given = "".join(f" {shlex.quote(text)}" for text in options)
@@ -306,10 +325,12 @@ def _commands(best: Column, shape: Shape, asked: CacheConfig, options: Sequence[
     data = shlex.quote(data)
     mode = next(mode for mode in MODES if mode.name == best.mode)
     setting = mode.setting
-    written = f" --cache-format {mode.format}" if mode.format not in (None, asked.format) else ""
+    written = f" --cache-format {mode.format}" if mode.format not in (None, config.cache.format) else ""
     build = [f"nds cache build {target} --data {data} --out {cache}{given}{written}"] if setting is None else []
     states = f"--cache {cache}" if setting is None else f"--data {data} --set {setting}"
-    train = f"nds train {target} {states} --out {run}{given}"
+    processes = mode.processes(config, machine)
+    nds = f"torchrun --nproc-per-node {processes} -m nemotron_dspark" if processes > 1 else "nds"
+    train = f"{nds} train {target} {states} --out {run}{given}"
     return (*build, train, f"nds eval {target} --draft {run}/draft --prompts held_out.jsonl{given}")
 
 

@@ -5,6 +5,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nemotron_dspark.cache.batches import batches
 from nemotron_dspark.cache.compact import has_target
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.config import DataConfig
@@ -27,6 +30,7 @@ class Workload:
     )
     longest: int  # tokens of the longest sample
     source: str  # how this is known, in words
+    lengths: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)  # int64; those of a file
 
     @property
     def mean(self) -> float:
@@ -35,6 +39,15 @@ class Workload:
     @property
     def answer_share(self) -> float:
         return self.loss_tokens / self.tokens
+
+    def largest_batch(self, batch_tokens: int) -> tuple[int, int]:
+        """Padded tokens of the largest forward of a cache build, and of the one before it, whose states it writes."""
+        if self.lengths is None:
+            full = min(max(batch_tokens, self.longest), self.samples * self.longest)
+            return full, full
+        sizes = [len(batch) * int(self.lengths[batch].max()) for batch in batches(self.lengths, batch_tokens)]
+        largest = int(np.argmax(sizes))
+        return sizes[largest], sizes[largest - 1] if largest else 0
 
 
 def from_numbers(
@@ -85,7 +98,8 @@ def from_file(path: Path, tokenizer: Any | None, data: DataConfig, max_positions
     samples = step * len(found)
     tokens, loss, targets = (step * sum(numbers) for numbers in zip(*found, strict=True))
     text = f"{path.name}: {samples:,} samples of {tokens / samples:,.0f} tokens on average ({how})"
-    return Workload(samples, tokens, loss, targets, max(length for length, *_ in found), text)
+    lengths = np.array([length for length, *_ in found], dtype=np.int64)
+    return Workload(samples, tokens, loss, targets, int(lengths.max()), text, lengths)
 
 
 def _measured(tokens: Tokenised) -> tuple[int, int, int]:

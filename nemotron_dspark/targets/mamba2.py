@@ -170,7 +170,7 @@ def prepare(
     return install_block_forward(mixers, Mamba2States, forward)
 
 
-_CHUNK = 64  # positions: the parts of transformers' scan that grow with the chunk, and those that shrink, balance here
+CHUNK = 64  # positions: the parts of transformers' scan that grow with the chunk, and those that shrink, balance here
 
 
 def chunked_mixers(model: Any) -> list[Any]:
@@ -190,7 +190,7 @@ def even_chunks(mixers: Sequence[Any], length: int) -> Iterator[None]:
     sizes = [mixer.chunk_size for mixer in mixers]
     try:
         for mixer, size in zip(mixers, sizes, strict=True):
-            mixer.chunk_size = -(-length // -(-length // min(size, _CHUNK)))
+            mixer.chunk_size = -(-length // -(-length // min(size, CHUNK)))
         yield
     finally:
         for mixer, size in zip(mixers, sizes, strict=True):
