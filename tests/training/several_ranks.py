@@ -1,6 +1,7 @@
 """Train in several processes that meet over gloo, in many ways; prints what came of each as JSON.
 
-A program of its own: it imports torch once and forks, which is only safe while it has run no backward itself.
+A program of its own: it imports torch once and forks, which is only safe while it has no threads. So it runs no
+backward and keeps no store: a child that is forked while a store's thread holds a lock waits for it for ever.
 """
 
 import contextlib
@@ -85,7 +86,7 @@ def one_rank(
 
 def start(size: int, work: Callable[[], None], folder: Path) -> list[dict]:
     """Run ``work`` in ``size`` processes that find each other as torchrun's do; how each has ended and what it said."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun keeps it, not a rank
+    keeper, port = keep_store()
     folder.mkdir(parents=True, exist_ok=True)
     children = {}
     for rank in range(size):
@@ -95,7 +96,7 @@ def start(size: int, work: Callable[[], None], folder: Path) -> list[dict]:
                 os.dup2(os.open(folder / f".{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.environ |= {
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
+                "MASTER_PORT": port,
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": "0",
                 "RANK": str(rank),
@@ -115,11 +116,29 @@ def start(size: int, work: Callable[[], None], folder: Path) -> list[dict]:
             sys.stdout.flush()
             os._exit(code)
         children[rank] = child
-    return [
+    ended = [
         {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}
         | {name: (folder / f".{name}-{rank}").read_text() for name in ("out", "err")}
         for rank, child in children.items()
     ]
+    os.kill(keeper, signal.SIGKILL)
+    os.waitpid(keeper, 0)
+    return ended
+
+
+def keep_store() -> tuple[int, str]:
+    """A process that keeps a store, as torchrun does, not a rank; its id, and the store's port."""
+    read, write = os.pipe()
+    keeper = os.fork()
+    if keeper == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(write, str(store.port).encode())
+        while True:
+            signal.pause()
+    os.close(write)
+    port = os.read(read, 16).decode()
+    os.close(read)
+    return keeper, port
 
 
 def trained(size: int, folder: Path, **options) -> list[dict]:
