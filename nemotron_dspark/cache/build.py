@@ -123,24 +123,29 @@ def build_cache(
         writer = stack.enter_context(CacheWriter(folder))
         if _tokenised(folder):
             tokens: Tokens = TokenStore(work)
-            check_no_mask_token(tokens, mask_token_id, folder)
+            check_no_mask_token(tokens.all_ids(), mask_token_id, folder)
         else:
             write_json(folder / REPORT, {"inputs": inputs})
-            fill = functools.partial(
-                tokenise,
-                work,
-                folder / REPORT,
-                conversations,
-                target.tokenizer,
-                data,
-                max_positions=target.spec.max_position_embeddings,
-                mask_token_id=mask_token_id,
-                inputs=inputs,
-                processes=1 + len(helpers),
-            )
-            tokens = stack.enter_context(
-                GrowingTokens(work, lambda grown: fill(progress=_both(grown, _tokenising(report))))
-            )
+
+            def fill(grown: Callable[[Stored], None]) -> None:
+                def tell(stored: Stored) -> None:
+                    grown(stored)
+                    report(BuildProgress("tokenise", stored.lines, 0, 0, 0))
+
+                tokenise(
+                    work,
+                    folder / REPORT,
+                    conversations,
+                    target.tokenizer,
+                    data,
+                    max_positions=target.spec.max_position_embeddings,
+                    mask_token_id=mask_token_id,
+                    inputs=inputs,
+                    processes=1 + len(helpers),
+                    progress=tell,
+                )
+
+            tokens = stack.enter_context(GrowingTokens(work, fill))
         write_states(target, tokens, writer, cache.batch_tokens, report, taps=taps, lay_out=lay_out, helpers=helpers)
         writer.finish(extra_files=[REPORT])
     return _finished(folder, started, writer.reused)
@@ -239,18 +244,6 @@ def _one_at_a_time(report: Callable[[BuildProgress], None]) -> Callable[[BuildPr
             report(progress)
 
     return locked
-
-
-def _tokenising(report: Callable[[BuildProgress], None]) -> Callable[[Stored], None]:
-    return lambda stored: report(BuildProgress("tokenise", stored.lines, 0, 0, 0))
-
-
-def _both(*calls: Callable[[Any], None]) -> Callable[[Any], None]:
-    def call(value: Any) -> None:
-        for each in calls:
-            each(value)
-
-    return call
 
 
 def _finished(folder: Path, started: float, reused: int | None = None) -> BuildReport:

@@ -7,11 +7,12 @@ int64. Both are appended to: what has been flushed can be read while the rest is
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from nemotron_dspark.cache.compact import has_target
 from nemotron_dspark.chat.mask import Tokenised
@@ -60,6 +61,10 @@ class Tokens:
 
     def __getitem__(self, sample_id: int) -> Tokenised:
         raise NotImplementedError
+
+    def all_ids(self) -> Iterator[np.ndarray]:
+        """int32 [S] of every sample that is known."""
+        return (self[sample].input_ids for sample in range(len(self)))
 
     def targets(self, samples: int) -> np.ndarray:
         """How many last hidden states the loss looks at, int64 [samples], of the first so many; counted once each."""
@@ -266,12 +271,12 @@ def read_report(report: Path) -> tuple[Tally, tuple[str, ...]]:
     return Tally(**(result | {"skipped": SkipTally.from_json(result["skipped"])})), notes
 
 
-def check_no_mask_token(store: TokenStore, mask_token_id: int | None, folder: Path) -> None:
-    """`InputError` naming the sample in which the draft's mask token occurs."""
+def check_no_mask_token(samples: Iterable[np.ndarray | Tensor], mask_token_id: int | None, folder: Path) -> None:
+    """`InputError` naming the sample, of those whose ids are given, in which the draft's mask token occurs."""
     if mask_token_id is None:
         return
-    for sample_id in range(len(store)):
-        if (store[sample_id].input_ids == mask_token_id).any():
+    for sample_id, input_ids in enumerate(samples):
+        if (input_ids == mask_token_id).any():
             raise InputError(
                 f"Sample {sample_id} of {folder} contains the draft's mask token {mask_token_id}.",
                 "Set draft.mask_token_id to a token the data never uses.",

@@ -17,6 +17,7 @@ from nemotron_dspark.cache.checksums import (
 from nemotron_dspark.cache.formats import read_layout
 from nemotron_dspark.cache.layout import INDEX, MANIFEST, RESTORE
 from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cache.tokens import check_no_mask_token
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import sha256, write_whole
 
@@ -87,12 +88,7 @@ def write_missing_checksums(folder: Path | str) -> None:
 
 def check_mask_token(cache: TargetCache, mask_token_id: int) -> None:
     """`InputError` naming the sample in which the draft's mask token occurs."""
-    for sample_id in range(len(cache)):
-        if (cache.input_ids(sample_id) == mask_token_id).any():
-            raise InputError(
-                f"Sample {sample_id} of {cache.folder} contains the draft's mask token {mask_token_id}.",
-                "Set draft.mask_token_id to a token the data never uses.",
-            )
+    check_no_mask_token(map(cache.input_ids, range(len(cache))), mask_token_id, cache.folder)
 
 
 def _sample_faults(cache: TargetCache) -> list[str]:

@@ -90,7 +90,7 @@ def tokenised(
     report = folder / REPORT
     if report.is_file() and files.read_json(report).get("inputs") == inputs:
         store = TokenStore(folder)
-        check_no_mask_token(store, mask_token_id, conversations)
+        check_no_mask_token(store.all_ids(), mask_token_id, conversations)
         return store
     report.unlink(missing_ok=True)  # it vouches for files that are about to change
     tokenise(

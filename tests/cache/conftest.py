@@ -6,6 +6,7 @@ import pytest
 
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.targets import Target
+from tests import kill9
 
 TAPS = (1, 4)
 DATA = DataConfig(min_loss_tokens=4, max_length=160)
@@ -47,4 +48,4 @@ def built(target, conversations, tmp_path_factory):
 
 @pytest.fixture
 def contents():
-    return lambda folder: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return kill9.contents
