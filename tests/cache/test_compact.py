@@ -22,7 +22,6 @@ from nemotron_dspark.cache.quantise import QUANTISATIONS
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
 from nemotron_dspark.config import CacheConfig, TrainConfig
-from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Target
@@ -31,6 +30,7 @@ from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.loop import train
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
 from tests.cache.conftest import CACHE, DATA, SAMPLES, TAPS, write_conversations
+from tests.drafts.conftest import small_draft
 from tests.kill9 import apart, contents, kill_often
 
 COMPACT = CACHE.model_copy(update={"format": "compact", "shard_bytes": 60_000})
@@ -70,28 +70,7 @@ def test_last_states_are_kept_exactly_where_a_slot_can_count(block):
 
 
 def new_draft(hidden: int) -> DSparkDraft:
-    config = DraftConfig(
-        hidden_size=hidden,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=512,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=512,
-        block_size=4,
-        mask_token_id=31,
-        target_layer_ids=TAPS,
-        num_target_layers=8,
-        num_anchors=12,
-        markov_rank=8,
-    )
-    draft = DSparkDraft(config, seed=3)
-    noise = torch.randn(2, 512, hidden, generator=torch.Generator().manual_seed(1))
-    draft.set_embeddings(noise[0], noise[1])
-    return draft
+    return small_draft(hidden_size=hidden, vocab_size=512, mask_token_id=31, target_layer_ids=TAPS)
 
 
 def test_the_loss_never_looks_at_the_others(built):

@@ -11,36 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemotron_dspark.cache.reader import Sample
 from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.metrics import read_metrics
+from tests.training.small_cache import SETTINGS, TAPS, samples
 
 LAST = "step-00000006"
-TAPS = (1, 4)
-SETTINGS = (
-    "draft.num_layers=1",
-    "draft.block_size=3",
-    "draft.markov_rank=4",
-    "train.max_steps=4",
-    "train.global_batch_size=4",
-    "train.log_every=2",
-    "train.num_anchors=8",
-    "train.device=cpu",
-)
 TIMED = ("tokens_per_second", "memory_mb")
-
-
-def samples():
-    generator = torch.Generator().manual_seed(1)
-    for length in range(14, 22):
-        yield Sample(
-            torch.randint(40, 300, (length,), generator=generator),
-            torch.arange(length) > 4,
-            torch.randn(length, len(TAPS) * 64, generator=generator).bfloat16(),
-            torch.randn(length, 64, generator=generator).bfloat16(),
-        )
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nemotron_dspark.cache.reader import Sample
 from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.cli import app
 from nemotron_dspark.config import load_run_config
@@ -17,31 +16,10 @@ from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.metrics import read_metrics
 from nemotron_dspark.training.run import train_run
+from tests.training import small_cache
+from tests.training.small_cache import TAPS, samples
 
-TAPS = (1, 4)
-SETTINGS = (
-    "draft.num_layers=1",
-    "draft.block_size=3",
-    "draft.markov_rank=4",
-    "train.max_steps=4",
-    "train.local_batch_size=2",
-    "train.global_batch_size=4",
-    "train.log_every=2",
-    "train.num_anchors=8",
-    "train.device=cpu",
-)
-
-
-def samples(count=8, hidden=64, taps=TAPS):
-    generator = torch.Generator().manual_seed(1)
-    for index in range(count):
-        length = 14 + index
-        yield Sample(
-            torch.randint(40, 300, (length,), generator=generator),
-            torch.arange(length) > 4,
-            torch.randn(length, len(taps) * hidden, generator=generator).bfloat16(),
-            torch.randn(length, hidden, generator=generator).bfloat16(),
-        )
+SETTINGS = (*small_cache.SETTINGS, "train.local_batch_size=2")
 
 
 @pytest.fixture
