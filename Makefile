@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/nds demo $(ARGS)

@@ -20,7 +20,7 @@ from nemotron_dspark.recipe.workload import Workload
 from nemotron_dspark.targets.mamba2 import CHUNK
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 from nemotron_dspark.training import checkpoints
-from nemotron_dspark.training.fused import CHUNK_ELEMENTS, TARGET_ELEMENTS
+from nemotron_dspark.training.fused import CHUNK_ELEMENTS
 
 READ_AHEAD = 3  # batches in memory at a time: the one in use and two that were read ahead
 
@@ -271,13 +271,14 @@ def _saved(shape: Shape, rows: int, length: int, slots: int, answer_share: float
 def _objective(shape: Shape, slots: int, positions: float, b: int, *, gpu: bool) -> float:
     """A chunk of the fused objective at its highest, and the gradients it makes.
 
-    fp32 logits of the chunk's slots and of a few of the positions they predict from; on a GPU two and a half more of
-    the former (difference, its size, the gradient in the weights' type). Gradients of hidden states, latents and the
-    sequential head in fp32; hidden states of draft and target.
+    fp32 logits of the chunk's slots and of the positions they predict from, and once more in the weights' type where
+    that is narrower; on a GPU two more of the former (difference and its size). Gradients of hidden states, latents
+    and the sequential head in fp32; hidden states of draft and target.
     """
-    chunk = math.ceil(slots / math.ceil(slots * shape.vocab / CHUNK_ELEMENTS))
-    logits = 4 * (chunk * (3.5 if gpu else 1) + min(chunk, max(1, TARGET_ELEMENTS // shape.vocab)))
-    gradients = (4 + (b if b < 4 else 0)) * (shape.vocab * shape.rank + slots * (shape.hidden + shape.rank))
+    chunks = math.ceil((slots + positions) * shape.vocab / CHUNK_ELEMENTS)
+    narrow = b if b < 4 else 0
+    logits = ((4 + narrow) * (slots + positions) + (8 * slots if gpu else 0)) / chunks
+    gradients = (4 + narrow) * (shape.vocab * shape.rank + slots * (shape.hidden + shape.rank))
     return shape.vocab * logits + gradients + b * (slots * (shape.hidden + 2 * shape.rank) + positions * shape.hidden)
 
 

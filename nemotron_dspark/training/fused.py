@@ -6,13 +6,14 @@ p the draft's distribution, q the target's, s = sign(p - q) and y the label's on
 
     d CE / d logits = p - y          d L1 / d logits = p ⊙ (s - Σ_v s_v p_v)
 
-Slots that predict the same position share the target's logits, which are computed once per position of a chunk; fewer
-at a time than the draft's, since no gradient goes back through them.
+Slots that predict the same position share the target's logits, which are computed once per position of a chunk, in one
+product with those of the draft.
 
 Two sizes decide the speed. A chunk is large, because every chunk reads the weights from memory several times over.
 What lies between its matrix products touches each logit a dozen times, so on a CPU it goes through the chunk in groups
-of a few rows that stay in the processor's cache; products that read or write the same logits go through it together, a
-tile of the vocabulary at a time. All of it works in place on buffers that the chunks share.
+of a few rows that stay in the processor's cache. The products are batches over tiles of the vocabulary, which BLAS
+shares out among threads better than one product with few rows. All of it works in place on buffers that the chunks
+share.
 """
 
 import bisect
@@ -21,10 +22,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 4 << 21  # logits of the draft held at a time, slots x vocabulary
-TARGET_ELEMENTS = 3 << 21  # and of the target, positions x vocabulary
+CHUNK_ELEMENTS = 7 << 21  # logits of draft and target held at a time, slots and positions x vocabulary
 GROUP_ELEMENTS = 1 << 17  # of them worked on at a time by one thread of a CPU
-TILE = 1 << 13  # words of the vocabulary multiplied at a time on a CPU
+TILE = 1 << 14  # words of the vocabulary that one product of a batch covers on a CPU, at least
 
 
 def slot_losses(
@@ -57,53 +57,52 @@ class _SlotLosses(torch.autograd.Function):
             torch.zeros_like(given, dtype=wide) if wanted and given is not None else None
             for given in (hidden, latents, markov)
         )
-        chunks = list(_slices(len(labels), max(1, CHUNK_ELEMENTS // len(head))))
-        places = position.tolist()
-        draft_buffer = head.new_empty(_longest(chunks), len(head), dtype=wide)
-        most = min(max(1, TARGET_ELEMENTS // len(head)), len(draft_buffer)) if last is not None else 0
-        target_buffer = head.new_empty(most, len(head), dtype=wide)
-        group = _group_rows(head, len(draft_buffer))
-        difference, size = (draft_buffer.new_empty(group if last is not None else 0, len(head)) for _ in range(2))
-        tiles = list(_slices(len(head), TILE if head.device.type == "cpu" else len(head)))
-        for rows in chunks:
-            p = draft_buffer[: rows.stop - rows.start]
-            for tile in tiles:
-                _product(p[:, tile], hidden[rows], head[tile].T)
-                if markov is not None:
-                    _add_product(p[:, tile], latents[rows], markov[tile].T)
-            for start, end, first, beyond in _shared_targets(places, rows, most):
+        chunks = list(_chunks(position.tolist(), CHUNK_ELEMENTS // len(head), with_targets=last is not None))
+        most = max((_length(slots) for slots, _ in chunks), default=0)
+        both = max((_length(slots) + _length(places) for slots, places in chunks), default=0)
+        logits = head.new_empty(both, len(head), dtype=wide)
+        group = _group_rows(head, most)
+        difference, size = (logits.new_empty(group if last is not None else 0, len(head)) for _ in range(2))
+        tiles = _tiles(head)
+        tiled_logits = logits.unflatten(1, (tiles, -1)).transpose(0, 1)  # [tiles, rows, words]
+        tiled_head, tiled_markov, tiled_grad = (
+            None if weight is None else weight.unflatten(0, (tiles, -1)) for weight in (head, markov, grad_markov)
+        )
+        for slots, places in chunks:
+            count, beyond = _length(slots), _length(slots) + _length(places)
+            p, q, tiled_p = logits[:count], logits[count:beyond], tiled_logits[:, :count]
+            states = hidden[slots] if last is None else torch.cat((hidden[slots], last[places]))
+            _product(tiled_logits[:, :beyond], states, tiled_head.mT)
+            if markov is not None:
+                _add_product(tiled_p, latents[slots], tiled_markov.mT)
+            for part in _slices(len(q), group):
+                _softmax_(_finish_(q[part], finish))
+            for part in _slices(count, group):
+                at = slice(slots.start + part.start, slots.start + part.stop)
+                p_part = p[part]
+                label, scale = labels[at, None], w_ce[at, None]
+                chosen = p_part.gather(1, label)
+                ce[at] = (_softmax_(p_part) - chosen)[:, 0]
                 if last is not None:
-                    q = target_buffer[: beyond - first]
-                    _product(q, last[first:beyond], head.T)
-                    for part in _slices(len(q), group):
-                        _softmax_(_finish_(q[part], finish))
-                for part in _slices(end - start, group):
-                    at = slice(start + part.start, start + part.stop)
-                    p_part = p[at.start - rows.start : at.stop - rows.start]
-                    label, scale = labels[at, None], w_ce[at, None]
-                    chosen = p_part.gather(1, label)
-                    ce[at] = (_softmax_(p_part) - chosen)[:, 0]
-                    if last is not None:
-                        d, absolute = difference[: len(p_part)], size[: len(p_part)]
-                        torch.index_select(q, 0, position[at] - first, out=d)
-                        torch.sub(p_part, d, out=d)
-                        torch.sum(torch.abs(d, out=absolute), -1, out=l1[at])
-                        if wanted:
-                            d.sign_().mul_(p_part)
-                            w = w_l1[at, None]
-                            p_part.mul_(scale - w * d.sum(-1, keepdim=True)).addcmul_(d, w)
-                    elif wanted:
-                        p_part.mul_(scale)
+                    d, absolute = difference[: len(p_part)], size[: len(p_part)]
+                    torch.index_select(q, 0, position[at] - places.start, out=d)
+                    torch.sub(p_part, d, out=d)
+                    torch.sum(torch.abs(d, out=absolute), -1, out=l1[at])
                     if wanted:
-                        p_part.scatter_add_(1, label, -scale)
+                        d.sign_().mul_(p_part)
+                        w = w_l1[at, None]
+                        p_part.mul_(scale - w * d.sum(-1, keepdim=True)).addcmul_(d, w)
+                elif wanted:
+                    p_part.mul_(scale)
+                if wanted:
+                    p_part.scatter_add_(1, label, -scale)
             if not wanted:
                 continue
-            for tile in tiles:
-                gradient = p[:, tile].to(hidden.dtype)
-                _add_product(grad_hidden[rows], gradient, head[tile])
-                if markov is not None:
-                    _add_product(grad_latents[rows], gradient, markov[tile])
-                    _add_product(grad_markov[tile], gradient.T, latents[rows])
+            gradient = tiled_p.to(hidden.dtype)
+            torch.sum(gradient @ tiled_head, 0, dtype=wide, out=grad_hidden[slots])
+            if markov is not None:
+                torch.sum(gradient @ tiled_markov, 0, dtype=wide, out=grad_latents[slots])
+                _add_product(tiled_grad, gradient.mT, latents[slots])
         if wanted:
             ctx.gradients = [
                 None if gradient is None else gradient.to(given.dtype)
@@ -119,29 +118,33 @@ class _SlotLosses(torch.autograd.Function):
         return (*scaled, *[None] * 8)
 
 
-def _shared_targets(places: list[int], rows: slice, most: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cuts ``rows`` so that at most ``most`` positions are needed at a time (0: none is, no cut).
+def _chunks(places: list[int], most: int, *, with_targets: bool) -> Iterator[tuple[slice, slice]]:
+    """Runs of slots of about the same work, with the positions they predict from: both together at most ``most``.
 
-    Yields first slot, slot behind the last, first position, position behind the last.
+    (Two where ``most`` is less.) No positions without targets.
     """
-    first, beyond = places[rows.start], places[rows.stop - 1] + 1
-    start = rows.start
-    for part in _slices(beyond - first, most or beyond - first):
-        end = bisect.bisect_left(places, first + part.stop, start, rows.stop)
-        yield start, end, first + part.start, first + part.stop
-        start = end
+    work = [slot + place for slot, place in enumerate(places)] if with_targets else range(len(places))
+    shares = _slices(work[-1] + 1 if work else 0, max(1, most - 1) if with_targets else max(1, most))
+    for share in shares:
+        first, beyond = bisect.bisect_left(work, share.start), bisect.bisect_left(work, share.stop)
+        if first < beyond:
+            yield slice(first, beyond), slice(places[first], places[beyond - 1] + 1) if with_targets else slice(0, 0)
 
 
 def _product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """``to`` [tiles, m, n] becomes ``left`` [m, k] times each of ``right`` [tiles, k, n]."""
+    left = left.expand(len(right), -1, -1)
     if left.dtype == to.dtype:
-        torch.mm(left, right, out=to)
+        torch.bmm(left, right, out=to)
     else:
         to.copy_(left @ right)
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds ``left`` times ``right`` to ``to``, [tiles, m, n]; one of the two may be the same for every tile."""
+    left, right = (factor.expand(len(to), -1, -1) for factor in (left, right))
     if left.dtype == to.dtype:
-        to.addmm_(left, right)
+        to.baddbmm_(left, right)
     else:
         to += left @ right
 
@@ -160,6 +163,13 @@ def _softmax_(logits: Tensor) -> Tensor:
     return largest + mass.log()
 
 
+def _tiles(weight: Tensor) -> int:
+    """Into how many equal parts of at least `TILE` words the vocabulary is cut."""
+    if weight.device.type != "cpu":
+        return 1
+    return next((count for count in range(len(weight) // TILE, 1, -1) if len(weight) % count == 0), 1)
+
+
 def _group_rows(weight: Tensor, most: int) -> int:
     if weight.device.type != "cpu":  # a kernel's launch costs more than its way to memory
         return max(1, most)
@@ -172,5 +182,5 @@ def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(total * i // count, total * (i + 1) // count) for i in range(count))
 
 
-def _longest(slices: list[slice]) -> int:
-    return max((one.stop - one.start for one in slices), default=0)
+def _length(part: slice) -> int:
+    return part.stop - part.start

@@ -93,7 +93,7 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
     with torch.device("meta"):
         trainable = sum(p.numel() for p in DSparkDraft(draft).trainable_parameters().values())
     embedding = spec.vocab_size * spec.hidden_size
-    activations, objective = training_activations(draft), 16 * CHUNK_ELEMENTS + 6 * spec.vocab_size * draft.markov_rank
+    activations, objective = training_activations(draft), 11 * CHUNK_ELEMENTS + 6 * spec.vocab_size * draft.markov_rank
     bytes_per_token = cache_bytes_per_token(spec.hidden_size, len(draft.target_layer_ids))
     count = {kind: spec.layers.count(kind) for kind in LayerKind}
     heads, width, state = row.mamba

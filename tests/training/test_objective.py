@@ -226,7 +226,6 @@ def test_every_gradient_in_fp32_is_that_of_whole_distributions(make_draft, make_
     """With chunks, tiles and shared targets that all cut somewhere."""
     vocabulary, width = 3001, 24
     monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 50 * vocabulary)
-    monkeypatch.setattr(fused, "TARGET_ELEMENTS", 9 * vocabulary)
     monkeypatch.setattr(fused, "GROUP_ELEMENTS", 4 * vocabulary)
     monkeypatch.setattr(fused, "TILE", 700)
     config = dataclasses.replace(make_draft().config, vocab_size=vocabulary, markov_head_type=head, markov_rank=16)
@@ -250,6 +249,19 @@ def test_every_gradient_in_fp32_is_that_of_whole_distributions(make_draft, make_
     unfused_loss(draft, batch, LossWeights()).backward()
     for name, parameter in draft.trainable_parameters().items():
         assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 40, 1000])
+@pytest.mark.parametrize("places", [[0], [0, 0, 0, 1, 2, 2, 3], sorted(i % 90 for i in range(200)), [*range(50)]])
+def test_a_chunk_holds_whole_slots_with_their_positions_and_no_more_rows_than_allowed(places, most):
+    for with_targets in (True, False):
+        chunks = list(fused._chunks(places, most, with_targets=with_targets))
+        assert [slot for slots, _ in chunks for slot in range(slots.start, slots.stop)] == list(range(len(places)))
+        for slots, positions in chunks:
+            needed = set(places[slots]) if with_targets else set()
+            assert set(range(positions.start, positions.stop)) == needed
+            rows = slots.stop - slots.start + len(needed)
+            assert rows <= max(most, 2 if with_targets else 1)
 
 
 def test_no_tensor_of_the_loss_is_larger_than_a_chunk_or_a_weight(make_draft, make_cache, monkeypatch):
