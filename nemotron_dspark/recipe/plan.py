@@ -309,6 +309,8 @@ def _reason(best: Column | None, columns: Sequence[Column]) -> str:
             said.append(f"{other.mode} does not fit ({other.problems[0].rstrip('.')})")
         elif other.total_hours > 1.02 * best.total_hours:
             said.append(f"{other.mode} takes {hours(other.total_hours)} instead of {hours(best.total_hours)}")
+        elif other.total_hours < best.total_hours / 1.02:
+            said.append(f"{other.mode} takes only {hours(other.total_hours)}, with hidden states that are not exact")
         else:
             said.append(f"{other.mode} takes as long")
     more = f"; it needs {size(best.total_disk)} of disk" if not best.problems and others else ""

@@ -135,6 +135,8 @@ def test_a_compact_cache_is_asked_for_only_where_the_other_does_not_fit(shape):
     assert compact.total_hours < cached.total_hours
     assert compact.disk["cache"] < 0.3 * cached.disk["cache"]
     assert found.recommended == "cached"
+    quicker = f"compact takes only {plan.hours(compact.total_hours)}"
+    assert f"{quicker}, with hidden states that are not exact" in found.reason
     again = planned(shape, MACHINES["dgx-spark"], samples=150_000, settings=["cache.format=compact"])
     assert "--cache-format" not in again.commands[0]  # the user's own option is in the command already
     rolled = planned(shape, settings=["cache.format=compact"], samples=12_000)
