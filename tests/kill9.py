@@ -27,10 +27,15 @@ PRELOAD = (
 )
 
 
-def apart(function: Callable, *arguments: Any) -> Any:
-    """Result of ``function(*arguments)`` in a process of its own, which may fork: no other thread runs in it."""
+def prepared_forkserver() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
+    return context
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """Result of ``function(*arguments)`` in a process of its own, which may fork: no other thread runs in it."""
+    context = prepared_forkserver()
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(send, function, arguments))
     process.start()

@@ -22,7 +22,7 @@ from nemotron_dspark.data import pieces
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from nemotron_dspark.targets import Target
 from tests.cache.conftest import CACHE, DATA, TAPS, write_conversations
-from tests.kill9 import PRELOAD
+from tests.kill9 import prepared_forkserver
 from tests.test_processes import alive
 
 SAMPLES = 45
@@ -211,8 +211,7 @@ def noting_target(folder, note, deadly=0):
 @pytest.fixture
 def forks(monkeypatch):
     """Children are forks of one process that has the libraries imported; they are started fresh otherwise."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context = prepared_forkserver()
     monkeypatch.setattr(processes, "START", context)
     return context
 

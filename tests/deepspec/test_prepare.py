@@ -1,6 +1,7 @@
 """Target-cache preparation: our builder in parts, joined into one in DeepSpec's format."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from nemotron_dspark.cache.verify import verify
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.deepspec import prepare
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
+from tests.kill9 import prepared_forkserver
 
 TAPS = (1, 2, 3, 4, 5)
 
@@ -149,9 +151,11 @@ def test_another_template_other_inputs_and_other_files_are_refused(job, tmp_path
         prepare.begin(job)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the devices must be missing")
-def test_an_error_in_a_workers_process_is_the_commands_error(job):
+def test_an_error_in_a_workers_process_is_the_commands_error(job, monkeypatch):
+    prepared_forkserver()  # in place of processes that import everything anew
+    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
     job = dataclasses.replace(job, parts=2)
     prepare.begin(job)
     with pytest.raises(EnvironmentFault, match="no CUDA device"):
