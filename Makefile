@@ -1,7 +1,7 @@
 # Two commands do all the set-up: `make demo` runs the main job, `make test` the tests. Both need Python 3.11 or newer.
 
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,8 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 demo: $(INSTALLED)
 	$(BIN)/nds demo $(ARGS)
 
-# One torch thread per worker: tiny models gain nothing from more, and workers would fight for the cores.
+# One torch thread per worker: tiny models gain nothing from more, and workers would fight for the cores. One worker more than two
+# cores, since some tests wait for processes of theirs.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 	$(if $(ARGS),,$(MAKE) --no-print-directory test-oldest)
