@@ -134,6 +134,17 @@ def test_online_training_equals_cached_training(run, cache, cached_run):
     assert_close(report.run_folder, cached_run)
 
 
+def test_where_the_target_sees_one_sample_at_a_time_online_equals_cached_to_the_bit(
+    run, tiny_hybrid, conversations, tmp_path
+):
+    alone = ("cache.batch_tokens=1", "train.local_batch_size=1")
+    asked, cache = config(*alone), tmp_path / "cache"
+    target = Target.load(str(tiny_hybrid), device="cpu")
+    build_cache(target, conversations, cache, taps=(1, 4), data=asked.data, cache=asked.cache)
+    train_run(str(tiny_hybrid), cache, tmp_path / "cached", asked)
+    assert_same_bits(run("online", *alone).run_folder, tmp_path / "cached")
+
+
 def test_no_hidden_state_is_written_and_the_target_runs_once_a_forward(run, monkeypatch):
     rows, capture = [], Target.capture
 
