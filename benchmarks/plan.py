@@ -10,10 +10,11 @@ more than 10 %.
 """
 
 import argparse
+import concurrent.futures
+import ctypes
 import json
-import os
+import multiprocessing
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +37,8 @@ COMMON = ["train.global_batch_size=8", "train.max_steps=3", "draft.markov_rank=6
 WORDS = ("state", "block", "accepted", "recurrent", "token", "hybrid", "advance", "every")
 # The C library maps every block above 32 MiB on its own and gives it back when freed; smaller ones leave holes. With
 # this the small tensors of these runs are treated as the large ones of a real run are.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+MMAP_THRESHOLD, TRIM_THRESHOLD, BYTES = -3, -1, 65536  # of mallopt(3)
+LIBRARIES = ("torch._dynamo", "transformers.models.nemotron_h.modeling_nemotron_h", "nemotron_dspark.training.run")
 LIMITS = {"disk": 0.01, "memory": 0.10}
 
 
@@ -45,11 +47,7 @@ def main() -> int:
     parser.add_argument("--recipe", action="append", choices=list(TARGETS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    parser.add_argument("--worker", nargs=3, metavar=("STAGE", "RECIPE", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.worker:
-        print(json.dumps(measure(*given.worker[:2], Path(given.worker[2]))))
-        return 0
     shell.quiet_libraries()
     rows = []
     for recipe in given.recipe or TARGETS:
@@ -76,15 +74,20 @@ def main() -> int:
 
 
 def _worker(stage: str, recipe: str, folder: str, threads: int) -> list[dict]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | ALLOCATOR
-    command = [sys.executable, __file__, "--worker", stage, recipe, folder]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{recipe}, {stage}: {done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    context = multiprocessing.get_context("forkserver")  # forks of one process that has the libraries
+    context.set_forkserver_preload(list(LIBRARIES))
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(measure, stage, recipe, Path(folder), threads).result()
 
 
-def measure(stage: str, recipe: str, folder: Path) -> list[dict]:
+def measure(stage: str, recipe: str, folder: Path, threads: int) -> list[dict]:
+    import torch
+
+    libc = ctypes.CDLL(None)
+    for threshold in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+        if not libc.mallopt(threshold, BYTES):
+            raise OSError("mallopt refuses the threshold")
+    torch.set_num_threads(threads)
     shell.quiet_libraries()
     run = STAGES[stage]
     if stage == "train":
