@@ -21,6 +21,7 @@ PRELOAD = (
     "tests.kill9",
     "tests.conftest",
     "torch._dynamo",
+    "torch.distributed.fsdp",
     "torch.utils.tensorboard",
     "transformers.models.nemotron_h.modeling_nemotron_h",
     "nemotron_dspark.training.run",

@@ -1,23 +1,19 @@
-"""Train in several processes that meet over gloo, in many ways; prints what came of each as JSON.
+"""Train in several processes that meet over gloo, in many ways; `run_all` tells what came of each.
 
-A program of its own: it imports torch once and forks, which is only safe while it has no threads. So it runs no
-backward and keeps no store: a child that is forked while a store's thread holds a lock waits for it for ever.
+To be run in a process of its own (`tests.kill9.apart`): it forks, which is only safe while it has no threads. So it
+runs no backward and keeps no store: a child that is forked while a store's thread holds a lock waits for it for ever.
 """
 
-import contextlib
 import datetime
-import importlib
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import MemoryCache, new_draft, settings
 
 from nemotron_dspark import cli
 from nemotron_dspark.errors import InputError
@@ -25,6 +21,7 @@ from nemotron_dspark.training import ranks
 from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.plan import Plan
 from nemotron_dspark.training.sharding import is_sharded
+from tests.training.conftest import MemoryCache, new_draft, settings
 
 SETTINGS = {"max_steps": 6, "local_batch_size": 1, "global_batch_size": 8, "log_every": 2, "checkpoint_every": 2}
 
@@ -156,19 +153,11 @@ def command(size: int, folder: Path, *words: str) -> list[dict]:
     return start(size, cli.main, folder)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    for slow in (
-        "torch._dynamo",
-        "torch.utils.tensorboard",
-        "torch.distributed.fsdp",
-        "nemotron_dspark.training.run",
-    ):  # imported once, not in every child
-        with contextlib.suppress(ImportError):
-            importlib.import_module(slow)
-    folder, bf16 = Path(sys.argv[1]), torch.bfloat16
+def run_all(folder: Path, words: Sequence[str]) -> dict[str, list[list[dict]]]:
+    """Every way, in a folder of its own; ``words`` of the train command are used where the command is run."""
+    bf16 = torch.bfloat16
     stop, kill = signalled(signal.SIGTERM), signalled(signal.SIGKILL)
-    train_it = ["train", *sys.argv[2:]]
+    train_it = ["train", *words]
     runs = {
         "one": lambda at: [trained(1, at)],
         "two": lambda at: [trained(2, at)],
@@ -198,8 +187,4 @@ def main() -> None:
             "two, cuda": lambda at: [trained(2, at, device="cuda")],
             "two, cuda, sharded": lambda at: [trained(2, at, device="cuda", parallel="fsdp")],
         }
-    print(json.dumps({name: run(folder / name) for name, run in runs.items()}))
-
-
-if __name__ == "__main__":
-    main()
+    return {name: run(folder / name) for name, run in runs.items()}

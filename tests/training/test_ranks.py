@@ -3,9 +3,6 @@
 import fcntl
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,8 @@ from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.metrics import read_metrics
+from tests.kill9 import apart
+from tests.training.several_ranks import run_all
 from tests.training.small_cache import SETTINGS, TAPS, samples
 
 LAST = "step-00000006"
@@ -33,18 +32,8 @@ def runs(tmp_path_factory, tiny_hybrid):
         if not report.is_file():
             write_cache(folder / "cache", samples(), taps=TAPS, hidden_size=64)
             options = [part for setting in SETTINGS for part in ("--set", setting)]
-            ended = subprocess.run(
-                [
-                    *(sys.executable, Path(__file__).with_name("several_ranks.py"), folder),
-                    *("--target", tiny_hybrid, "--cache", folder / "cache", *options),
-                ],
-                capture_output=True,
-                text=True,
-                timeout=300,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-            assert ended.returncode == 0, ended.stderr
-            report.write_text(ended.stdout)
+            words = ["--target", str(tiny_hybrid), "--cache", str(folder / "cache"), *options]
+            report.write_text(json.dumps(apart(run_all, folder, words)))
     return folder, json.loads(report.read_text())
 
 
