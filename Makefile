@@ -9,6 +9,9 @@ INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
 
+# Installed without bytecode (see below): without this every process of a shell that has it set would compile anew, 12 s each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-oldest bench lint format clean
 
 demo: $(INSTALLED)
