@@ -14,7 +14,7 @@ The target runs on one thread, as it would on one GPU; what goes on beside it ha
 before and after every row, so that what else the machine does falls on both; the ratios are medians over repetitions.
 Processor time is that of all threads and processes: it shows what overlapping hides.
 
-    python benchmarks/cache_build.py [--tokens 50000] [--repetitions 2] [--json]
+    python benchmarks/cache_build.py [--tokens 20000] [--repetitions 5] [--json]
 """
 
 import argparse
@@ -257,7 +257,8 @@ def measure(folder: Path, tokens: int, repetitions: int) -> dict[str, Any]:
     for name in ("ideal", "transformers", "plain loop", "build", "2 processes"):
         wall, processor = (statistics.median(values) for values in zip(*ratios[name], strict=True))
         rate = 1 / statistics.median(wall for wall, _ in seconds[name])
-        rows.append({"name": name, "tokens_per_s": rate, "ratio": wall, "processor_ratio": processor})
+        spread = [pick(wall for wall, _ in ratios[name]) for pick in (min, max)]
+        rows.append({"name": name, "tokens_per_s": rate, "ratio": wall, "spread": spread, "processor_ratio": processor})
     return {
         "layers": PATTERN,
         "hidden_size": HIDDEN,
@@ -275,8 +276,8 @@ def measure(folder: Path, tokens: int, repetitions: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=50_000, help="of the conversations, about (default 50000)")
-    parser.add_argument("--repetitions", type=int, default=2, help="of every row (default 2)")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of the conversations, about (default 20000)")
+    parser.add_argument("--repetitions", type=int, default=5, help="of every row (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     quiet_libraries()
@@ -289,9 +290,11 @@ def main() -> None:
     print(f"{found['layers']}, hidden {HIDDEN}, {found['parameters'] / 1e6:.1f} M parameters, one thread")
     lengths = f"{found['shortest']} to {found['longest']} tokens"
     print(f"{found['samples']} samples of {lengths}, {found['tokens']:,} in all; ideal batches {found['ideal_shape']}")
-    print(f"{'':14}{'tokens/s':>10}{'of the ideal':>14}{'by processor':>14}")
+    print(f"{'':14}{'tokens/s':>10}{'of the ideal':>14}{'lowest-highest':>16}{'by processor':>14}")
     for row in found["rows"]:
-        print(f"{row['name']:14}{row['tokens_per_s']:10,.0f}{row['ratio']:14.2f}{row['processor_ratio']:14.2f}")
+        spread = "{:.2f}-{:.2f}".format(*row["spread"])
+        numbers = f"{row['tokens_per_s']:10,.0f}{row['ratio']:14.2f}{spread:>16}{row['processor_ratio']:14.2f}"
+        print(f"{row['name']:14}{numbers}")
     print(f"two processes write the same bytes as one: {found['same_bytes']}")
 
 
