@@ -17,7 +17,7 @@ from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
 from nemotron_dspark.recipe.workload import Workload
-from nemotron_dspark.targets.mamba2 import CHUNK
+from nemotron_dspark.targets.mamba2 import even_chunk
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 from nemotron_dspark.training import checkpoints
 from nemotron_dspark.training.fused import CHUNK_ELEMENTS
@@ -184,9 +184,8 @@ def _mamba_bytes(shape: Shape, length: int, b: int) -> float:
     head = _size(values, shape.spec.head_dim, "mamba_head_dim", "mamba_d_head", "linear_value_head_dim")
     state = _size(values, 64, "ssm_state_size", "mamba_d_state", "linear_key_head_dim")
     groups = _size(values, 1, "n_groups", "mamba_n_groups")
-    chunk = _size(values, 64, "chunk_size", "mamba_chunk_size")
+    chunk = even_chunk(_size(values, 64, "chunk_size", "mamba_chunk_size"), length)
     inner = heads * head
-    chunk = math.ceil(length / math.ceil(length / min(chunk, CHUNK)))
     padded = math.ceil(length / chunk) * chunk / length
     scan = 7 * inner + 3 * heads * state + 3 * heads * chunk + inner * state / chunk
     return 4 * padded * scan + b * (3 * inner + 4 * groups * state + heads)

@@ -170,7 +170,12 @@ def prepare(
     return install_block_forward(mixers, Mamba2States, forward)
 
 
-CHUNK = 64  # positions: the parts of transformers' scan that grow with the chunk, and those that shrink, balance here
+_CHUNK = 64  # positions: the parts of transformers' scan that grow with the chunk, and those that shrink, balance here
+
+
+def even_chunk(size: int, length: int) -> int:
+    """Positions of a chunk when ``length`` of them are cut into the fewest equal chunks of at most ``size`` and 64."""
+    return -(-length // -(-length // min(size, _CHUNK)))
 
 
 def chunked_mixers(model: Any) -> list[Any]:
@@ -190,7 +195,7 @@ def even_chunks(mixers: Sequence[Any], length: int) -> Iterator[None]:
     sizes = [mixer.chunk_size for mixer in mixers]
     try:
         for mixer, size in zip(mixers, sizes, strict=True):
-            mixer.chunk_size = -(-length // -(-length // min(size, CHUNK)))
+            mixer.chunk_size = even_chunk(size, length)
         yield
     finally:
         for mixer, size in zip(mixers, sizes, strict=True):
