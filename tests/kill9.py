@@ -13,10 +13,12 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 DISK_CALLS = ("pwrite", "fsync", "ftruncate", "replace", "rename", "unlink", "rmdir", "mkdir")
+LONGEST = 300  # seconds
 PRELOAD = (
     "tests.kill9",
     "tests.conftest",
@@ -31,6 +33,7 @@ PRELOAD = (
 def prepared_forkserver() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
+    forkserver.ensure_running()  # with these, whoever asks for others later
     return context
 
 
@@ -41,10 +44,13 @@ def apart(function: Callable, *arguments: Any) -> Any:
     process = context.Process(target=_answer, args=(send, function, arguments))
     process.start()
     send.close()
-    try:
-        result, failure = receive.recv()
-    except EOFError:
-        result, failure = None, "it died"
+    result, failure = None, "it died"
+    if receive.poll(LONGEST):
+        with contextlib.suppress(EOFError):
+            result, failure = receive.recv()
+    else:
+        process.kill()
+        failure = f"it said nothing for {LONGEST} seconds"
     process.join()
     assert failure is None, failure
     return result
