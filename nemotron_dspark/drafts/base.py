@@ -62,14 +62,23 @@ class Draft(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
         return self.fc.weight.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the arithmetic: that in which the draft holds the target's embedding and head."""
+        return self.embed_tokens.weight.dtype if self.has_embeddings else self.dtype
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Every weight that training changes, by name, in a fixed order: all but the target's embedding and head."""
         return {name: parameter for name, parameter in self.named_parameters() if name not in SHARED}
 
-    def set_embeddings(self, embedding: Tensor, head: Tensor) -> None:
+    def set_embeddings(self, embedding: Tensor, head: Tensor, dtype: torch.dtype | None = None) -> None:
         """Take the target's ``embedding`` and ``head`` (both [V, H]), frozen; memory is shared where types agree.
+
+        ``dtype`` is what the draft then computes in; None: the parameters' own. Parameters of another type are cast
+        where they are used: fp32 ones with bf16 here give the numbers of bf16 ones, and gradients in fp32.
 
         Raises:
             InputError: another vocabulary or hidden size than the draft's.
@@ -83,14 +92,16 @@ class Draft(nn.Module):
                     "Give the target the draft was trained for.",
                 )
         for module, given in ((self.embed_tokens, embedding), (self.lm_head, head)):
-            weight = given.detach().to(self.device, self.dtype)
+            weight = given.detach().to(self.device, dtype or self.dtype)
             module.weight = nn.Parameter(weight, requires_grad=False)
 
     def save(self, folder: Path, *, slim: bool = False) -> None:
-        """Write ``model.safetensors`` and ``config.json``; ``slim`` leaves out the target's two matrices."""
+        """Write ``model.safetensors`` and ``config.json`` in the type that is computed in; ``slim`` leaves out the
+        target's two matrices."""
         if not slim:
             self._require_embeddings()
-        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items() if not (slim and name in SHARED)}
+        kept = {name: tensor for name, tensor in self.state_dict().items() if not (slim and name in SHARED)}
+        tensors = {name: tensor.detach().to(self.compute_dtype) for name, tensor in kept.items()}
         if not slim and tensors[SHARED[0]].data_ptr() == tensors[SHARED[1]].data_ptr():  # a target that ties them
             tensors[SHARED[1]] = tensors[SHARED[1]].clone()
         write_draft(folder, self.config, tensors)
@@ -142,7 +153,7 @@ class Draft(nn.Module):
     def _rotation(self, starts: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
         """Tables [B or 1, 1, count, d] for ``count`` positions from each of ``starts``."""
         first, last = min(starts), max(starts)
-        cosines, sines = self._rotary.tables(last + count, self.device, self.dtype)
+        cosines, sines = self._rotary.tables(last + count, self.device, self.compute_dtype)
         if first == last:
             return cosines[first : first + count], sines[first : first + count]
         at = torch.tensor(starts, device=self.device)[:, None] + torch.arange(count, device=self.device)

@@ -18,7 +18,7 @@ from nemotron_dspark.drafts.base import Draft
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.context import DraftContext
 from nemotron_dspark.drafts.heads import ConfidenceHead, build_sequential_head
-from nemotron_dspark.drafts.layers import Layer, RMSNorm, rotate
+from nemotron_dspark.drafts.layers import Layer, Linear, RMSNorm, rotate
 from nemotron_dspark.targets.kv import RaggedKV
 
 
@@ -28,7 +28,7 @@ class DSparkDraft(Draft):
     Config = DraftConfig
 
     def _build(self, config: DraftConfig) -> None:
-        self.fc = nn.Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -62,9 +62,9 @@ class DSparkDraft(Draft):
         length, slots = input_ids.shape[1], self.config.block_size
         tokens = input_ids.gather(1, anchors).masked_fill(~valid, self.config.mask_token_id)
         hidden = self._block_embeddings(tokens).flatten(1, 2)  # [B, A·γ, H]
-        context = self.hidden_norm(self.fc(taps.to(self.dtype)))  # [B, S, H]
+        context = self.hidden_norm(self.fc(taps.to(self.compute_dtype)))  # [B, S, H]
         positions = (anchors[:, :, None] + torch.arange(slots, device=anchors.device)).flatten(1)  # [B, A·γ]
-        cosines, sines = self._rotary.tables(length + slots, self.device, self.dtype)
+        cosines, sines = self._rotary.tables(length + slots, self.device, self.compute_dtype)
         block_rotation = (cosines[positions][:, None], sines[positions][:, None])
         rows = input_ids.shape[0]
         all_rotation = (
@@ -90,7 +90,8 @@ class DSparkDraft(Draft):
         previous: Tensor,  # [...] token before each slot
     ) -> Tensor:
         """Logit of each slot's acceptance rate [...]; only for drafts with a confidence head."""
-        embedded = self.markov_head.markov_w1(previous) if self.config.confidence_head_with_markov else None
+        with_markov = self.config.confidence_head_with_markov
+        embedded = self.markov_head.embed(previous, hidden.dtype) if with_markov else None
         return self.confidence_head(hidden, embedded)
 
     # --- decoding ---
@@ -103,13 +104,14 @@ class DSparkDraft(Draft):
         """An empty context of ``rows`` rows."""
         self._require_embeddings()
         fused = self._key_value_weights
-        if fused is None or self.training or fused.device != self.device or fused.dtype != self.dtype:
+        if fused is None or self.training or fused.device != self.device or fused.dtype != self.compute_dtype:
             attentions = [layer.self_attn for layer in self.layers]
             with torch.no_grad():
                 self._key_value_weights = torch.stack(
                     [torch.cat((attention.k_proj.weight, attention.v_proj.weight)) for attention in attentions]
-                )
-                self._key_norms = torch.stack([attention.k_norm.weight for attention in attentions])[:, None]
+                ).to(self.compute_dtype)
+                norms = torch.stack([attention.k_norm.weight for attention in attentions])[:, None]
+                self._key_norms = norms.to(self.compute_dtype)
         return DraftContext([0] * rows, [RaggedKV() for _ in self.layers])
 
     @torch.no_grad()
@@ -124,7 +126,7 @@ class DSparkDraft(Draft):
         config = self.config
         rows, added, _ = taps.shape
         weights = self._key_value_weights
-        projected = functional.linear(self.hidden_norm(self.fc(taps.to(self.dtype))), weights.flatten(0, 1))
+        projected = functional.linear(self.hidden_norm(self.fc(taps.to(self.compute_dtype))), weights.flatten(0, 1))
         projected = projected.view(rows, added, len(self.layers), 2, config.num_key_value_heads, config.head_dim)
         keys = functional.rms_norm(projected[:, :, :, 0], (config.head_dim,), None, config.rms_norm_eps)
         keys = (keys * self._key_norms).permute(2, 0, 3, 1, 4)  # [layers, B, kv_heads, n, d]
@@ -155,7 +157,7 @@ class DSparkDraft(Draft):
     def begin(self, context: DraftContext, anchor_tokens: Tensor) -> "DSparkBlock":
         """The next block of each row, to be drafted slot by slot; ``anchor_tokens`` [B] as for `block_hidden`."""
         hidden = self.block_hidden(context, anchor_tokens)
-        return DSparkBlock(self, hidden, self.base_logits(hidden), self.sequential.start(len(anchor_tokens)))
+        return DSparkBlock(self, hidden, self.base_logits(hidden), self.sequential.start(hidden))
 
     # --- parts ---
 

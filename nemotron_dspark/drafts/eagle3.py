@@ -15,7 +15,7 @@ from torch.nn import functional
 from nemotron_dspark.drafts.base import Draft
 from nemotron_dspark.drafts.context import DraftContext
 from nemotron_dspark.drafts.eagle3_config import Eagle3Config
-from nemotron_dspark.drafts.layers import MLP, Attention, RMSNorm, Rotation, rotate
+from nemotron_dspark.drafts.layers import MLP, Attention, Linear, RMSNorm, Rotation, rotate
 from nemotron_dspark.targets.kv import RaggedKV
 
 
@@ -27,7 +27,7 @@ class Eagle3Layer(nn.Module):
         self.self_attn = Attention(config)
         for name in ("q_proj", "k_proj", "v_proj"):  # twice as wide: embedding and hidden state side by side
             width = getattr(self.self_attn, name).out_features
-            setattr(self.self_attn, name, nn.Linear(2 * config.hidden_size, width, bias=False))
+            setattr(self.self_attn, name, Linear(2 * config.hidden_size, width, bias=False))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -54,7 +54,7 @@ class Eagle3Draft(Draft):
     Config = Eagle3Config
 
     def _build(self, config: Eagle3Config) -> None:
-        self.fc = nn.Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([Eagle3Layer(config)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -77,8 +77,8 @@ class Eagle3Draft(Draft):
         """
         self._require_embeddings()
         layer, length = self.layers[0], input_ids.shape[1]
-        cosines, sines = self._rotary.tables(length + self.config.ttt_length, self.device, self.dtype)
-        hidden = self.fc(taps.to(self.dtype))
+        cosines, sines = self._rotary.tables(length + self.config.ttt_length, self.device, self.compute_dtype)
+        hidden = self.fc(taps.to(self.compute_dtype))
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
         keys: list[Tensor] = []  # [B, heads, S, d] of every step so far
         values: list[Tensor] = []
@@ -112,7 +112,7 @@ class Eagle3Draft(Draft):
     ) -> None:
         """Append the first ``counts[b]`` of the n positions of each row; the others are ignored."""
         layer = self.layers[0]
-        hidden = self.fc(taps.to(self.dtype))
+        hidden = self.fc(taps.to(self.compute_dtype))
         source = layer.read(self.embed_tokens(following), hidden)
         rows = torch.arange(len(counts), device=hidden.device)
         last = torch.tensor(counts, device=hidden.device) - 1

@@ -6,14 +6,16 @@ size r; the slot's logits are ``lm_head(hidden) + markov_w2(latent)``. Names and
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.layers import Linear
 
 
 class IndependentSlots(nn.Module):
     """No sequential head (rank 0): slots do not see each other's tokens."""
 
-    def embed(self, previous: Tensor) -> None:
+    def embed(self, previous: Tensor, dtype: torch.dtype) -> None:
         return None
 
     def latents(self, hidden: Tensor, embedded: None) -> None:
@@ -22,7 +24,7 @@ class IndependentSlots(nn.Module):
     def teacher_forced(self, base_logits: Tensor, hidden: Tensor, previous: Tensor) -> Tensor:
         return base_logits
 
-    def start(self, rows: int) -> None:
+    def start(self, hidden: Tensor) -> None:
         return None
 
     def step(self, base_logits: Tensor, hidden: Tensor, previous: Tensor, state: None) -> tuple[Tensor, None]:
@@ -36,11 +38,11 @@ class VanillaHead(nn.Module):
         super().__init__()
         self.rank = config.markov_rank
         self.markov_w1 = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, self.rank), freeze=False)
-        self.markov_w2 = nn.Linear(self.rank, config.vocab_size, bias=False)
+        self.markov_w2 = Linear(self.rank, config.vocab_size, bias=False)
 
-    def embed(self, previous: Tensor) -> Tensor:
-        """W1 of tokens: [...] to [..., r]."""
-        return self.markov_w1(previous)
+    def embed(self, previous: Tensor, dtype: torch.dtype) -> Tensor:
+        """W1 of tokens in ``dtype``: [...] to [..., r]."""
+        return functional.embedding(previous, self.markov_w1.weight.to(dtype))
 
     def latents(
         self,
@@ -57,10 +59,10 @@ class VanillaHead(nn.Module):
         previous: Tensor,  # [..., γ]
     ) -> Tensor:
         """Logits [..., γ, V] of whole blocks whose previous tokens are known."""
-        return base_logits + self.markov_w2(self.latents(hidden, self.embed(previous)))
+        return base_logits + self.markov_w2(self.latents(hidden, self.embed(previous, hidden.dtype)))
 
-    def start(self, rows: int) -> Tensor | None:
-        """State before slot 0 of ``rows`` blocks; None for the heads without one."""
+    def start(self, hidden: Tensor) -> Tensor | None:
+        """State before slot 0 of the blocks ``hidden`` [B, γ, H]; None for the heads without one."""
         return None
 
     def step(
@@ -71,7 +73,7 @@ class VanillaHead(nn.Module):
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [B, V] of the next slot and the state after it."""
-        return base_logits + self.markov_w2(self.latents(hidden, self.embed(previous))), state
+        return base_logits + self.markov_w2(self.latents(hidden, self.embed(previous, hidden.dtype))), state
 
 
 class GatedHead(VanillaHead):
@@ -79,7 +81,7 @@ class GatedHead(VanillaHead):
 
     def __init__(self, config: DraftConfig):
         super().__init__(config)
-        self.gate_proj = nn.Linear(config.hidden_size + self.rank, self.rank)
+        self.gate_proj = Linear(config.hidden_size + self.rank, self.rank)
 
     def latents(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         return torch.sigmoid(self.gate_proj(torch.cat((hidden, embedded), dim=-1))) * embedded
@@ -90,26 +92,35 @@ class RecurrentHead(VanillaHead):
 
     def __init__(self, config: DraftConfig):
         super().__init__(config)
-        self.joint_proj = nn.Linear(2 * self.rank + config.hidden_size, 3 * self.rank)
+        self.joint_proj = Linear(2 * self.rank + config.hidden_size, 3 * self.rank)
 
     def latents(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         state = embedded.new_zeros(*embedded.shape[:-2], self.rank)
+        joint = self.joint_proj.cast_parameters(hidden.dtype)  # once for all slots
         slots = []
         for slot in range(embedded.shape[-2]):
-            latent, state = self._advance(state, embedded[..., slot, :], hidden[..., slot, :])
+            latent, state = _advance(joint, state, embedded[..., slot, :], hidden[..., slot, :])
             slots.append(latent)
         return torch.stack(slots, dim=-2)
 
-    def start(self, rows: int) -> Tensor:
-        return self.markov_w2.weight.new_zeros(rows, self.rank)
+    def start(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(len(hidden), self.rank)
 
     def step(self, base_logits: Tensor, hidden: Tensor, previous: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        latent, state = self._advance(state, self.markov_w1(previous), hidden)
+        joint = self.joint_proj.cast_parameters(hidden.dtype)
+        latent, state = _advance(joint, state, self.embed(previous, hidden.dtype), hidden)
         return base_logits + self.markov_w2(latent), state
 
-    def _advance(self, state: Tensor, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        gate, candidate, output = self.joint_proj(torch.cat((state, embedded, hidden), dim=-1)).chunk(3, dim=-1)
-        return torch.tanh(output), torch.lerp(torch.tanh(candidate), state, torch.sigmoid(gate))
+
+def _advance(
+    joint: tuple[Tensor, Tensor],  # weight [3r, 2r + H] and bias [3r]
+    state: Tensor,  # [..., r]
+    embedded: Tensor,  # [..., r]
+    hidden: Tensor,  # [..., H]
+) -> tuple[Tensor, Tensor]:
+    """One slot of the recurrence: its latent and the state after it, [..., r] each."""
+    gate, candidate, output = functional.linear(torch.cat((state, embedded, hidden), dim=-1), *joint).chunk(3, dim=-1)
+    return torch.tanh(output), torch.lerp(torch.tanh(candidate), state, torch.sigmoid(gate))
 
 
 _HEADS = {"vanilla": VanillaHead, "gated": GatedHead, "rnn": RecurrentHead}
@@ -125,7 +136,7 @@ class ConfidenceHead(nn.Module):
     def __init__(self, config: DraftConfig):
         super().__init__()
         extra = config.markov_rank if config.confidence_head_with_markov else 0
-        self.proj = nn.Linear(config.hidden_size + extra, 1)
+        self.proj = Linear(config.hidden_size + extra, 1)
 
     def forward(
         self,

@@ -2,6 +2,9 @@
 
 Two ways through the same weights: `Layer.forward` for many blocks with known context (training), `Layer.decode` for one
 block per row over stored keys and values.
+
+Parameters may be of another type than what is computed: every module casts its own to its input's type where it uses
+them. So fp32 parameters train in bf16 arithmetic, their gradients add up in fp32, and no copy of them is kept.
 """
 
 from collections.abc import Sequence
@@ -17,14 +20,27 @@ from nemotron_dspark.targets.kv import RaggedKV
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [..., positions, d]
 
 
+class Linear(nn.Linear):
+    """A linear map in its input's type, whatever type its parameters have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, *self.cast_parameters(x.dtype))
+
+    def cast_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in ``dtype``: themselves where it is theirs."""
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
+
 class RMSNorm(nn.Module):
+    """RMS normalisation in its input's type, whatever type its weight has."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Rotary:
@@ -66,10 +82,10 @@ class Attention(nn.Module):
             config.head_dim,
         )
         query_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -98,9 +114,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: DraftConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))

@@ -48,7 +48,7 @@ def eagle3_loss(
         row, position = counted.nonzero(as_tuple=True)  # [N] each
         log_probs = torch.log_softmax(draft.logits(hidden[row, position]).float(), dim=-1)
         with torch.no_grad():
-            logits = draft.target_logits(last[row, position + 1 + step].to(draft.dtype))
+            logits = draft.target_logits(last[row, position + 1 + step].to(draft.compute_dtype))
             target = torch.softmax(logits.float(), dim=-1)
         steps.append(-(target * log_probs).sum() / (rows * length))
         with torch.no_grad():

@@ -112,7 +112,8 @@ def dspark_loss(
     previous = _previous_tokens(batch)  # [B, A, γ]
 
     hidden_n = hidden[rows, blocks, slots]  # [N, H]
-    embedded = draft.sequential.embed(previous)  # once for both heads: its gradient is as large as the vocabulary
+    # Once for both heads: its gradient is as large as the vocabulary.
+    embedded = draft.sequential.embed(previous, hidden.dtype)
     latents = draft.sequential.latents(hidden, embedded)
     weight = torch.ones(len(place), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     if weights.decay is not None:
@@ -123,10 +124,10 @@ def dspark_loss(
         hidden_n,
         None if latents is None else latents[rows, blocks, slots],
         draft.lm_head.weight,
-        None if latents is None else draft.sequential.markov_w2.weight,
+        None if latents is None else draft.sequential.markov_w2.weight.to(hidden.dtype),
         batch.input_ids.flatten()[place + 1],
         (weights.ce * weight, weights.l1 * weight),
-        batch.last.flatten(0, 1)[places].to(draft.dtype) if weights.needs_target else None,
+        batch.last.flatten(0, 1)[places].to(hidden.dtype) if weights.needs_target else None,
         position,
         partial(
             finish_logits,

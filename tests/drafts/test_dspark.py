@@ -117,7 +117,7 @@ def test_drafting_slot_by_slot_equals_teacher_forcing(make_draft, changes):
     previous = torch.randint(0, draft.config.vocab_size, hidden.shape[:2], generator=generator)
     base = draft.base_logits(hidden)
     whole = draft.sequential.teacher_forced(base, hidden, previous)
-    state = draft.sequential.start(4)
+    state = draft.sequential.start(hidden)
     for slot in range(draft.config.block_size):
         logits, state = draft.sequential.step(base[:, slot], hidden[:, slot], previous[:, slot], state)
         torch.testing.assert_close(logits, whole[:, slot])
