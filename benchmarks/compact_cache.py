@@ -37,7 +37,7 @@ from nemotron_dspark.cache.quantise import QUANTISATIONS, Fp8, Int4, Int8, Quant
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.cli import shell
-from nemotron_dspark.config import RunConfig, load_run_config
+from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.recipe.corpus import HELD_OUT, passages, sources
@@ -267,7 +267,7 @@ def main() -> int:
 def compare(given: argparse.Namespace) -> list[dict]:
     """One row a way; drafts are trained in the order of seeds, so that an interrupted run has whole comparisons."""
     demo, seeds, ways = given.demo, [int(seed) for seed in given.seeds.split(",")], given.ways.split(",")
-    config = load_run_config(resource_folder("configs") / "demo.yaml", target=str(demo / "target"))
+    config = load_config(file=resource_folder("configs") / "demo.yaml", target=str(demo / "target"))
     settings = config.train.model_copy(update={"max_steps": given.steps, "checkpoint_every": given.steps})
     config = config.model_copy(update={"train": settings})
     cache = TargetCache(demo / "cache")

@@ -131,9 +131,9 @@ def make(recipe: str, folder: Path) -> None:
 
 
 def settings(name: str, folder: Path):
-    from nemotron_dspark.config import load_run_config
+    from nemotron_dspark.config import load_config
 
-    return load_run_config(None, [*COMMON, *SETTINGS.get(name, [])], target=str(folder / name))
+    return load_config(assignments=[*COMMON, *SETTINGS.get(name, [])], target=str(folder / name))
 
 
 def cache_stage(name: str, folder: Path) -> None:

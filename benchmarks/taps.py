@@ -20,7 +20,7 @@ from nemotron_dspark import files
 from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.cli.shell import quiet_libraries
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import load_config
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.evaluation.measure import measure, prompt_ids
 from nemotron_dspark.recipe.taps import collect
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000, help="positions the search looks at")
     given = parser.parse_args()
     quiet_libraries()
-    config = load_run_config(resource_folder("configs") / "demo.yaml", target=str(given.run / "target"))
+    config = load_config(file=resource_folder("configs") / "demo.yaml", target=str(given.run / "target"))
     target = Target.of(config.target)
     work = given.run / "taps"
     data = _subset(given.run / "conversations.jsonl", work / "conversations.jsonl", given.conversations)

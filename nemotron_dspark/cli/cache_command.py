@@ -48,11 +48,11 @@ def build(
     as_json: shell.JsonOption = False,
 ) -> None:
     """Run the target over conversations and keep the hidden states a draft trains on."""
-    from nemotron_dspark.config.run import load_run_config
+    from nemotron_dspark.config.run import load_config
 
     assignments = [*(set_ or []), *shell.taps_setting(taps), *shell.trust_setting(trust)]
     assignments += [f"cache.format={cache_format}"] if cache_format else []
-    settings = load_run_config(config, assignments, target=target)
+    settings = load_config(config, assignments, target=target)
     shell.quiet_libraries()
     from nemotron_dspark.cache.build import build_cache, helping_targets
     from nemotron_dspark.chat.mask_token import choose_mask_token
@@ -144,11 +144,11 @@ def convert(
     as_json: shell.JsonOption = False,
 ) -> None:
     """Write a cache in the other format: compact for less disk, deepspec for DeepSpec's own trainer."""
-    from nemotron_dspark.config.run import load_run_config
+    from nemotron_dspark.config.run import load_config
 
     assignments = [*(set_ or []), f"cache.format={to}"]
     assignments += [f"cache.quantisation={quantisation}"] if quantisation else []
-    settings = load_run_config(config, assignments)
+    settings = load_config(config, assignments)
     from nemotron_dspark.cache.convert import convert_cache
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)

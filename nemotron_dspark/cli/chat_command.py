@@ -36,9 +36,9 @@ def chat(
 
     Needs the target's tokenizer and config only. Settings such as data.thinking are those of `nds cache build`.
     """
-    from nemotron_dspark.config.run import load_run_config
+    from nemotron_dspark.config.run import load_config
 
-    settings = load_run_config(config, set_ or [], target=target)
+    settings = load_config(config, set_ or [], target=target)
     shell.quiet_libraries()
     from nemotron_dspark.chat.format import recognise
     from nemotron_dspark.chat.tokenizer import load_tokenizer

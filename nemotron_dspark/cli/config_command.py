@@ -6,7 +6,7 @@ import typer
 import yaml
 
 from nemotron_dspark.cli import shell
-from nemotron_dspark.config import RunConfig, load_run_config
+from nemotron_dspark.config import RunConfig, load_config
 
 WIDTH = 44  # column of the comments
 
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         as_json: shell.JsonOption = False,
     ) -> None:
         """Print the resolved configuration as YAML that --config takes, or as JSON."""
-        config = load_run_config(config_file, assignments or (), target=target)
+        config = load_config(config_file, assignments or (), target=target)
         if as_json:
             shell.emit(config.model_dump(mode="json"))
         else:

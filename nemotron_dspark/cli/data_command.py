@@ -88,10 +88,10 @@ def check(
 ) -> None:
     """Say which conversations can be used, which are skipped and why, and how many tokens would train the draft."""
     from nemotron_dspark.chat.tokenizer import load_tokenizer
-    from nemotron_dspark.config.run import load_run_config
+    from nemotron_dspark.config.run import load_config
     from nemotron_dspark.data.check import check_data
 
-    settings = load_run_config(config, set_ or [], target=target)
+    settings = load_config(config, set_ or [], target=target)
     shell.quiet_libraries()
     tokenizer = load_tokenizer(target, settings.target.revision) if target else None
     with shell.err.status("reading") as status:

@@ -114,9 +114,9 @@ def config(
     settings: shell.SetOption = None,
 ) -> None:
     """Write a commented DeepSpec config for a target."""
-    from nemotron_dspark.config import load_run_config
+    from nemotron_dspark.config import load_config
 
-    run = load_run_config(config_file, settings or (), target=target)
+    run = load_config(config_file, settings or (), target=target)
     shell.quiet_libraries()
     from nemotron_dspark.deepspec.config_file import config_for
 

@@ -24,9 +24,9 @@ def run(
     trust: shell.TrustOption = False,
     json: shell.JsonOption = False,
 ) -> None:
-    from nemotron_dspark.config import load_run_config
+    from nemotron_dspark.config import load_config
 
-    resolved = load_run_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
+    resolved = load_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
     shell.quiet_libraries()
     from nemotron_dspark import files
     from nemotron_dspark.decoding.pair import load_pair

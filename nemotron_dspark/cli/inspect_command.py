@@ -55,10 +55,10 @@ def inspect(
         return
     if target is None:
         raise InputError("No target is named.", "Give one with --target; --list names the known ones.")
-    from nemotron_dspark.config import load_run_config
+    from nemotron_dspark.config import load_config
 
     assignments = [*(settings or ()), *shell.taps_setting(taps), *shell.trust_setting(trust)]
-    run = load_run_config(config, assignments, target=target)
+    run = load_config(config, assignments, target=target)
     shell.quiet_libraries()
     from nemotron_dspark.recipe.describe import describe
 

@@ -44,13 +44,13 @@ def plan(
     trust: shell.TrustOption = False,
     as_json: shell.JsonOption = False,
 ) -> None:
-    from nemotron_dspark.config import load_run_config
+    from nemotron_dspark.config import load_config
     from nemotron_dspark.recipe.machines import machine as machine_called
 
     if price is not None and not price >= 0:
         raise InputError(f"--price {price:g} is negative.", "Give dollars an hour.")
     assignments = [*(set_ or []), *shell.taps_setting(taps), *shell.trust_setting(trust)]
-    run = load_run_config(config, assignments, target=target)
+    run = load_config(config, assignments, target=target)
     if (data is None) == (samples is None) or (samples is None) != (mean_length is None):
         raise InputError(
             "A plan needs to know how much data there is: either a file or two numbers.",

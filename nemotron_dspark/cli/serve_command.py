@@ -32,9 +32,9 @@ def serve(
     trust: shell.TrustOption = False,
     json: shell.JsonOption = False,
 ) -> None:
-    from nemotron_dspark.config import load_run_config
+    from nemotron_dspark.config import load_config
 
-    run = load_run_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
+    run = load_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     section = run.serve.model_copy(update=given)
 

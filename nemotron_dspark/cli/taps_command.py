@@ -38,9 +38,9 @@ def search(
     json: shell.JsonOption = False,
 ) -> None:
     """Rank layers by how well they predict the target's later states, and choose a set. Trains nothing."""
-    from nemotron_dspark.config import load_run_config
+    from nemotron_dspark.config import load_config
 
-    run = load_run_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
+    run = load_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
     count = run.draft.num_taps if count is None else count
     shell.quiet_libraries()
     from nemotron_dspark import files

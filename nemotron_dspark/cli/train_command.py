@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
-from nemotron_dspark.config import RunConfig, load_run_config
+from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import write_text
 
@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
         # DeepSpec starts its processes itself, and reads the variables of torchrun in a way of its own.
         with joined() if engine == "native" else contextlib.nullcontext(ALONE) as ranks:
             given = [*(assignments or ()), *shell.taps_setting(taps), *shell.trust_setting(trust)]
-            config = load_run_config(config_file, given, target=target)
+            config = load_config(config_file, given, target=target)
             out = out or Path("runs") / _name(target)
             _check_that_one_is_given(target, cache, data)
             shell.quiet_libraries()

@@ -9,7 +9,7 @@ from nemotron_dspark.config.run import (
     ServeConfig,
     TargetConfig,
     TrainConfig,
-    load_run_config,
+    load_config,
 )
 
 __all__ = [
@@ -21,5 +21,5 @@ __all__ = [
     "ServeConfig",
     "TargetConfig",
     "TrainConfig",
-    "load_run_config",
+    "load_config",
 ]

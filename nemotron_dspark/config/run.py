@@ -4,9 +4,8 @@ Every key that nobody set keeps the published DeepSpec value where there is one.
 the nearest known key; it is never ignored.
 """
 
-import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +18,7 @@ from nemotron_dspark.errors import InputError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, coerce_numbers_to_str=True)
 
 
 TAP_CHOICES = ("even", "attention")  # names that stand for a list of taps; `targets.taps` knows which
@@ -181,10 +180,10 @@ def _nearest(key: str) -> str:
     return f"Did you mean {close[0]}?" if close else "`nds config show` lists every key."
 
 
-def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 
@@ -204,62 +203,63 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _assignment(text: str) -> dict[str, Any]:
-    """``train.lr=1e-4`` as a nested dict; the value is read as YAML, numbers such as 1e-4 included."""
+    """``train.lr=1e-4`` as a nested dict; the value is read as YAML, and what YAML takes as text by the key's type."""
     key, sign, raw = text.partition("=")
-    if not sign or "." not in key:
+    section, dot, leaf = key.strip().partition(".")
+    if not sign or not dot:
         raise InputError(f"--set {text!r} is not section.key=value.", "Write for example --set train.lr=3e-4.")
     try:
-        value = yaml.safe_load(raw)
+        return {section: {leaf: yaml.safe_load(raw)}}
     except yaml.YAMLError:
         raise InputError(f"The value in --set {text!r} is not valid YAML.", "Quote it, or correct it.") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    section, _, leaf = key.strip().partition(".")
-    return {section: {leaf: value}}
 
 
-def _validated(values: dict[str, Any], origin: str) -> RunConfig:
+def _validated(values: dict[str, Any], origin: str = "") -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise InputError(f"{origin}: there is no key {key}.", _nearest(key)) from None
+            raise InputError(f"{origin}{'t' if origin else 'T'}here is no key {key}.", _nearest(key)) from None
         given = first.get("input")
         raise InputError(
-            f"{origin}: {key} = {given!r} is not accepted: {first['msg'].lower()}.",
+            f"{origin}{key} = {given!r} is not accepted: {first['msg'].lower()}.",
             "Correct the value; `nds config show` prints every key with its default.",
         ) from None
 
 
-def load_run_config(
-    file: Path | None = None, assignments: Iterable[str] = (), preset: Path | None = None, target: str | None = None
+def load_config(
+    target: str | None = None,
+    *,
+    file: Path | None = None,
+    preset: Path | None = None,
+    assignments: Iterable[str] = (),
+    **sections: Mapping[str, Any],
 ) -> RunConfig:
-    """The resolved configuration: defaults < ``preset`` < ``file`` < ``assignments`` < ``target``.
+    """Resolve a run's configuration: defaults < ``preset`` < ``file`` < ``assignments`` < ``sections`` < ``target``.
 
-    An assignment is "section.key=value". Without ``preset``, the target's own in `configs/` is used, if there is one.
+    An assignment is the text "section.key=value"; a section is a mapping, as in ``train={"lr": 1e-4}``. Without
+    ``preset``, the target's own in `configs/` is used, if there is one.
 
     Raises:
         InputError: a file is missing or malformed, a key is unknown, or a value is out of range.
     """
-    given: dict[str, Any] = {}
-    if file is not None:
-        given = _checked_file(file)
+    given = _checked_file(file) if file is not None else {}
     for text in assignments:
         given = _merge(given, _assignment(text))
-        _validated(given, f"--set {text}")
+        _validated(given, f"--set {text}: ")
+    given = _merge(given, sections)
     if target is not None:
         given = _merge(given, {"target": {"name": target}})
-    name = _validated(given, "configuration").target.name
+    name = _validated(given).target.name
     if preset is None and name is not None:
         preset = preset_for(name)
     base = _checked_file(preset) if preset is not None else {}
-    return _validated(_merge(base, given), "configuration")
+    return _validated(_merge(base, given))
 
 
 def _checked_file(path: Path) -> dict[str, Any]:
     values = _read_yaml(path)
-    _validated(values, str(path))  # so that the message names the file that holds the fault
+    _validated(values, f"{path}: ")  # so that the message names the file that holds the fault
     return values

@@ -16,7 +16,7 @@ import torch
 from nemotron_dspark import files
 from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.chat.mask_token import choose_mask_token
-from nemotron_dspark.config import RunConfig, load_run_config
+from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.data.regenerate import regenerate
 from nemotron_dspark.decoding.pair import load_pair
 from nemotron_dspark.drafts.dspark import DSparkDraft
@@ -105,7 +105,7 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
     run_dir.mkdir(parents=True)
     clock = _Clock(progress)
     folder = run_dir / "target"
-    config = load_run_config(resource_folder("configs") / "demo.yaml", target=str(folder))
+    config = load_config(file=resource_folder("configs") / "demo.yaml", target=str(folder))
 
     with clock("target"):
         trained = train_target(

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nemotron_dspark.config import DraftSection, load_run_config
+from nemotron_dspark.config import DraftSection, load_config
 from nemotron_dspark.config.known import KNOWN, known_target
 from nemotron_dspark.config.presets import preset_for
 from nemotron_dspark.drafts.builder import build_draft_config
@@ -36,7 +36,7 @@ TYPICAL_TOKENS = 40_000_000
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_in_configs_loads(path):
-    assert load_run_config(path) != load_run_config()
+    assert load_config(file=path) != load_config()
 
 
 @pytest.mark.parametrize("known", [known for known in KNOWN if known.preset], ids=lambda known: known.repository)
@@ -67,7 +67,7 @@ def page(path) -> dict[str, str]:
 
 def shape_of(path):
     """The row of `NEMOTRONS` that a preset's own target, or one of the same preset, has."""
-    name = load_run_config(path).target.name
+    name = load_config(file=path).target.name
     rows = [row for row in NEMOTRONS if known_target(row.repository).preset == path.name]
     return next((row for row in rows if row.repository == name), rows[0])
 
@@ -83,7 +83,7 @@ def training_activations(draft, length=4096, anchors=512) -> int:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_a_page_with_the_right_figures(path):
-    row, said, known = shape_of(path), page(path), known_target(load_run_config(path).target.name)
+    row, said, known = shape_of(path), page(path), known_target(load_config(file=path).target.name)
     assert tuple(said) == LABELS
     spec = TargetSpec.from_config(row.config())
     draft, _ = build_draft_config(spec, DraftSection(), mask_token_id=990)
@@ -139,7 +139,7 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
 def test_what_a_preset_sets_of_the_draft_is_what_the_target_would_give_anyway(path):
     """The values stand there to be read and changed; they must not drift away from the rules."""
     spec = TargetSpec.from_config(shape_of(path).config())
-    preset = load_run_config(path).draft
+    preset = load_config(file=path).draft
     worked, notes = build_draft_config(spec, preset, mask_token_id=preset.mask_token_id)
     plain, _ = build_draft_config(spec, DraftSection(), mask_token_id=990)
     assert worked == plain
@@ -148,18 +148,16 @@ def test_what_a_preset_sets_of_the_draft_is_what_the_target_would_give_anyway(pa
 
 def test_a_target_without_a_preset_keeps_the_defaults():
     assert preset_for("somebody/else") is None
-    assert load_run_config(target="somebody/else") == load_run_config(
-        preset=None, assignments=["target.name=somebody/else"]
-    )
+    assert load_config(target="somebody/else") == load_config(preset=None, assignments=["target.name=somebody/else"])
 
 
 def test_a_preset_applies_by_name_and_gives_way(tmp_path):
-    by_name = load_run_config(target="nvidia/Nemotron-H-8B")
+    by_name = load_config(target="nvidia/Nemotron-H-8B")
     assert by_name.draft.intermediate_size == 14336
     assert by_name.target.name == "nvidia/Nemotron-H-8B"
     file = tmp_path / "mine.yaml"
     file.write_text("target: {name: nvidia/Nemotron-H-8B}\ndraft: {intermediate_size: 12288}\ntrain: {lr: 1.0e-4}\n")
-    mine = load_run_config(file, ["train.lr=3e-4"])
+    mine = load_config(file=file, assignments=["train.lr=3e-4"])
     assert (mine.draft.intermediate_size, mine.train.lr) == (12288, 3e-4)
     assert mine.draft.mask_token_id == 990  # from the preset of the target that the file names
 
@@ -168,4 +166,4 @@ def test_a_fault_is_reported_with_the_file_that_holds_it(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("train: {learning_rate: 1}\n")
     with pytest.raises(InputError, match=r"mine\.yaml: there is no key train\.learning_rate"):
-        load_run_config(file, target="nvidia/Nemotron-H-8B")
+        load_config(file=file, target="nvidia/Nemotron-H-8B")

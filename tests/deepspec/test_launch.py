@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from nemotron_dspark.cache.format import Manifest
 from nemotron_dspark.cli import app
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import load_config
 from nemotron_dspark.deepspec import checkout, fit, launch, status
 from nemotron_dspark.deepspec.config_file import config_for
 from nemotron_dspark.errors import EnvironmentFault, InputError
@@ -23,7 +23,7 @@ SMALL = ("draft.num_layers=1", "draft.markov_rank=4", "train.global_batch_size=4
 def cfg(deepspec_on_cpu, tiny_hybrid, cache, tmp_path):
     """A config as `nds deepspec config` writes it, loaded by DeepSpec, for the cache at hand."""
     path = tmp_path / "config.py"
-    run = load_run_config(assignments=[*SMALL, "draft.taps=[1, 2, 3, 4, 5]"])
+    run = load_config(assignments=[*SMALL, "draft.taps=[1, 2, 3, 4, 5]"])
     path.write_text(config_for(str(tiny_hybrid), run))
     opts = [f"data.target_cache_path={cache}", f"logging.checkpoint_dir={tmp_path}"]
     home = checkout.find()

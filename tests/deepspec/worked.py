@@ -1,6 +1,6 @@
 """How the files in `configs/deepspec/` are made: each is what `nds deepspec config` writes for its target."""
 
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import load_config
 from nemotron_dspark.deepspec.config_file import config_text
 from nemotron_dspark.targets.spec import TargetSpec
 from tests.recipe.nemotrons import NEMOTRONS
@@ -20,6 +20,6 @@ def spec_of(file):
 
 def text_of(file):
     target, template, algorithm = WORKED[file]
-    run = load_run_config(target=target)
+    run = load_config(target=target)
     mask = run.draft.mask_token_id
     return config_text(spec_of(file), run, mask_token_id=mask, template=template, algorithm=algorithm, file=file)

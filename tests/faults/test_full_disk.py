@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.config import RunConfig, load_run_config
+from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training.run import train_run
@@ -71,7 +71,7 @@ def fill_again_and_again(stage: str, target_folder: str, conversations: Path, fo
 @pytest.mark.parametrize("stage", list(CONFIGS))
 def test_a_full_disk_stops_in_a_sentence_and_loses_nothing(stage, tiny_hybrid, tmp_path):
     data = write_conversations(tmp_path / "data.jsonl")
-    config = load_run_config(assignments=[*SETTINGS, *SMALL, *CONFIGS[stage]])
+    config = load_config(assignments=[*SETTINGS, *SMALL, *CONFIGS[stage]])
     heard, found, expected = apart(fill_again_and_again, stage, str(tiny_hybrid), data, tmp_path, config)
     if expected is None:
         pytest.skip(f"no small disk can be mounted here: {heard}")

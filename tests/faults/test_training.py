@@ -9,7 +9,7 @@ import pytest
 
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import write_cache
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import load_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.loop import Watcher
@@ -22,7 +22,7 @@ from tests.training.test_without_cache import SETTINGS as WITHOUT_CACHE
 from tests.training.test_without_cache import write_conversations
 
 STEPS = 6
-CONFIG = load_run_config(assignments=[*SETTINGS, f"train.max_steps={STEPS}", "train.checkpoint_every=100"])
+CONFIG = load_config(assignments=[*SETTINGS, f"train.max_steps={STEPS}", "train.checkpoint_every=100"])
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ class StopAt(Watcher):
 
 def test_a_damaged_window_of_a_rolling_cache_is_made_again(tiny_hybrid, tmp_path):
     data = write_conversations(tmp_path / "data.jsonl")
-    config = load_run_config(assignments=[*WITHOUT_CACHE, *SMALL, *ROLLING])
+    config = load_config(assignments=[*WITHOUT_CACHE, *SMALL, *ROLLING])
 
     def run(name, watcher=None):
         train_run(str(tiny_hybrid), None, tmp_path / name, config, conversations=data, watcher=watcher)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nemotron_dspark.chat.format import bundled_formats
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import load_config
 from nemotron_dspark.config.known import KNOWN, RESEARCH_ONLY, known_target
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.describe import describe
@@ -26,7 +26,7 @@ def bare(folder, config, name="target"):
 
 
 def described(folder, *settings):
-    return describe(str(folder), load_run_config(assignments=settings, target=str(folder)))
+    return describe(str(folder), load_config(assignments=settings, target=str(folder)))
 
 
 def warned(found, words):

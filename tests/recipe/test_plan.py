@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from nemotron_dspark.cache.compact import CompactLayout
 from nemotron_dspark.cache.quantise import QUANTISATIONS
 from nemotron_dspark.cli import plan_command, shell
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import load_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import needs, plan
 from nemotron_dspark.recipe.describe import describe
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shape(folder):
-    return needs.Shape.of(describe(str(folder), load_run_config(target=str(folder))))
+    return needs.Shape.of(describe(str(folder), load_config(target=str(folder))))
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def nds(monkeypatch):
 
 
 def planned(shape, machine_=WIDE, samples=50_000, mean=800, settings=(), **options):
-    config = load_run_config(assignments=settings)
+    config = load_config(assignments=settings)
     return plan.plan(shape, config, from_numbers(samples, mean, config.data, 8192), machine_, **options)
 
 
@@ -71,7 +71,7 @@ def test_disk_of_8b_is_what_its_page_says(shape):
 
 
 def test_memory_of_8b_is_fixed_terms_and_activations(shape):
-    found = needs.training_bytes(shape, load_run_config().train, 4096, 0.6, 2, gpu=True)
+    found = needs.training_bytes(shape, load_config().train, 4096, 0.6, 2, gpu=True)
     fixed = 20 * 1.242e9 + 4 * 131072 * 4096
     slots, keys = 512 * 7, 4096 + 512 * 7
     layer = slots * (6 * 4096 + 4 * 4096 + 4 * 14336) + keys * (4096 + 4 * 1024)
@@ -98,7 +98,7 @@ def test_experts_that_a_token_is_not_sent_to_cost_no_time(tmp_path):
     target = tmp_path / "moe"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(NANO_30B.config()))
-    found = needs.Shape.of(describe(str(target), load_run_config(target=str(target))))
+    found = needs.Shape.of(describe(str(target), load_config(target=str(target))))
     assert found.parameters == pytest.approx(31.578e9, rel=1e-3)
     assert 3.0e9 < found.active < 3.8e9  # sold as 30B-A3B
 
@@ -106,7 +106,7 @@ def test_experts_that_a_token_is_not_sent_to_cost_no_time(tmp_path):
 def test_modes_are_those_the_configuration_accepts():
     for mode in plan.modes():
         if mode.setting:
-            assert load_run_config(assignments=[mode.setting]).cache.mode == mode.name
+            assert load_config(assignments=[mode.setting]).cache.mode == mode.name
     assert plan.modes()[0].name == "cached"
 
 
@@ -247,7 +247,7 @@ def test_a_data_file_is_tokenised_as_a_cache_build_would(tiny_hybrid, tmp_path):
         for n in range(5, 15)
     ]
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows) + "not json\n")
-    tokenizer, data = AutoTokenizer.from_pretrained(tiny_hybrid), load_run_config().data
+    tokenizer, data = AutoTokenizer.from_pretrained(tiny_hybrid), load_config().data
     lengths = [len(item.tokens.input_ids) for item in read_samples(file, tokenizer, data) if hasattr(item, "tokens")]
     found = from_file(file, tokenizer, data, 4096)
     assert (found.samples, found.tokens, found.longest) == (len(lengths), sum(lengths), max(lengths))

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from nemotron_dspark.cli import app
-from nemotron_dspark.config import DataConfig, load_run_config
+from nemotron_dspark.config import DataConfig, load_config
 from nemotron_dspark.data.samples import LinedSample, read_samples
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import taps
@@ -140,7 +140,7 @@ def test_search_prints_a_table_a_picture_and_the_flag_to_use(nds, tmp_path, targ
     *_, last = result.stdout.strip().splitlines()
     assert f"--taps {listed} " in last
     assert f"draft: {{taps: [{listed}]}}" in last
-    assert load_run_config(assignments=[f"draft.taps={listed}"]).draft.taps == found["taps"]
+    assert load_config(assignments=[f"draft.taps={listed}"]).draft.taps == found["taps"]
     for word in ("Mamba-2", "attention", "default", "even", "searched", "20 conversations"):
         assert word in result.stdout
     assert "positions that count, not 300" in result.stderr

@@ -11,7 +11,7 @@ import typer
 
 from nemotron_dspark import cli
 from nemotron_dspark.cli import inspect_command, shell
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import load_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Target, TargetSpec
@@ -161,5 +161,5 @@ def test_every_command_that_loads_a_target_has_the_flag():
     loading += [commands["cache"].commands["build"], commands["taps"].commands["search"]]
     for command in loading:
         assert "--trust-remote-code" in {text for option in command.params for text in option.opts}, command.name
-    assert load_run_config(assignments=shell.trust_setting(True)).target.trust_remote_code
-    assert not load_run_config(assignments=shell.trust_setting(False)).target.trust_remote_code
+    assert load_config(assignments=shell.trust_setting(True)).target.trust_remote_code
+    assert not load_config(assignments=shell.trust_setting(False)).target.trust_remote_code

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemotron_dspark.cli import app
-from nemotron_dspark.config import DraftSection, load_run_config
+from nemotron_dspark.config import DraftSection, load_config
 from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.tiny import decoder_config, nemotron_h_config
@@ -124,7 +124,7 @@ def test_the_embedding_may_be_a_tap():
     ],
 )
 def test_the_config_accepts_what_the_flag_accepts(text, taps, meant):
-    section = load_run_config(assignments=[f"draft.taps={text}"]).draft
+    section = load_config(assignments=[f"draft.taps={text}"]).draft
     assert section.taps == taps
     assert chosen_taps(hybrid(LAYOUT_8B), section) == meant
     config, _ = build_draft_config(hybrid(LAYOUT_8B), section, mask_token_id=3)
@@ -138,7 +138,7 @@ def test_a_named_choice_takes_num_taps():
 @pytest.mark.parametrize("value", ["evn", "1,x", "1;2", "[1, 2.5]", "[a]", "true", "{a: 1}"])
 def test_an_unknown_word_for_taps_is_refused(value):
     with pytest.raises(InputError, match=r"draft.taps = .* neither even nor attention nor a list"):
-        load_run_config(assignments=[f"draft.taps={value}"])
+        load_config(assignments=[f"draft.taps={value}"])
 
 
 @pytest.mark.parametrize(

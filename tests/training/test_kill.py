@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.config import RunConfig, load_run_config
+from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.metrics import read_metrics
@@ -65,7 +65,7 @@ def result(folder: Path) -> tuple[bytes, bytes, list[dict]]:
 )
 def test_a_run_killed_again_and_again_equals_the_undisturbed_one(kills, settings, request, tiny_hybrid, tmp_path):
     data = write_conversations(tmp_path / "data.jsonl")
-    config = load_run_config(assignments=[*SETTINGS, *SMALL, *settings])
+    config = load_config(assignments=[*SETTINGS, *SMALL, *settings])
     cached = request.node.callspec.id == "cached"
     folders, reached = apart(train_and_kill, str(tiny_hybrid), data, tmp_path, config, cached, kills)
     assert len(reached) == kills

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.cli import app
-from nemotron_dspark.config import load_run_config
+from nemotron_dspark.config import load_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.spec import TargetSpec
@@ -30,7 +30,7 @@ def cache(tmp_path, tiny_hybrid):
 
 
 def config(*more):
-    return load_run_config(assignments=[*SETTINGS, *more])
+    return load_config(assignments=[*SETTINGS, *more])
 
 
 def nds(*arguments):
@@ -51,7 +51,7 @@ def test_run_leaves_a_draft_of_the_target_and_explains_itself(tiny_hybrid, cache
     assert described["versions"]["torch"] == torch.__version__
     assert any("rope theta" in note for note in described["notes"])
     assert any("mask token 31" in note for note in described["notes"])
-    assert load_run_config(tmp_path / "run" / "config.yaml") == config()
+    assert load_config(file=tmp_path / "run" / "config.yaml") == config()
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [2, 4]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
@@ -152,8 +152,8 @@ def test_config_show_prints_yaml_that_it_reads_itself(tmp_path):
     assert "# peak learning rate" in shown.stdout
     path = tmp_path / "config.yaml"
     path.write_text(shown.stdout)
-    expected = load_run_config(assignments=["train.lr=1e-4", "draft.taps=[1,2]"])
-    assert load_run_config(path) == expected
+    expected = load_config(assignments=["train.lr=1e-4", "draft.taps=[1,2]"])
+    assert load_config(file=path) == expected
     as_json = nds("config", "show", "--config", path, "--json")
     assert json.loads(as_json.stdout) == expected.model_dump(mode="json")
 

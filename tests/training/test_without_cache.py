@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cli import app
-from nemotron_dspark.config import TrainConfig, load_run_config
+from nemotron_dspark.config import TrainConfig, load_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from nemotron_dspark.targets import Target, proofs
@@ -55,7 +55,7 @@ SETTINGS = (
 
 
 def config(*more):
-    return load_run_config(assignments=[*SETTINGS, *more])
+    return load_config(assignments=[*SETTINGS, *more])
 
 
 def write_conversations(path, count=24):
