@@ -161,17 +161,17 @@ def predict(recipe: str, folder: Path) -> list[dict]:
     from transformers import AutoTokenizer
 
     from nemotron_dspark.recipe import needs, plan
-    from nemotron_dspark.recipe.describe import describe
+    from nemotron_dspark.recipe.describe import inspect
     from nemotron_dspark.recipe.machines import Machine
     from nemotron_dspark.recipe.workload import from_file
 
     run = settings(recipe, folder)
-    found = describe(str(folder / recipe), run)
+    found = inspect(run)
     shape = needs.Shape.of(found)
     tokenizer = AutoTokenizer.from_pretrained(folder / recipe)
     load = from_file(folder / f"{recipe}.jsonl", tokenizer, run.data, found.spec.max_position_embeddings)
     machine = Machine("here", "here", 0, 0, 1e12, 1e12, 1e12, 1e10)
-    column = plan.plan(shape, run, load, machine).columns[0]
+    column = plan.estimate(shape, run, load, machine).columns[0]
     rows = [
         {"what": f"memory {stage}", "predicted": column.memory[stage].host - needs.ASSUMED.libraries}
         for stage in ("cache", "train")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nemotron_dspark import __version__
+from nemotron_dspark._version import __version__
 from nemotron_dspark.cache.capture import CapturesStates
 from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK, Layout

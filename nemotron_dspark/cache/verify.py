@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,15 @@ class VerifyReport:
     @property
     def whole(self) -> bool:
         return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "whole": self.whole,
+            "samples": self.samples,
+            "files_with_checksums": self.files,
+            "problems": list(self.problems),
+        }
 
 
 def verify(folder: Path | str, *, progress: Callable[[str], None] = lambda name: None) -> VerifyReport:

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from nemotron_dspark import __version__
+from nemotron_dspark._version import __version__
 from nemotron_dspark.cli import shell
 from nemotron_dspark.errors import NdsError
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from nemotron_dspark.cli import shell
+from nemotron_dspark.config import RunConfig
 
 if TYPE_CHECKING:
     from nemotron_dspark.chat.view import Stretch
@@ -21,32 +22,25 @@ OPENS, CLOSES = "⟦", "⟧"  # around what trains, where there is no colour
 
 
 def register(app: typer.Typer) -> None:
-    app.command("chat")(chat)
+    shell.command(app)(chat)
 
 
 def chat(
-    target: shell.TargetOption,
+    config: RunConfig,
     file: Annotated[Path, typer.Option("--file", "-f", help="JSON lines of conversations.")],
     limit: Annotated[int, typer.Option(min=1, help="Show this many conversations.")] = 5,
-    config: shell.ConfigOption = None,
-    set_: shell.SetOption = None,
-    as_json: shell.JsonOption = False,
 ) -> None:
     """Show each conversation as the tokens of its samples, coloured by what trains the draft.
 
     Needs the target's tokenizer and config only. Settings such as data.thinking are those of `nds cache build`.
     """
-    from nemotron_dspark.config.run import load_config
-
-    settings = load_config(config, set_ or [], target=target)
-    shell.quiet_libraries()
     from nemotron_dspark.chat.format import recognise
     from nemotron_dspark.chat.tokenizer import load_tokenizer
     from nemotron_dspark.data.samples import read_samples
 
-    tokenizer = load_tokenizer(target, settings.target.revision)
+    tokenizer = load_tokenizer(config.target.name, config.target.revision)
     chat_format = recognise(tokenizer)
-    items = read_samples(file, tokenizer, settings.data)
+    items = read_samples(file, tokenizer, config.data)
     shown, skipped, more = _first(items, limit)
     samples = [sample.tokens for conversation, _ in shown for sample in conversation]
     counts = {
@@ -54,10 +48,10 @@ def chat(
         "tokens": sum(len(sample.input_ids) for sample in samples),
         "loss_tokens": sum(sample.loss_tokens for sample in samples),
     }
-    if as_json:
+    if shell.state.json:
         shell.emit(
             {
-                "target": target,
+                "target": config.target.name,
                 "format": chat_format and chat_format.name,
                 "conversations": [_as_json(tokenizer, *conversation) for conversation in shown],
                 "skipped": [{"line": item.line, "reason": item.reason} for item in skipped],

@@ -1,6 +1,5 @@
 """`nds deepspec install|check|config|prepare|train|eval`: DeepSpec itself, on any target."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,12 +10,14 @@ from rich.table import Table
 
 from nemotron_dspark import files
 from nemotron_dspark.cli import shell
-from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.config import RunConfig
+from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.cache.build import BuildProgress
     from nemotron_dspark.deepspec.checkout import Checkout
-    from nemotron_dspark.deepspec.launch import Nodes
+    from nemotron_dspark.deepspec.prepare import Prepared
+    from nemotron_dspark.deepspec.status import Status
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A DeepSpec config, or the name of a worked one.")]
 OptsOption = Annotated[list[str] | None, typer.Option("--opts", help="section.key=value, as DeepSpec's own --opts.")]
@@ -30,14 +31,13 @@ MasterOption = Annotated[str | None, typer.Option("--master", help="host:port of
 
 
 def register(app: typer.Typer) -> None:
-    commands = typer.Typer(no_args_is_help=True, help="Run DeepSpec itself on a target, unedited.")
-    commands.command()(install)
-    commands.command()(check)
-    commands.command()(config)
-    commands.command()(prepare)
-    commands.command()(train)
-    commands.command("eval")(evaluate)
-    app.add_typer(commands, name="deepspec")
+    commands = shell.group(app, "deepspec", "Run DeepSpec itself on a target, unedited.")
+    shell.command(commands, show=_show_installed)(install)
+    shell.command(commands, show=_show_status, failed=lambda found: 3 if found.missing else 0)(check)
+    shell.command(commands)(config)
+    shell.command(commands, show=_show_prepared)(prepare)
+    shell.command(commands)(train)
+    shell.command(commands, "eval")(evaluate)
 
 
 def install(
@@ -45,82 +45,35 @@ def install(
     url: Annotated[
         str | None, typer.Option("--url", help="Another repository; default DEEPSPEC_URL or GitHub.")
     ] = None,
-    as_json: shell.JsonOption = False,
-) -> None:
+) -> "Checkout":
     """Clone DeepSpec at the commit the bridge was made for."""
     from nemotron_dspark.deepspec import checkout
 
     with shell.err.status("cloning DeepSpec"):
-        found = checkout.install(folder, url=url)
-    if as_json:
-        shell.emit({"folder": str(found.folder), "commit": found.commit})
-        return
-    _warn(found)
-    shell.out.print(f"DeepSpec {found.commit[:7]} is in {escape(str(found.folder))}", soft_wrap=True)
-    if folder is not None:
-        shell.out.print(f"To use it: export {checkout.HOME_VARIABLE}={escape(str(found.folder))}", soft_wrap=True)
+        return checkout.install(folder, url=url)
 
 
 def check(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="Also: what goes wrong with this target.")
     ] = None,
-    as_json: shell.JsonOption = False,
-) -> None:
+) -> "Status":
     """Compare this machine with what DeepSpec needs; exit code 3 when it cannot run here."""
     shell.quiet_libraries()
-    import transformers
+    from nemotron_dspark.deepspec.status import status
 
-    from nemotron_dspark.deepspec import checkout, status
-    from nemotron_dspark.targets.locate import locate
-    from nemotron_dspark.targets.spec import TargetSpec
-
-    try:
-        home = checkout.find()
-    except EnvironmentFault:
-        home = None
-    rows = status.environment(home)
-    spec = TargetSpec.from_folder(locate(target), target) if target else None
-    faults = status.faults(spec, transformers.__version__, kernels=status.has_kernels(spec)) if spec else []
-    absent = status.missing(rows)
-    if as_json:
-        shell.emit(
-            {
-                "lines": [dataclasses.asdict(row) for row in rows],
-                "missing": absent,
-                "override": status.OVERRIDE,
-                "target": target,
-                "faults": [
-                    {"what": fault.what, "in_deepspecs_pin": pinned, "here": here, "cure": fault.cure}
-                    for fault, pinned, here in faults
-                ],
-            }
-        )
-    else:
-        _print_environment(rows, status.OVERRIDE)
-        if spec:
-            _print_faults(faults, target, transformers.__version__, status.PINNED_TRANSFORMERS)
-        if absent:
-            shell.out.print(f"[red]Missing for DeepSpec:[/] {', '.join(absent)}.", soft_wrap=True)
-    if absent:
-        raise typer.Exit(EnvironmentFault.exit_code)
+    return status(target)
 
 
 def config(
-    target: shell.TargetOption,
+    config: RunConfig,
     algorithm: Annotated[str, typer.Option("--algorithm", help="dspark or eagle3.")] = "dspark",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; printed when not given.")] = None,
-    config_file: shell.ConfigOption = None,
-    settings: shell.SetOption = None,
 ) -> None:
     """Write a commented DeepSpec config for a target."""
-    from nemotron_dspark.config import load_config
-
-    run = load_config(config_file, settings or (), target=target)
-    shell.quiet_libraries()
     from nemotron_dspark.deepspec.config_file import config_for
 
-    text = config_for(target, run, algorithm=algorithm, file=out.name if out else None)
+    text = config_for(config, algorithm=algorithm, file=out.name if out else None)
     if out is None:
         shell.out.print(text, end="", markup=False, soft_wrap=True)
         return
@@ -138,15 +91,14 @@ def prepare(
     device: Annotated[str | None, typer.Option(help="One worker on this device, e.g. cpu; default: every GPU.")] = None,
     nodes: NodesOption = None,
     node_rank: RankOption = None,
-    as_json: shell.JsonOption = False,
-) -> None:
+) -> "Prepared | None":
     """Build the target cache of a config with our builder. The same command goes on where it stopped."""
     shell.quiet_libraries()
     from nemotron_dspark.deepspec import launch
     from nemotron_dspark.deepspec import prepare as preparing
 
-    home = _home()
     places = launch.Nodes(nodes, node_rank).variables()
+    home = _home()
     devices = [device] if device else None
     cfg = launch.load_config(home, launch.resource_config(config), opts or ())
     devices = devices or [f"cuda:{index}" for index in range(launch.require_gpus())]
@@ -156,15 +108,12 @@ def prepare(
         preparing.run_workers(job, rank * len(devices), devices, _Lines())
         if rank:
             shell.err.print(f"This machine's parts of {escape(str(out))} are done; the first machine joins them.")
-            return
+            return None
         preparing.wait_for_parts(
             job, lambda parts: shell.err.print(f"waiting for {len(parts)} parts of other machines")
         )
     whole = preparing.join(job)
-    if as_json:
-        shell.emit({"folder": str(out), "samples": whole.num_samples, "shards": len(whole.shard_files)})
-    else:
-        shell.out.print(f"Target cache {escape(str(out))}: {whole.num_samples} samples", soft_wrap=True)
+    return preparing.Prepared(out, whole.num_samples, len(whole.shard_files))
 
 
 def train(
@@ -178,19 +127,7 @@ def train(
     shell.quiet_libraries()
     from nemotron_dspark.deepspec import launch
 
-    start_training(launch.resource_config(config), opts or [], launch.Nodes(nodes, node_rank, master))
-
-
-def start_training(config: Path, opts: list[str], nodes: "Nodes") -> None:
-    """Check everything, then become DeepSpec's train.py."""
-    from nemotron_dspark.deepspec import launch
-
-    home = _home()
-    machines = int(nodes.variables()["WORLD_SIZE"])
-    gpus = launch.require_gpus()
-    for note in launch.check_training(launch.load_config(home, config, opts), gpus * machines):
-        shell.err.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-    launch.run(home, launch.training_command(home, config, opts), nodes)
+    launch.train(launch.resource_config(config), opts or [], launch.Nodes(nodes, node_rank, master), shell.note)
 
 
 def evaluate(
@@ -263,24 +200,39 @@ def _home() -> "Checkout":
 
 def _warn(found: "Checkout") -> None:
     for sentence in found.warnings():
-        shell.err.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
+        shell.note(sentence)
 
 
-def _print_environment(rows: list, override: str) -> None:
+def _show_installed(found: "Checkout") -> None:
+    from nemotron_dspark.deepspec import checkout
+
+    _warn(found)
+    shell.out.print(f"DeepSpec {(found.commit or 'unknown')[:7]} is in {escape(str(found.folder))}", soft_wrap=True)
+    if found.folder != checkout.install_folder():
+        shell.out.print(f"To use it: export {checkout.HOME_VARIABLE}={escape(str(found.folder))}", soft_wrap=True)
+
+
+def _show_prepared(made: "Prepared") -> None:
+    shell.out.print(f"Target cache {escape(str(made.folder))}: {made.samples} samples", soft_wrap=True)
+
+
+def _show_status(found: "Status") -> None:
+    from nemotron_dspark.deepspec import status
+
     table = Table(title="DeepSpec on this machine", title_justify="left", show_header=False)
     marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
-    for row in rows:
+    for row in found.lines:
         table.add_row(marks[row.level], row.item, escape(row.found), escape(row.meaning))
     shell.out.print(table)
-    shell.out.print(escape(override), soft_wrap=True)
-
-
-def _print_faults(faults: list, target: str, here: str, pin: str) -> None:
-    table = Table(title=f"transformers on {escape(target)}", title_justify="left")
-    for column in ("", pin, here, "what the bridge does"):
-        table.add_column(column)
-    for fault, pinned, now in faults:
-        table.add_row(fault.what, *("[red]wrong[/]" if wrong else "right" for wrong in (pinned, now)), fault.cure)
-    if not faults:
-        table.add_row("nothing known", "", "", "the target has no recurrent state")
-    shell.out.print(table)
+    shell.out.print(escape(status.OVERRIDE), soft_wrap=True)
+    if found.target:
+        table = Table(title=f"transformers on {escape(found.target)}", title_justify="left")
+        for column in ("", status.PINNED_TRANSFORMERS, found.transformers, "what the bridge does"):
+            table.add_column(column)
+        for fault, pinned, now in found.faults:
+            table.add_row(fault.what, *("[red]wrong[/]" if wrong else "right" for wrong in (pinned, now)), fault.cure)
+        if not found.faults:
+            table.add_row("nothing known", "", "", "the target has no recurrent state")
+        shell.out.print(table)
+    if found.missing:
+        shell.out.print(f"[red]Missing for DeepSpec:[/] {', '.join(found.missing)}.", soft_wrap=True)

@@ -1,8 +1,7 @@
 """`nds demo`: the whole recipe on this machine, in minutes, from nothing."""
 
-import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -10,6 +9,9 @@ from rich.panel import Panel
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
+
+if TYPE_CHECKING:
+    from nemotron_dspark.recipe.demo import DemoResult
 
 _TITLES = {
     "target": "train a small Nemotron-H on the standard library",
@@ -22,48 +24,38 @@ _TITLES = {
 
 
 def register(app: typer.Typer) -> None:
-    app.command("demo", help="Run the whole recipe here: build a small hybrid target, train a draft, serve it.")(run)
+    shell.command(app, show=_show)(demo)
 
 
-def run(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the demo's run folders.")] = Path("runs"),
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the demo's run folders.")] = Path("runs"),
     scale: Annotated[
         float, typer.Option(min=0.01, max=4.0, help="Share of the usual budgets; less is sooner and worse.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of text, weights and sampling.")] = 0,
-    json: shell.JsonOption = False,
-) -> None:
+) -> "DemoResult":
+    """Run the whole recipe here: build a small hybrid target, train a draft, serve it."""
     shell.quiet_libraries()
     from nemotron_dspark.recipe.demo import STAGES, Budget, Progress, new_run_dir, run_demo
 
-    class Shown(Progress):
-        """Stages and notes as lines, what is under way as a bar on a terminal."""
+    with shell.bars(counts=False) as bars:
 
-        def __init__(self, bar) -> None:
-            self._bar = bar
-            self._task = bar.add_task("", total=None)
+        class Shown(Progress):
+            """Stages and notes as lines, what is under way as a bar on a terminal."""
 
-        def stage(self, name: str) -> None:
-            at = STAGES.index(name) + 1
-            shell.err.print(f"[bold]{at}/{len(STAGES)} {name}[/]  {_TITLES[name]}")
-            self._bar.reset(self._task, total=None, description="")
+            def stage(self, name: str) -> None:
+                shell.err.print(f"[bold]{STAGES.index(name) + 1}/{len(STAGES)} {name}[/]  {_TITLES[name]}")
 
-        def note(self, text: str) -> None:
-            shell.err.print(f"    {escape(text)}", soft_wrap=True)
+            def note(self, text: str) -> None:
+                shell.err.print(f"    {escape(text)}", soft_wrap=True)
 
-        def update(self, text: str, done: float, total: float) -> None:
-            self._bar.update(self._task, description=f"    {escape(text)}", completed=done, total=total or None)
+            def update(self, text: str, done: float, total: float) -> None:
+                bars.reset("demo", f"    {text}", done, total)
 
-    began = time.monotonic()
-    with shell.progress_bar(counts=False) as bar:
-        result = run_demo(new_run_dir(out), Budget().scaled(scale), seed=seed, progress=Shown(bar))
-    if json:
-        shell.emit(result.to_json())
-        return
-    _print(result, time.monotonic() - began)
+        return run_demo(new_run_dir(out), Budget().scaled(scale), seed=seed, progress=Shown())
 
 
-def _print(result, seconds: float) -> None:
+def _show(result: "DemoResult") -> None:
     from nemotron_dspark.evaluation import report
     from nemotron_dspark.recipe.demo import labelled
 
@@ -71,13 +63,12 @@ def _print(result, seconds: float) -> None:
     shell.out.print(report.acceptance_table(labelled(result.measurements), "Held-out prompts"))
     shell.out.print(report.speed_table(result.evaluation))
     stages = Table(title="Seconds", title_justify="left")
-    for name in result.stages:
+    for name in (*result.stages, "all"):
         stages.add_column(name, justify="right")
-    stages.add_column("all", justify="right")
-    stages.add_row(*(f"{value:.0f}" for value in result.stages.values()), f"[bold]{seconds:.0f}[/]")
+    values = [f"{value:.0f}" for value in result.stages.values()]
+    stages.add_row(*values, f"[bold]{sum(result.stages.values()):.0f}[/]")
     shell.out.print(stages)
     shell.out.print(Panel(escape(result.served), title="answered speculatively", title_align="left"))
     shell.out.print(f"picture  {result.picture}\nrun      {result.run_dir}", soft_wrap=True)
-    target = result.run_dir / "target"
-    draft = result.run_dir / "run" / "draft"
+    target, draft = result.run_dir / "target", result.run_dir / "run" / "draft"
     shell.out.print(f"try      nds serve --target {target} --draft {draft}", soft_wrap=True)

@@ -1,75 +1,47 @@
 """`nds eval`: accepted length, acceptance by position, speed against plain decoding, and equality with it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from nemotron_dspark.cli import shell
+from nemotron_dspark.config import RunConfig
+
+if TYPE_CHECKING:
+    from nemotron_dspark.evaluation.report import EvalReport
 
 
 def register(app: typer.Typer) -> None:
-    app.command("eval", help="Measure a draft: accepted length, acceptance by position, speed, equal output.")(run)
+    shell.command(app, "eval")(evaluate)
 
 
-def run(
-    target: shell.TargetOption,
+def evaluate(
+    config: RunConfig,
     draft: Annotated[Path, typer.Option("--draft", "-d", help="Folder of a trained draft.")],
     prompts: Annotated[Path, typer.Option("--prompts", "-p", help="JSON lines of prompts the draft has not seen.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for eval.json and eval.png.")] = None,
-    config: shell.ConfigOption = None,
-    settings: shell.SetOption = None,
-    trust: shell.TrustOption = False,
-    json: shell.JsonOption = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for eval.json and eval.png.")] = None,
 ) -> None:
-    from nemotron_dspark.config import load_config
+    """Measure a draft: accepted length, acceptance by position, speed, equal output."""
+    from nemotron_dspark import stages
 
-    resolved = load_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
-    shell.quiet_libraries()
-    from nemotron_dspark import files
-    from nemotron_dspark.decoding.pair import load_pair
-    from nemotron_dspark.errors import CheckError
-    from nemotron_dspark.evaluation import report
-    from nemotron_dspark.evaluation.measure import evaluate, prompt_ids
-    from nemotron_dspark.evaluation.picture import draw_run
-
-    with shell.err.status("Loading and proving the target"):
-        loaded, drafting = load_pair(resolved.target, draft)
-    ids = prompt_ids(
-        loaded, prompts, limit=limit, new_tokens=resolved.eval.max_new_tokens, thinking=resolved.data.thinking
-    )
-    with shell.progress_bar() as bar:
-        tasks: dict[str, object] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
-        found = evaluate(loaded, drafting, ids, resolved.eval, show)
-    labelled = {report.label_of(measurement): measurement for measurement in found.measurements}
-    value = {"target": target, "draft": str(draft), "prompts_file": str(prompts), **found.to_json()}
-    if out is not None:
-        files.write_json(out / "eval.json", value)
-        draw_run(out / "eval.png", labelled, title=f"{target}")
-    if json:
-        shell.emit(value)
+    with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
+        report = stages.evaluate(config, draft, prompts, limit=limit, on_loaded=status.stop, on_progress=bars.update)
+    written = report.save(out) if out is not None else ()
+    if shell.state.json:
+        shell.emit(report.to_json())
     else:
-        shell.out.print(report.acceptance_table(labelled, f"{len(ids)} prompts of {escape(str(prompts))}"))
-        shell.out.print(report.speed_table(found))
-        if out is not None:
-            shell.out.print(f"Written: {out / 'eval.json'}, {out / 'eval.png'}")
-    lossless = found.lossless
-    if lossless.identical < lossless.prompts:
-        if str(loaded.dtype) == "torch.float32":
-            raise CheckError(
-                f"Speculative output differs from plain output, first at {lossless.first_difference}.",
-                "Run `nds inspect --probe` on the target; if its proofs pass, report it.",
-            )
-        shell.err.print(
-            f"[yellow]note:[/] outputs differ first at {lossless.first_difference}. In half precision a block and a "
-            "single token round differently, and near ties fall either way; --set target.dtype=float32 decides.",
-            soft_wrap=True,
-        )
+        _show(report, written)
+    if remark := report.check_lossless():
+        shell.note(remark)
+
+
+def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:
+    from nemotron_dspark.evaluation import report
+
+    shell.out.print(report.acceptance_table(found.labelled, f"{found.prompts} prompts of {escape(found.prompts_file)}"))
+    shell.out.print(report.speed_table(found.evaluation))
+    if written:
+        shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)

@@ -3,7 +3,9 @@
 `--list` names the targets that have an alias, a licence or a preset here.
 """
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotron_dspark.cli import shell
+from nemotron_dspark.config import RunConfig
 from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,46 +38,34 @@ MARGIN = 2
 
 
 def register(app: typer.Typer) -> None:
-    app.command("inspect", help="Show what a target is, its taps, and the draft it would get.")(inspect)
+    shell.command(app, target="optional", keys=[shell.TAPS])(inspect)
 
 
 def inspect(
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Hub id, local folder or alias of the target.")
-    ] = None,
-    config: shell.ConfigOption = None,
-    settings: shell.SetOption = None,
-    taps: shell.TapsOption = None,
+    config: RunConfig,
     probe: Annotated[bool, typer.Option("--probe", help="Load the model and run the proofs.")] = False,
-    trust: shell.TrustOption = False,
     known: Annotated[bool, typer.Option("--list", help="List the known targets and stop.")] = False,
-    json: shell.JsonOption = False,
 ) -> None:
+    """Show what a target is, its taps, and the draft it would get."""
     if known:
-        _list(json)
+        _list()
         return
-    if target is None:
+    if config.target.name is None:
         raise InputError("No target is named.", "Give one with --target; --list names the known ones.")
-    from nemotron_dspark.config import load_config
+    from nemotron_dspark.recipe.describe import inspect as describe
 
-    assignments = [*(settings or ()), *shell.taps_setting(taps), *shell.trust_setting(trust)]
-    run = load_config(config, assignments, target=target)
-    shell.quiet_libraries()
-    from nemotron_dspark.recipe.describe import describe
-
-    description = describe(target, run)
-    if not json:
-        _print(description)
+    found = describe(config)
+    if not shell.state.json:
+        _print(found)
     proofs = None
     if probe:
         from nemotron_dspark.targets.proofs import run_proofs
         from nemotron_dspark.targets.target import Target
 
         with shell.err.status("Loading the target and running the proofs"):
-            loaded = Target.of(run.target)
-            proofs = run_proofs(loaded, description.draft.target_layer_ids)
-    if json:
-        shell.emit(description.to_json() | {"proofs": proofs and [_proof_json(proof) for proof in proofs]})
+            proofs = run_proofs(Target.of(config.target), found.draft.target_layer_ids)
+    if shell.state.json:
+        shell.emit(found.to_json() | {"proofs": proofs and [_proof_json(proof) for proof in proofs]})
     elif proofs is not None:
         _print_proofs(proofs)
     if proofs and not all(proof.passed for proof in proofs):
@@ -97,13 +88,11 @@ def strip(layers: Sequence["LayerKind"], taps: Sequence[int], width: int) -> Tex
     return drawn
 
 
-def _list(as_json: bool) -> None:
+def _list() -> None:
     """The known targets, one a row."""
     from nemotron_dspark.config.known import KNOWN
 
-    if as_json:
-        import dataclasses
-
+    if shell.state.json:
         shell.emit({"targets": [dataclasses.asdict(known) for known in KNOWN]})
         return
     licence: str | None = ""
@@ -221,9 +210,6 @@ def _table(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:
 
 def _proof_json(proof: "ProofResult") -> dict[str, Any]:
     """The result's fields; an error that is no number is null, as JSON has no infinity."""
-    import dataclasses
-    import math
-
     return dataclasses.asdict(proof) | {"error": proof.error if math.isfinite(proof.error) else None}
 
 

@@ -8,11 +8,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
-from nemotron_dspark.errors import InputError
+from nemotron_dspark.config import RunConfig
+from nemotron_dspark.files import size_text as size
 
 if TYPE_CHECKING:
-    from nemotron_dspark.recipe.plan import Column, Memory, Plan
-    from nemotron_dspark.recipe.workload import Workload
+    from nemotron_dspark.recipe.plan import Column, Memory, ResourceEstimate
 
 DISK = {
     "target": "target's weights",
@@ -25,11 +25,11 @@ STAGES = {"answers": "answers", "cache": "cache", "train": "train", "eval": "eva
 
 
 def register(app: typer.Typer) -> None:
-    app.command("plan", help="Say what a run needs before it starts: disk, memory, hours, dollars.")(plan)
+    shell.command(app, keys=[shell.TAPS], show=_show)(plan)
 
 
 def plan(
-    target: shell.TargetOption,
+    config: RunConfig,
     data: Annotated[Path | None, typer.Option("--data", "-d", help="JSON lines of conversations.")] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="Instead of --data: how many conversations.")] = None,
     mean_length: Annotated[int | None, typer.Option("--mean-length", help="Their mean length in tokens.")] = None,
@@ -38,71 +38,24 @@ def plan(
         str, typer.Option("--machine", "-m", help="dgx-spark, h100x8, h200, cpu, or here (measured).")
     ] = "here",
     price: Annotated[float | None, typer.Option("--price", help="Dollars an hour for the whole machine.")] = None,
-    taps: shell.TapsOption = None,
-    config: shell.ConfigOption = None,
-    set_: shell.SetOption = None,
-    trust: shell.TrustOption = False,
-    as_json: shell.JsonOption = False,
-) -> None:
-    from nemotron_dspark.config import load_config
-    from nemotron_dspark.recipe.machines import machine as machine_called
-
-    if price is not None and not price >= 0:
-        raise InputError(f"--price {price:g} is negative.", "Give dollars an hour.")
-    assignments = [*(set_ or []), *shell.taps_setting(taps), *shell.trust_setting(trust)]
-    run = load_config(config, assignments, target=target)
-    if (data is None) == (samples is None) or (samples is None) != (mean_length is None):
-        raise InputError(
-            "A plan needs to know how much data there is: either a file or two numbers.",
-            "Give --data answers.jsonl, or --samples 50000 --mean-length 800.",
-        )
-    where = machine_called(machine)
-    shell.quiet_libraries()
-    from nemotron_dspark.recipe import plan as planning
-    from nemotron_dspark.recipe.describe import describe
-    from nemotron_dspark.recipe.needs import Shape
+) -> "ResourceEstimate":
+    """Say what a run needs before it starts: disk, memory, hours, dollars."""
+    from nemotron_dspark.recipe.plan import plan as estimate
 
     with shell.err.status("reading the target's config"):
-        described = describe(target, run)
-        if described.parameters is None and described.stored_parameters is None:
-            raise InputError(
-                f"The size of {target} cannot be told: {described.warnings[0]}", "Check the target's config.json."
-            )
-    options = ["--config", str(config)] if config else []
-    for text in assignments:
-        options += ["--set", text]
-    workload = _workload(data, samples, mean_length, answer_share, run.data, described, trust)
-    found = planning.plan(
-        Shape.of(described),
-        run,
-        workload,
-        where,
-        price=price,
-        options=[
-            *(("--config", str(config)) if config else ()),
-            *(part for text in assignments for part in ("--set", text)),
-        ],
-        data=str(data) if data else "answers.jsonl",
-    )
-    if as_json:
-        shell.emit(found.to_json())
-    else:
-        _print(found)
+        return estimate(
+            config,
+            data=data,
+            samples=samples,
+            mean_length=mean_length,
+            answer_share=answer_share,
+            machine=machine,
+            price=price,
+            options=shell.state.options,
+        )
 
 
-def _workload(data, samples, mean_length, answer_share, section, described, trusted) -> "Workload":
-    from nemotron_dspark.recipe.describe import tokenizer_in
-    from nemotron_dspark.recipe.workload import from_file, from_numbers
-
-    positions = described.spec.max_position_embeddings
-    if data is None:
-        return from_numbers(samples, mean_length, section, positions, answer_share)
-    with shell.err.status("tokenising"):
-        return from_file(data, tokenizer_in(described, trusted=trusted), section, positions)
-
-
-def _print(found: "Plan") -> None:
-    from nemotron_dspark.files import size_text as size
+def _show(found: "ResourceEstimate") -> None:
     from nemotron_dspark.recipe.plan import hours
 
     machine = found.machine

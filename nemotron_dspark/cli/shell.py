@@ -1,18 +1,27 @@
-"""What every command shares: consoles, the two-sentence complaint, `--json`, and the options that recur."""
+"""What every command shares: how it is registered, its consoles and tables, `--json`, and the two-sentence complaint.
+
+`command` makes a command of a plain function. The options that put a configuration together (`--target`, `--config`,
+`--set` and flags that stand for a key, such as `--taps`) are written here once; the function gets the `RunConfig`.
+"""
 
 import dataclasses
+import inspect
 import json
 import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nemotron_dspark.errors import InputError, NdsError
+from nemotron_dspark.config import RunConfig, load_config
+from nemotron_dspark.errors import NdsError
 
 out = Console(highlight=False)  # results; nothing but one JSON object under --json
 err = Console(stderr=True, highlight=False)  # progress, warnings, complaints
@@ -21,14 +30,167 @@ err = Console(stderr=True, highlight=False)  # progress, warnings, complaints
 @dataclasses.dataclass
 class State:
     debug: bool = False
+    json: bool = False  # the running command prints one JSON object
+    options: tuple[str, ...] = ()  # those of the running command that made its configuration, as they were given
 
 
 state = State()
 
 
+@dataclasses.dataclass(frozen=True)
+class KeyOption:
+    """A flag that stands for a key of the configuration; its help is the key's own."""
+
+    flag: str
+    key: str  # section.key
+
+    @property
+    def name(self) -> str:
+        return self.flag.strip("-").replace("-", "_")
+
+    def parameter(self) -> inspect.Parameter:
+        section, key = self.key.split(".")
+        field = type(getattr(RunConfig(), section)).model_fields[key]
+        if field.annotation is bool:
+            option = Annotated[bool, typer.Option(self.flag, help=f"{_sentence(field.description)} ({self.key}).")]
+            return _parameter(self.name, option, False)
+        option = Annotated[str | None, typer.Option(self.flag, help=f"{_sentence(field.description)} ({self.key}).")]
+        return _parameter(self.name, option, None)
+
+
+TAPS = KeyOption("--taps", "draft.taps")
+TRUST = KeyOption("--trust-remote-code", "target.trust_remote_code")
+
+_TARGET_HELP = "Hub id, local folder or alias of the target."
+_CONFIG_OPTIONS = {
+    "config_file": Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with sections of keys.")],
+    "assignments": Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")],
+}
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+def command(
+    app: typer.Typer,
+    name: str | None = None,
+    *,
+    target: Literal["required", "optional", "none"] = "required",
+    keys: Sequence[KeyOption] = (),
+    show: Callable[[Any], None] | None = None,
+    failed: Callable[[Any], int] = lambda report: 0,
+) -> Callable[[Callable[..., Any]], None]:
+    """Register a function as a command of ``app``, and print what it returns.
+
+    A first parameter ``config`` gets the configuration of the options that ``target`` and ``keys`` ask for;
+    ``read_config`` gets a function that reads it, for a command that has to do something before. The report is printed
+    by ``show``, or under `--json` as its ``to_json()``; then ``failed`` of it is the exit code. None prints nothing.
+    """
+
+    def register(function: Callable[..., Any]) -> None:
+        own = list(inspect.signature(function).parameters.values())
+        wants = own[0].name if own and own[0].name in ("config", "read_config") else None
+        flags = [*keys, TRUST] if target != "none" else list(keys)
+
+        def run(**given: Any) -> None:
+            state.json = given.pop("as_json")
+            values = {option.key: value for option in flags if (value := given.pop(option.name, None))}
+            if wants:
+                values |= {"target.name": name} if (name := given.pop("target", None)) else {}
+                file = given.pop("config_file")
+                assignments = given.pop("assignments") or ()
+
+                state.options = tuple(_as_given(file, assignments, values, flags))  # without the target
+
+                def read_config() -> RunConfig:
+                    config = load_config(file=file, assignments=assignments, **nested(values))
+                    if config.target.name is not None:
+                        quiet_libraries()
+                    return config
+
+                given[wants] = read_config if wants == "read_config" else read_config()
+            try:
+                report = function(**given)
+                if report is None:
+                    return
+                if state.json:
+                    emit(report.to_json() if hasattr(report, "to_json") else dataclasses.asdict(report))
+                elif show is not None:
+                    show(report)
+            finally:
+                state.json = False
+            if code := failed(report):
+                raise typer.Exit(code)
+
+        parameters = own[bool(wants) :]
+        if wants:
+            parameters += [option.parameter() for option in flags]
+            parameters += [_parameter(key, option, None) for key, option in _CONFIG_OPTIONS.items()]
+            if target == "required":
+                option = Annotated[str, typer.Option("--target", "-t", help=_TARGET_HELP)]
+                parameters.insert(0, _parameter("target", option, inspect.Parameter.empty))
+            elif target == "optional":
+                option = Annotated[str | None, typer.Option("--target", "-t", help=_TARGET_HELP)]
+                parameters.insert(0, _parameter("target", option, None))
+        parameters.append(_parameter("as_json", _JSON, False))
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        signature = inspect.Signature([parameter.replace(kind=keyword) for parameter in parameters])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__doc__ = function.__doc__
+        app.command(name or function.__name__)(run)
+
+    return register
+
+
+def _as_given(
+    file: Path | None, assignments: Iterable[str], values: Mapping[str, Any], flags: Iterable[KeyOption]
+) -> Iterator[str]:
+    yield from ("--config", str(file)) if file else ()
+    for text in assignments:
+        yield from ("--set", text)
+    for option in flags:
+        if option.key in values:
+            value = values[option.key]
+            yield from ("--set", f"{option.key}={'true' if value is True else value}")
+
+
+def group(app: typer.Typer, name: str, text: str) -> typer.Typer:
+    """A command ``name`` of ``app`` that has commands of its own."""
+    commands = typer.Typer(no_args_is_help=True, help=text)
+    commands.callback()(lambda: None)  # or typer would make a single command of it
+    app.add_typer(commands, name=name)
+    return commands
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"draft.taps": t} as {"draft": {"taps": t}}."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, leaf = key.split(".")
+        sections.setdefault(section, {})[leaf] = value
+    return sections
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _sentence(text: str | None) -> str:
+    return (text or "")[:1].upper() + (text or "")[1:]
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM end the command as Ctrl-C does: what is finished is kept."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def complain(error: NdsError) -> None:
     err.print(f"[bold red]error:[/] {escape(error.what)}", soft_wrap=True)
     err.print(f"  [bold]do:[/] {escape(error.do)}", soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A remark on stderr that is no fault."""
+    err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
 
 
 def remark(console: Console, label: str, text: str, style: str) -> None:
@@ -48,31 +210,52 @@ def emit(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
-def taps_setting(taps: str | None) -> list[str]:
-    """``--taps`` as assignments for the configuration.
-
-    Raises:
-        InputError: neither a known choice nor a list of layers.
-    """
-    from nemotron_dspark.config.run import read_taps
-
-    if taps is None:
-        return []
-    try:
-        return [f"draft.taps={read_taps(taps)}"]
-    except ValueError as error:
-        raise InputError(f"--taps {taps!r} is {error}.", "Leave it out for the default choice.") from None
+def show_rows(rows: Iterable[tuple[str, str | None]], remarks: Iterable[str] = ()) -> None:
+    """Labels and values, one a line without those that are None; then ``remarks``, a line each."""
+    table = Table.grid(padding=(0, 2))
+    for label, value in rows:
+        if value is not None:
+            table.add_row(label, escape(value))
+    out.print(table)
+    for sentence in remarks:
+        out.print(f"[yellow]{escape(sentence)}[/]", soft_wrap=True)
 
 
-def trust_setting(trust: bool) -> list[str]:
-    """``--trust-remote-code`` as assignments for the configuration; without the flag the configuration decides."""
-    return ["target.trust_remote_code=true"] if trust else []
+def share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "none"
 
 
-def progress_bar(*, counts: bool = True) -> Progress:
-    """A bar on stderr with the time left, and with a count unless the steps have none; several tasks may be added."""
+class Bars:
+    """Progress bars on stderr, one for each thing that is counted, with the time left."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._first: dict[str, int] = {}  # tokens that were there at the first update
+
+    def update(self, what: str, done: float, total: float | None, *, tokens: int = 0) -> None:
+        """``tokens`` done so far, if given, become a rate."""
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(escape(what), total=total or None, rate="")
+            self._first[what] = tokens
+        task = self._tasks[what]
+        seconds, fresh = self._progress.tasks[task].elapsed or 0.0, tokens - self._first[what]
+        rate = f"{fresh / seconds:,.0f} tokens/s" if tokens and seconds > 0.5 else ""
+        self._progress.update(task, completed=done, total=total or None, rate=rate)
+
+    def reset(self, what: str, text: str, done: float, total: float | None) -> None:
+        """Like `update`, under another text."""
+        self.update(what, done, total)
+        self._progress.update(self._tasks[what], description=escape(text))
+
+
+@contextmanager
+def bars(*, counts: bool = True) -> Iterator[Bars]:
+    """Bars while the block runs, on a terminal only; with a count unless the steps have none."""
     columns = [TextColumn("{task.description}"), BarColumn(), *([MofNCompleteColumn()] if counts else [])]
-    return Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal)
+    rest = [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
+    with Progress(*columns, *rest, console=err, disable=not err.is_terminal) as progress:
+        yield Bars(progress)
 
 
 def quiet_libraries() -> None:
@@ -84,16 +267,3 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-TargetOption = Annotated[str, typer.Option("--target", "-t", help="Hub id, local folder or alias of the target.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with sections of keys.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be given several times.")]
-TapsOption = Annotated[
-    str | None,
-    typer.Option("--taps", help="Target layers the draft reads: even, attention or a list as 1,5,19 (draft.taps)."),
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the target's checkpoint.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]

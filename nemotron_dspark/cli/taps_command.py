@@ -9,92 +9,46 @@ from rich.table import Table
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.cli.inspect_command import KINDS
-from nemotron_dspark.errors import InputError
+from nemotron_dspark.config import RunConfig
 
 if TYPE_CHECKING:
+    from nemotron_dspark.recipe.taps import TapReport
     from nemotron_dspark.targets.tap_search import TapSearch
 
 _BAR = 16
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Choose the target layers that a draft reads.")
-    app.add_typer(group, name="taps")
-    group.callback()(lambda: None)
-    group.command("search")(search)
+    commands = shell.group(app, "taps", "Choose the target layers that a draft reads.")
+    shell.command(commands, show=_show)(search)
 
 
 def search(
-    target: shell.TargetOption,
+    config: RunConfig,
     data: Annotated[Path, typer.Option("--data", "-d", help="JSON lines of conversations with the target's answers.")],
     count: Annotated[int | None, typer.Option(min=1, help="Layers to choose; draft.num_taps when not given.")] = None,
     tokens: Annotated[int, typer.Option(min=100, help="Positions in answers to regress on.")] = 4000,
     width: Annotated[int, typer.Option(min=1, help="Numbers kept of a hidden state, by a random projection.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the conversations drawn and of the projection.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of taps.json and taps.png.")] = None,
-    config: shell.ConfigOption = None,
-    settings: shell.SetOption = None,
-    trust: shell.TrustOption = False,
-    json: shell.JsonOption = False,
-) -> None:
+) -> "TapReport":
     """Rank layers by how well they predict the target's later states, and choose a set. Trains nothing."""
-    from nemotron_dspark.config import load_config
+    from nemotron_dspark.recipe.taps import search_taps
+    from nemotron_dspark.stages import target_folder_name
 
-    run = load_config(config, [*(settings or ()), *shell.trust_setting(trust)], target=target)
-    count = run.draft.num_taps if count is None else count
-    shell.quiet_libraries()
-    from nemotron_dspark import files
-    from nemotron_dspark.evaluation.tap_picture import draw_search
-    from nemotron_dspark.recipe.taps import collect
-    from nemotron_dspark.targets import Target, proofs
-    from nemotron_dspark.targets import tap_search as searching
+    folder = out or Path("runs") / f"{target_folder_name(config)}-taps"
+    labels = {kind: name for kind, (name, _) in KINDS.items()}
+    with shell.bars() as bars:
+        return search_taps(
+            config, data, folder, labels, count=count, tokens=tokens, width=width, seed=seed, on_progress=bars.update
+        )
 
-    with shell.err.status("Loading and proving the target"):
-        loaded = Target.of(run.target)
-        candidates = loaded.spec.num_layers - 1
-        if count > candidates:
-            raise InputError(
-                f"{count} taps were asked for, and the target has {candidates} layers that may be one.",
-                f"Give --count {candidates} or less.",
-            )
-        if run.target.proofs:
-            proofs.prove(loaded, range(candidates))
-    with shell.progress_bar() as bar:
-        task = bar.add_task("target's states", total=tokens)
-        rows, conversations = collect(
-            loaded,
-            data,
-            gamma=run.draft.block_size,
-            tokens=tokens,
-            width=width,
-            seed=seed,
-            data=run.data,
-            progress=lambda done, total: bar.update(task, completed=done),
-        )
-        task = bar.add_task("regressions", total=None)
-        found = searching.search(
-            loaded.spec, rows, count, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    folder = out or Path("runs") / f"{Path(target).name or 'target'}-taps"
-    value = found.to_json() | {
-        "data": str(data),
-        "conversations": conversations,
-        "positions": len(rows.conversations),
-        "width": rows.features.shape[2],
-        "seed": seed,
-    }
-    files.write_json(folder / "taps.json", value)
-    if not json:
-        _print(found)
-        _print_notes(
-            found, len(rows.conversations), tokens, conversations, rows.features.shape[2], loaded.spec.hidden_size
-        )
-    picture = draw_search(folder / "taps.png", found, {kind: name for kind, (name, _) in KINDS.items()})
-    if json:
-        shell.emit(value | {"picture": str(picture)})
-        return
-    listed = ",".join(map(str, found.taps))
-    shell.out.print(f"picture  {escape(str(picture))}", soft_wrap=True)
+
+def _show(report: "TapReport") -> None:
+    _print(report.search)
+    _print_notes(report)
+    listed = ",".join(map(str, report.search.taps))
+    shell.out.print(f"picture  {escape(str(report.picture))}", soft_wrap=True)
     shell.out.print(
         f"use      [bold]--taps {listed}[/]   or in a config   draft: {{taps: \\[{listed}]}}", soft_wrap=True
     )
@@ -142,18 +96,18 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
-def _print_notes(found: "TapSearch", positions: int, asked: int, conversations: int, width: int, hidden: int) -> None:
-    projected = f"projected from {hidden} to {width}" if width < hidden else f"whole ({hidden})"
-    shell.out.print(f"{positions:,} positions of {conversations:,} conversations, hidden states {projected}")
-    if positions < asked:
-        shell.err.print(f"[yellow]note:[/] the data has {positions:,} positions that count, not {asked:,}.")
+def _print_notes(report: "TapReport") -> None:
+    found, positions = report.search, report.positions
+    projected = f"projected from {report.hidden} to {report.width}" if report.width < report.hidden else "whole"
+    shell.out.print(f"{positions:,} positions of {report.conversations:,} conversations, hidden states {projected}")
+    if positions < report.asked:
+        shell.note(f"the data has {positions:,} positions that count, not {report.asked:,}.")
     idle = [str(score.layer) for score in found.layers if score.order and score.gain <= 0]
     if idle:
-        shell.err.print(f"[yellow]note:[/] layer {', '.join(idle)} added nothing: fewer taps would do as well.")
+        shell.note(f"layer {', '.join(idle)} added nothing: fewer taps would do as well.")
     default = next(one for one in found.sets if one.name == "default")
     if default.taps != found.taps and default.behind < 2 * default.behind_error:
-        shell.err.print(
-            "[yellow]note:[/] the default set is not clearly behind: the difference is less than two standard errors. "
-            "More --tokens narrow it.",
-            soft_wrap=True,
+        shell.note(
+            "the default set is not clearly behind: the difference is less than two standard errors. More --tokens "
+            "narrow it."
         )

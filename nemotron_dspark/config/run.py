@@ -230,7 +230,7 @@ def _validated(values: dict[str, Any], origin: str = "") -> RunConfig:
 
 
 def load_config(
-    target: str | None = None,
+    target: str | Mapping[str, Any] | None = None,
     *,
     file: Path | None = None,
     preset: Path | None = None,
@@ -239,8 +239,8 @@ def load_config(
 ) -> RunConfig:
     """Resolve a run's configuration: defaults < ``preset`` < ``file`` < ``assignments`` < ``sections`` < ``target``.
 
-    An assignment is the text "section.key=value"; a section is a mapping, as in ``train={"lr": 1e-4}``. Without
-    ``preset``, the target's own in `configs/` is used, if there is one.
+    An assignment is the text "section.key=value"; a section is a mapping, as in ``train={"lr": 1e-4}``, and ``target``
+    may be the name alone. Without ``preset``, the target's own in `configs/` is used, if there is one.
 
     Raises:
         InputError: a file is missing or malformed, a key is unknown, or a value is out of range.
@@ -251,7 +251,7 @@ def load_config(
         _validated(given, f"--set {text}: ")
     given = _merge(given, sections)
     if target is not None:
-        given = _merge(given, {"target": {"name": target}})
+        given = _merge(given, {"target": {"name": target} if isinstance(target, str) else target})
     name = _validated(given).target.name
     if preset is None and name is not None:
         preset = preset_for(name)

@@ -29,6 +29,9 @@ class Checkout:
     commit: str | None  # None: no git repository, so nobody knows
     changed: tuple[str, ...]  # tracked files that differ from the commit
 
+    def to_json(self) -> dict[str, str | None]:
+        return {"folder": str(self.folder), "commit": self.commit}
+
     def warnings(self) -> tuple[str, ...]:
         """What is unusual about it, one sentence each; none of it stops anything."""
         found = []

@@ -66,14 +66,15 @@ data = {{
 """
 
 
-def config_for(target: str, run: RunConfig, *, algorithm: str = "dspark", file: str | None = None) -> str:
-    """`config_text` for a target by name: mask token and chat template follow from its tokenizer.
+def config_for(run: RunConfig, *, algorithm: str = "dspark", file: str | None = None) -> str:
+    """`config_text` for the target that ``run`` names: mask token and chat template follow from its tokenizer.
 
     Raises:
         InputError: no such target, or values no such draft can have.
     """
     from transformers import AutoTokenizer
 
+    target = str(run.target.name)
     folder = locate(target, revision=run.target.revision)
     spec = TargetSpec.from_folder(folder, target)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -7,14 +7,18 @@ nodes there, not a process's.
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nemotron_dspark.cache.reader import read_layout
 from nemotron_dspark.cache.verify import check_mask_token
+from nemotron_dspark.config import RunConfig
 from nemotron_dspark.deepspec import fit
-from nemotron_dspark.deepspec.checkout import Checkout, deepspec_module, put_on_path
+from nemotron_dspark.deepspec.checkout import Checkout, deepspec_module, find, put_on_path
+from nemotron_dspark.deepspec.config_file import config_for
 from nemotron_dspark.errors import EnvironmentFault, InputError, NdsError, first_line
+from nemotron_dspark.files import write_text
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
@@ -129,6 +133,38 @@ def check_training(cfg: Mapping[str, Any], workers: int) -> tuple[str, ...]:
     locate(spec.name, weights=True)  # downloaded once, not by every rank
     latest = Path(cfg["logging"]["checkpoint_dir"]) / "step_latest"
     return (f"DeepSpec goes on from {latest.resolve()}.",) if latest.exists() else ()
+
+
+def train(config: Path, opts: Sequence[str], nodes: Nodes, note: Callable[[str], None]) -> NoReturn:
+    """Check everything that can be checked, then become DeepSpec's train.py on ``config``; ``note`` gets remarks."""
+    checkout = find()
+    machines = int(nodes.variables()["WORLD_SIZE"])
+    gpus = require_gpus()
+    remarks = check_training(load_config(checkout, config, opts), gpus * machines)
+    for text in (*checkout.warnings(), *remarks):
+        note(text)
+    run(checkout, training_command(checkout, config, opts), nodes)
+
+
+def train_on_cache(config: RunConfig, cache: Path | None, out: Path, note: Callable[[str], None]) -> NoReturn:
+    """Write the same run as a DeepSpec config to ``out``, then `train` on it.
+
+    Raises:
+        InputError: there is no cache, or it does not fit.
+    """
+    if cache is None:
+        raise InputError("DeepSpec's loop reads a cache; --data is given.", "Build one with `nds cache build`.")
+    if config.draft.taps is None:  # the cache was built with some; they are the only ones there are
+        taps = list(read_layout(cache).taps)
+        config = config.model_copy(update={"draft": config.draft.model_copy(update={"taps": taps})})
+    file = out / "deepspec_config.py"
+    write_text(file, config_for(config, file=str(file)))
+    options = {
+        "data.target_cache_path": cache,
+        "logging.checkpoint_dir": out / "checkpoints",
+        "logging.tensorboard_dir": out / "tensorboard",
+    }
+    train(file, [f"{key}={path.absolute()}" for key, path in options.items()], Nodes(), note)
 
 
 def run(checkout: Checkout, arguments: Sequence[str], nodes: Nodes, folder: Path | None = None) -> NoReturn:

@@ -76,6 +76,18 @@ class Job:
         return self.folder(part).with_suffix(".jsonl")
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A finished target cache of a DeepSpec run."""
+
+    folder: Path
+    samples: int
+    shards: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"folder": str(self.folder)}
+
+
 def begin(job: Job) -> bool:
     """Claim ``job.out`` for this job; True when its cache is there already.
 

@@ -4,13 +4,14 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Sequence
+from typing import Any
 
-from nemotron_dspark.deepspec.checkout import COMMIT, Checkout
+from nemotron_dspark.deepspec.checkout import COMMIT, Checkout, find
+from nemotron_dspark.errors import EnvironmentFault
+from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
 PINNED_TORCH, PINNED_TRANSFORMERS = "2.9.1", "5.10.2"
-OLDEST_TRANSFORMERS = (5, 15)
 PACKAGES = ("triton", "prettytable", "tensorboard", "matplotlib", "tqdm", "yaml")  # that DeepSpec's modules import
 
 OVERRIDE = (
@@ -57,6 +58,46 @@ FAULTS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Whether DeepSpec runs here, and what transformers does wrong with a target."""
+
+    lines: list[Line]
+    target: str | None
+    transformers: str  # version
+    faults: list[tuple[Fault, bool, bool]]  # each with whether DeepSpec's pin has it, and whether this version has it
+
+    @property
+    def missing(self) -> list[str]:
+        """What DeepSpec cannot run without."""
+        return [line.item for line in self.lines if line.level == "missing"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "lines": [dataclasses.asdict(line) for line in self.lines],
+            "missing": self.missing,
+            "override": OVERRIDE,
+            "target": self.target,
+            "faults": [
+                {"what": fault.what, "in_deepspecs_pin": pinned, "here": here, "cure": fault.cure}
+                for fault, pinned, here in self.faults
+            ],
+        }
+
+
+def status(target: str | None) -> Status:
+    """Look at this machine, and at ``target`` (folder, alias or hub id) if one is named."""
+    import transformers
+
+    try:
+        home = find()
+    except EnvironmentFault:
+        home = None
+    spec = TargetSpec.from_folder(locate(target), target) if target else None
+    found = faults(spec, transformers.__version__, kernels=has_kernels(spec)) if spec else []
+    return Status(environment(home), target, transformers.__version__, found)
+
+
 def environment(checkout: Checkout | None) -> list[Line]:
     """Rows on the checkout, the versions, the devices and the packages."""
     import torch
@@ -71,9 +112,7 @@ def environment(checkout: Checkout | None) -> list[Line]:
     rows.append(Line("python", platform.python_version()))
     other = "" if torch.__version__.startswith(PINNED_TORCH) else f"DeepSpec pins {PINNED_TORCH}"
     rows.append(Line("torch", torch.__version__, other, "note" if other else "ok"))
-    right = version_of(transformers.__version__) >= OLDEST_TRANSFORMERS
-    meaning = f"in place of DeepSpec's {PINNED_TRANSFORMERS}" if right else "5.15 or newer is needed, see below"
-    rows.append(Line("transformers", transformers.__version__, meaning, "ok" if right else "missing"))
+    rows.append(Line("transformers", transformers.__version__, f"in place of DeepSpec's {PINNED_TRANSFORMERS}"))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
         rows.append(Line("CUDA", f"{count} × {torch.cuda.get_device_name(0)}", f"torch built for {torch.version.cuda}"))
@@ -113,10 +152,6 @@ def has_kernels(spec: TargetSpec) -> bool:
 def version_of(text: str) -> tuple[int, int]:
     major, minor, *_ = text.split(".")
     return int(major), int(minor)
-
-
-def missing(rows: Sequence[Line]) -> list[str]:
-    return [row.item for row in rows if row.level == "missing"]
 
 
 def _has(fault: Fault, version: tuple[int, int]) -> bool:

@@ -1,10 +1,61 @@
-"""Tables of an evaluation."""
+"""An evaluation as people get it: JSON, tables, a picture, and the verdict on equality."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from nemotron_dspark import files
+from nemotron_dspark.errors import CheckError
 from nemotron_dspark.evaluation.measure import Evaluation, Measurement
+from nemotron_dspark.evaluation.picture import draw_run
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalReport:
+    """What was measured, and on what."""
+
+    target: str
+    draft: str  # its folder; empty for one that was given loaded
+    prompts_file: str
+    prompts: int
+    dtype: str  # of the target's weights
+    evaluation: Evaluation
+
+    def to_json(self) -> dict[str, Any]:
+        names = {"target": self.target, "draft": self.draft, "prompts_file": self.prompts_file}
+        return names | self.evaluation.to_json()
+
+    @property
+    def labelled(self) -> dict[str, Measurement]:
+        """The measurements by what a table calls them."""
+        return {label_of(measurement): measurement for measurement in self.evaluation.measurements}
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write ``eval.json`` and ``eval.png`` there; returns their paths."""
+        files.write_json(folder / "eval.json", self.to_json())
+        return folder / "eval.json", draw_run(folder / "eval.png", self.labelled, title=self.target)
+
+    def check_lossless(self) -> str | None:
+        """A remark on outputs that differ because half precision rounds; None when all are equal.
+
+        Raises:
+            CheckError: they differ in full precision.
+        """
+        lossless = self.evaluation.lossless
+        if lossless.identical == lossless.prompts:
+            return None
+        if self.dtype == "torch.float32":
+            raise CheckError(
+                f"Speculative output differs from plain output, first at {lossless.first_difference}.",
+                "Run `nds inspect --probe` on the target; if its proofs pass, report it.",
+            )
+        return (
+            f"outputs differ first at {lossless.first_difference}. In half precision a block and a single token round "
+            "differently, and near ties fall either way; --set target.dtype=float32 decides."
+        )
 
 
 def acceptance_table(measurements: Mapping[str, Measurement], title: str = "Acceptance") -> Table:

@@ -13,27 +13,21 @@ from typing import Any
 
 import torch
 
-from nemotron_dspark import files
-from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.chat.mask_token import choose_mask_token
+from nemotron_dspark import files, stages
 from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.data.regenerate import regenerate
-from nemotron_dspark.decoding.pair import load_pair
+from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError
-from nemotron_dspark.evaluation.measure import Evaluation, Measurement, evaluate, measure, prompt_ids
+from nemotron_dspark.evaluation.measure import Evaluation, Measurement, measure, prompt_ids
 from nemotron_dspark.evaluation.picture import draw_run
 from nemotron_dspark.recipe.corpus import HELD_OUT, MODULES, passages, sources
 from nemotron_dspark.recipe.demo_target import TargetTraining, train_target
 from nemotron_dspark.resources import resource_folder
-from nemotron_dspark.serving.background import ServerThread
 from nemotron_dspark.targets import Target
-from nemotron_dspark.targets.proofs import prove
-from nemotron_dspark.targets.taps import chosen_taps
-from nemotron_dspark.training.batches import Plan
 from nemotron_dspark.training.loop import Watcher
 from nemotron_dspark.training.metrics import StepMetrics
-from nemotron_dspark.training.run import train_run
+from nemotron_dspark.training.plan import Plan
 
 STAGES = ("target", "answers", "cache", "train", "eval", "serve")
 _SMALL_TENSORS = ("answers", "eval", "serve")  # decoding a tiny model: a second thread would only be waited for
@@ -118,8 +112,7 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
     held_out = _write_prompts(run_dir, budget, seed)
 
     with clock("answers"):
-        target = Target.of(config.target)
-        prove(target)
+        target = stages.load_target(config)
         answer_prompts(target, run_dir, config, budget, progress)
 
     with clock("cache"):
@@ -129,7 +122,7 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
         run = _train(run_dir, config, budget, progress)
 
     with clock("eval"):
-        target, draft = load_pair(config.target, run / "draft")
+        draft = load_draft(run / "draft", target)
         evaluation, measurements = _evaluate(target, draft, held_out, config, seed, progress)
 
     with clock("serve"):
@@ -201,7 +194,7 @@ def answer_prompts(target: Target, run_dir: Path, config: RunConfig, budget: Bud
     """`conversations.jsonl`: each prompt answered once, at one of the temperatures the draft will work at."""
     rows = (run_dir / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     answered = []
-    with ServerThread(target, None, config.serve) as server:
+    with stages.serve(config, target=target) as server:
         for name, (temperature, share) in _TEMPERATURES.items():
             count = round(share * budget.train_prompts)
             files.write_text(run_dir / "answers" / f"prompts-{name}.jsonl", "".join(rows[:count]))
@@ -222,33 +215,30 @@ def answer_prompts(target: Target, run_dir: Path, config: RunConfig, budget: Bud
 
 
 def _cache(target: Target, run_dir: Path, config: RunConfig, progress: Progress) -> None:
-    taps = chosen_taps(target.spec, config.draft)
-    prove(target, taps)
-    report = build_cache(
-        target,
+    report = stages.build_cache(
+        config,
         run_dir / "conversations.jsonl",
         run_dir / "cache",
-        taps=taps,
-        data=config.data,
-        cache=config.cache,
-        mask_token_id=choose_mask_token(target.tokenizer, target.spec).id,
-        progress=lambda now: progress.update(f"{now.samples} samples", now.samples, now.total_samples),
+        target=target,
+        on_progress=lambda now: progress.update(f"{now.samples} samples", now.samples, now.total_samples),
     )
-    progress.note(f"{report.samples} samples, {report.tokens} tokens, {report.bytes / 1e6:.0f} MB, taps {list(taps)}")
+    built = report.build
+    size = files.size_text(built.bytes)
+    progress.note(f"{built.samples} samples, {built.tokens} tokens, {size}, taps {list(report.taps)}")
 
 
 def _train(run_dir: Path, config: RunConfig, budget: Budget, progress: Progress) -> Path:
     """Train for about the budget's seconds: a few steps first, thrown away, tell how many fit."""
-    target, cache, run = config.target.name, run_dir / "cache", run_dir / "run"
+    cache, run = run_dir / "cache", run_dir / "run"
 
     def with_steps(steps: int) -> RunConfig:
         return config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
 
     trial = run_dir / "calibration"
-    seconds = train_run(target, cache, trial, with_steps(_CALIBRATION_STEPS)).seconds
+    seconds = stages.train(with_steps(_CALIBRATION_STEPS), trial, cache=cache).seconds
     shutil.rmtree(trial)
     steps = max(10, int(budget.train_seconds / (seconds / _CALIBRATION_STEPS)))
-    report = train_run(target, cache, run, with_steps(steps), watcher=_Steps(progress))
+    report = stages.train(with_steps(steps), run, cache=cache, watcher=_Steps(progress))
     progress.note(f"{report.parameters / 1e6:.1f} M trained parameters, {report.steps} steps")
     return run
 
@@ -262,7 +252,7 @@ def _evaluate(
     def show(what: str, done: int, total: int) -> None:
         progress.update(what, done, total)
 
-    evaluation = evaluate(target, draft, prompts, config.eval, show)
+    evaluation = stages.evaluate(config, draft, held_out, target=target, on_progress=show).evaluation
     untrained = DSparkDraft(draft.config, seed=seed)
     untrained.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight)
     greedy, sampled = evaluation.measurements
@@ -288,7 +278,7 @@ def _serve(target: Target, draft: DSparkDraft, held_out: Path, config: RunConfig
 
     prompt = next(iter(read_prompts(held_out)))
     messages = [{"role": message.role, "content": message.content} for message in prompt.first]
-    with ServerThread(target, draft, config.serve) as server:
+    with stages.serve(config, draft, target=target) as server:
         client = openai.OpenAI(base_url=server.base_url, api_key="-")
         answer = client.chat.completions.create(
             model=server.model_id, messages=messages, temperature=0, max_tokens=config.eval.max_new_tokens

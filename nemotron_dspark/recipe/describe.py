@@ -12,6 +12,7 @@ from typing import Any
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.config.known import RESEARCH_ONLY, KnownTarget, known_target
 from nemotron_dspark.config.presets import preset_for
+from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.errors import InputError, first_line
 from nemotron_dspark.files import read_json
@@ -64,15 +65,14 @@ class Description:
         return values | {"spec": spec, "folder": str(self.folder), "draft": draft}
 
 
-def describe(name: str, config: RunConfig) -> Description:
-    """Describe the target ``name`` (hub id, alias or folder) as the stages would use it under ``config``.
+def inspect(config: RunConfig) -> Description:
+    """Describe the target that ``config.target`` names as the stages would use it.
 
     Raises:
         InputError: the target cannot be found, its family is not supported, or ``config`` does not fit it.
         EnvironmentFault: the hub cannot be reached.
     """
-    from nemotron_dspark.drafts.builder import build_draft_config
-
+    name = str(config.target.name)
     folder = locate(name, revision=config.target.revision, code=config.target.trust_remote_code)
     values = read_json(folder / "config.json")
     if not isinstance(values, dict):

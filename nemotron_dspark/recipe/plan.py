@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_dspark.config import CacheConfig, RunConfig
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import size_text as size
 from nemotron_dspark.recipe import needs
+from nemotron_dspark.recipe.describe import inspect, tokenizer_in
 from nemotron_dspark.recipe.machines import GB, Machine
+from nemotron_dspark.recipe.machines import machine as machine_called
 from nemotron_dspark.recipe.needs import ASSUMED, Shape
-from nemotron_dspark.recipe.workload import Workload
+from nemotron_dspark.recipe.workload import ANSWER_SHARE, Workload, from_file, from_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,9 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ResourceEstimate:
+    """What every mode needs for one target, workload and machine, and which is recommended."""
+
     target: str
     machine: Machine
     workload: Workload
@@ -113,6 +118,48 @@ class Plan:
 
 
 def plan(
+    config: RunConfig,
+    *,
+    data: Path | None = None,
+    samples: int | None = None,
+    mean_length: int | None = None,
+    answer_share: float = ANSWER_SHARE,
+    machine: str = "here",
+    price: float | None = None,
+    options: Sequence[str] = (),
+) -> ResourceEstimate:
+    """Estimate disk, memory, hours and dollars of a run from the target's config and ``data``, or from two numbers.
+
+    ``machine`` is a name in `machines` or "here"; ``price`` is dollars an hour for the whole machine; ``options`` are
+    flags such as ``--set train.lr=1e-4``, repeated in the commands that the estimate recommends.
+
+    Raises:
+        InputError: neither or both of data and numbers, or the target's size cannot be told.
+    """
+    if price is not None and not price >= 0:
+        raise InputError(f"--price {price:g} is negative.", "Give dollars an hour.")
+    if (data is None) == (samples is None) or (samples is None) != (mean_length is None):
+        raise InputError(
+            "A plan needs to know how much data there is: either a file or two numbers.",
+            "Give --data answers.jsonl, or --samples 50000 --mean-length 800.",
+        )
+    where = machine_called(machine)
+    found = inspect(config)
+    if found.parameters is None and found.stored_parameters is None:
+        raise InputError(
+            f"The size of {config.target.name} cannot be told: {found.warnings[0]}", "Check the target's config.json."
+        )
+    positions = found.spec.max_position_embeddings
+    if data is not None:
+        tokenizer = tokenizer_in(found, trusted=config.target.trust_remote_code)
+        workload = from_file(data, tokenizer, config.data, positions)
+    else:
+        workload = from_numbers(samples, mean_length, config.data, positions, answer_share)
+    answers = str(data) if data else "answers.jsonl"
+    return estimate(Shape.of(found), config, workload, where, price=price, options=options, data=answers)
+
+
+def estimate(
     shape: Shape,
     config: RunConfig,
     workload: Workload,
@@ -121,18 +168,14 @@ def plan(
     price: float | None = None,
     options: Sequence[str] = (),
     data: str = "answers.jsonl",
-) -> Plan:
-    """The plan for the target that ``shape`` describes.
-
-    ``price`` is dollars an hour for the whole machine; ``options`` are the user's own, such as ``--set``, and ``data``
-    is the file, both for the commands.
-    """
+) -> ResourceEstimate:
+    """The estimate for the target that ``shape`` describes; ``options`` and ``data`` are for the commands."""
     columns = tuple(_column(mode, shape, config, workload, machine, price) for mode in modes())
     fitting = [column for column in columns if not column.problems]
     exact = [column for column in fitting if column.mode != "compact" or fitting[0].mode != "cached"]
     best = min(exact, key=lambda column: column.total_hours) if fitting else None
     commands = _commands(best, shape, config, machine, options, data) if best else ()
-    return Plan(
+    return ResourceEstimate(
         shape.name,
         machine,
         workload,

@@ -1,7 +1,8 @@
-"""Every stage once on tiny random models: no GPU, no network, under a minute.
+"""Every stage once on tiny random models: no network, under a minute, on the CPU or on the device that is asked for.
 
 Random weights say nothing about acceptance; they test plumbing and exactness. Each check returns a sentence on what it
-saw and raises when it saw something else.
+saw and raises when it saw something else. What is equal to the bit on a CPU is equal to rounding on a GPU, whose
+kernels add up in an order of their own.
 """
 
 import contextlib
@@ -11,44 +12,52 @@ import struct
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
-from nemotron_dspark.cache.build import BuildProgress, build_cache
+from nemotron_dspark import stages
+from nemotron_dspark.cache.build import BuildProgress
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
 from nemotron_dspark.chat.format import Conversation, Message
 from nemotron_dspark.chat.mask import tokenise
-from nemotron_dspark.chat.mask_token import choose_mask_token
-from nemotron_dspark.config import CacheConfig, DataConfig, DraftSection, RunConfig, ServeConfig, TrainConfig
+from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.errors import CheckError, InputError
-from nemotron_dspark.files import json_line, sha256
+from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
+from nemotron_dspark.files import json_line, read_json, sha256
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target
-from nemotron_dspark.targets.mamba2 import Mamba2States
+from nemotron_dspark.targets import Captured, Target
 from nemotron_dspark.targets.proofs import prove, run_proofs
 from nemotron_dspark.training.loop import Watcher
 from nemotron_dspark.training.metrics import StepMetrics
-from nemotron_dspark.training.run import train_run
 
 TAPS = (1, 4)
 _WORDS = ("state", "block", "draft", "token", "verify", "accept", "commit", "layer", "anchor", "context", "shard")
-_CONFIG = RunConfig(
-    draft=DraftSection(num_layers=1, block_size=4, taps=list(TAPS), markov_rank=16),
-    data=DataConfig(max_length=96, min_loss_tokens=4),
-    cache=CacheConfig(shard_bytes=40_000, batch_tokens=256),
-    train=TrainConfig(
-        lr=3e-3, local_batch_size=2, global_batch_size=4, num_anchors=8, max_steps=8, log_every=2, checkpoint_every=3
-    ),
-)
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "draft": {"num_layers": 1, "block_size": 4, "taps": list(TAPS), "markov_rank": 16},
+    "data": {"max_length": 96, "min_loss_tokens": 4},
+    "cache": {"shard_bytes": 40_000, "batch_tokens": 256},
+    "train": {
+        "lr": 3e-3,
+        "local_batch_size": 2,
+        "global_batch_size": 4,
+        "num_anchors": 8,
+        "max_steps": 8,
+        "log_every": 2,
+        "checkpoint_every": 3,
+        "precision": "fp32",
+        "attention": "dense",  # FlexAttention would be compiled, which takes longer than everything else
+    },
+    "serve": {"port": 0},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +68,28 @@ class CheckResult:
     seconds: float
 
 
-def run_selftest(folder: Path | None = None) -> Iterator[CheckResult]:
+@dataclasses.dataclass(frozen=True)
+class SelftestReport:
+    checks: tuple[CheckResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def seconds(self) -> float:
+        return sum(check.seconds for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        checks = [dataclasses.asdict(check) for check in self.checks]
+        return {"passed": self.passed, "seconds": round(self.seconds, 2), "checks": checks}
+
+
+def run_selftest(folder: Path | None = None, *, device: str = "cpu") -> Iterator[CheckResult]:
     """Run every check, one result after the other; later checks use what earlier ones made."""
     torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
     with tempfile.TemporaryDirectory(prefix="nds-selftest-") as temporary:
-        bench = _Bench(Path(folder or temporary))
+        bench = _Bench(Path(folder or temporary), device)
         for name, check in _CHECKS.items():
             began = time.perf_counter()
             try:
@@ -76,14 +102,25 @@ def run_selftest(folder: Path | None = None) -> Iterator[CheckResult]:
 class _Bench:
     """What the checks share."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: str):
         self.folder = folder
+        self.name = str(folder / "target")
+        self.device = device
         self.target: Target
         self.conversations = folder / "conversations.jsonl"
 
-    @property
-    def name(self) -> str:
-        return str(self.folder / "target")
+    def config(self, **changes: dict[str, Any]) -> RunConfig:
+        """The settings of all checks; ``changes`` by section."""
+        sections = {name: {**_SETTINGS.get(name, {}), **changes.get(name, {})} for name in {*_SETTINGS, *changes}}
+        sections["target"] = {"name": self.name, "device": self.device}
+        sections["train"]["device"] = self.device
+        return load_config(**sections)
+
+    def load(self, folder: Path) -> Target:
+        return Target.load(str(folder), dtype="float32", device=self.device)
+
+    def draft(self) -> Any:
+        return load_draft(self.folder / "run" / "draft", self.target)
 
 
 def _require(condition: bool, what: str) -> None:
@@ -92,9 +129,8 @@ def _require(condition: bool, what: str) -> None:
 
 
 def _checkpoint(bench: _Bench) -> str:
-    tiny.random_target(Path(bench.name), pattern="ME*-M*-M")
-    bench.target = Target.load(bench.name)
-    return f"layers {bench.target.spec.layout}, {bench.target.spec.vocab_size} tokens"
+    bench.target = bench.load(tiny.random_target(Path(bench.name), pattern="ME*-M*-M"))
+    return f"layers {bench.target.spec.layout}, {bench.target.spec.vocab_size} tokens, on {bench.target.device}"
 
 
 def _proofs(bench: _Bench) -> str:
@@ -102,31 +138,39 @@ def _proofs(bench: _Bench) -> str:
     return f"{', '.join(result.name for result in results)}; worst error {max(r.error for r in results):.0e}"
 
 
+class _KeepsAll(Target):
+    """A target with a deliberate fault: rejected tokens stay in its state."""
+
+    proof = "rollback"
+
+    def commit(self, state: Any, kept: Sequence[int]) -> None:
+        super().commit(state, [state.block] * len(kept))
+
+
+class _OneOff(Target):
+    """A target with a deliberate fault: each tap is the layer behind the one that is asked for."""
+
+    proof = "taps"
+
+    def capture(self, input_ids: Any, attention_mask: Any, taps: Sequence[int]) -> Captured:
+        return super().capture(input_ids, attention_mask, [tap + 1 for tap in taps])
+
+
 def _proofs_fail(bench: _Bench) -> str:
     """The two faults that cost people most: a state that is not rolled back, taps one layer off."""
-
-    def keep_everything(self: Mamba2States, kept: list[int]) -> None:
-        block = next(iter(self._records.values())).dt.shape[1]
-        commit(self, [block] * len(kept))
-
-    def one_off(self: Target, taps: tuple[int, ...]):
-        hooks = tapped(self, [tap + 1 for tap in taps])
-        hooks._modules = {tap - 1: module for tap, module in hooks._modules.items()}
-        return hooks
-
-    commit, tapped = Mamba2States.commit, Target._tapped
     found = []
-    for owner, name, wrong in ((Mamba2States, "commit", keep_everything), (Target, "_tapped", one_off)):
-        with mock.patch.object(owner, name, wrong):
-            failed = [result.name for result in run_proofs(bench.target, TAPS) if not result.passed]
-        _require(len(failed) == 1, f"A deliberate fault in {name} failed {failed or 'nothing'}")
-        found += failed
+    for kind in (_KeepsAll, _OneOff):
+        target = bench.target
+        broken = kind(target.model, target.tokenizer, target.spec, target.folder)
+        failed = [result.name for result in run_proofs(broken, TAPS) if not result.passed]
+        _require(failed[:1] == [kind.proof], f"The deliberate fault {kind.__name__} failed {failed or 'nothing'}")
+        found += failed[:1]
     return f"a state kept after rejection fails {found[0]!r}, shifted taps fail {found[1]!r}"
 
 
 def _families(bench: _Bench) -> str:
     for family in ("llama", "qwen3"):
-        prove(Target.load(str(tiny.random_target(bench.folder / family, family))), (0, 2))
+        prove(bench.load(tiny.random_target(bench.folder / family, family)), (0, 2))
     return "llama and qwen3 pass the same proofs"
 
 
@@ -150,17 +194,10 @@ def _write_conversations(bench: _Bench) -> None:
     bench.conversations.write_text("".join(json_line(row) for row in rows) + "{broken\n")
 
 
-def _build(bench: _Bench, folder: Path, progress: Callable[[BuildProgress], None] | None = None):
-    return build_cache(
-        bench.target,
-        bench.conversations,
-        folder,
-        taps=TAPS,
-        data=_CONFIG.data,
-        cache=_CONFIG.cache,
-        mask_token_id=choose_mask_token(bench.target.tokenizer, bench.target.spec).id,
-        progress=progress,
-    )
+def _build(bench: _Bench, folder: Path, on_progress: Callable[[BuildProgress], None] | None = None):
+    return stages.build_cache(
+        bench.config(), bench.conversations, folder, target=bench.target, on_progress=on_progress
+    ).build
 
 
 def _cache(bench: _Bench) -> str:
@@ -174,7 +211,7 @@ def _cache(bench: _Bench) -> str:
     content = (folder / f"shard-{shard:05d}.bin").read_bytes()
     ids = torch.tensor(np.frombuffer(content, "<i4", length, at_ids).astype(np.int64))[None]
     captured = bench.target.capture(ids, None, TAPS)
-    for offset, expected in ((at_taps, captured.taps), (at_last, captured.last)):
+    for offset, expected in ((at_taps, captured.taps.cpu()), (at_last, captured.last.cpu())):
         stored = np.frombuffer(content, "<u2", expected.numel(), offset)
         found = torch.tensor(stored.view(np.int16)).view(torch.bfloat16).reshape(expected.shape)
         error = (found.float() - expected).abs().max() / expected.abs().max()
@@ -195,23 +232,35 @@ def _cache_resume(bench: _Bench) -> str:
         _build(bench, folder, stop)
     report = _build(bench, folder)
     _require(report.reused_samples > 0, "The resumed build began again")
-    names = sorted(path.name for path in (bench.folder / "cache").iterdir() if path.suffix in (".bin", ".idx"))
-    for name in names:
-        same = sha256(folder / name) == sha256(bench.folder / "cache" / name)
-        _require(same, f"{name} of an interrupted build differs from the undisturbed one")
-    return f"interrupted after {report.reused_samples} samples and resumed: {len(names)} files byte-equal"
+    whole, resumed = TargetCache(bench.folder / "cache"), TargetCache(folder)
+    _require(len(whole) == len(resumed), "The resumed cache has another number of samples")
+    for left, right in zip(whole, resumed, strict=True):
+        for name in ("input_ids", "loss_mask", "taps", "last"):
+            same = _same(bench, getattr(left, name), getattr(right, name), 1e-2)
+            _require(same, f"{name} of an interrupted build differs from the undisturbed one")
+    if bench.device == "cpu":
+        for path in (bench.folder / "cache").glob("s*.*"):
+            if path.suffix in (".bin", ".idx"):
+                _require(sha256(path) == sha256(folder / path.name), f"{path.name} of the two builds differs")
+    return f"interrupted after {report.reused_samples} samples and resumed: {len(whole)} samples are the same"
+
+
+def _same(bench: _Bench, left: torch.Tensor, right: torch.Tensor, tolerance: float) -> bool:
+    """Equal to the bit on a CPU, to ``tolerance`` of the largest value elsewhere."""
+    if bench.device == "cpu":
+        return torch.equal(left, right)
+    left, right = left.float(), right.float()
+    return bool((left - right).abs().max() <= tolerance * left.abs().max())
 
 
 def _mask_token_in_data(bench: _Bench) -> str:
+    used = int(TargetCache(bench.folder / "cache")[0].input_ids[0])
     try:
-        build_cache(
-            bench.target,
+        stages.build_cache(
+            bench.config(draft={"mask_token_id": used}),
             bench.conversations,
             bench.folder / "refused",
-            taps=TAPS,
-            data=_CONFIG.data,
-            cache=_CONFIG.cache,
-            mask_token_id=int(TargetCache(bench.folder / "cache")[0].input_ids[0]),
+            target=bench.target,
         )
     except InputError as error:
         _require("mask token" in error.what, f"Data with the mask token is refused for a wrong reason: {error}")
@@ -220,7 +269,7 @@ def _mask_token_in_data(bench: _Bench) -> str:
 
 
 def _train(bench: _Bench) -> str:
-    report = train_run(bench.name, bench.folder / "cache", bench.folder / "run", _CONFIG)
+    report = stages.train(bench.config(), bench.folder / "run", cache=bench.folder / "cache")
     losses = [json.loads(line)["loss"] for line in (bench.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     _require(losses[-1] < losses[0], f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
     return f"{report.steps} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}"
@@ -237,12 +286,14 @@ def _train_resume(bench: _Bench) -> str:
 
     run = bench.folder / "resumed-run"
     with contextlib.suppress(Interrupted):
-        train_run(bench.name, bench.folder / "cache", run, _CONFIG, watcher=Stop())
-    report = train_run(bench.name, bench.folder / "cache", run, _CONFIG)
+        stages.train(bench.config(), run, cache=bench.folder / "cache", watcher=Stop())
+    report = stages.train(bench.config(), run, cache=bench.folder / "cache")
     _require(report.resumed_from == 3, f"Training went on from step {report.resumed_from}, not 3")
-    whole, resumed = (folder / "draft" / "model.safetensors" for folder in (bench.folder / "run", run))
-    _require(sha256(whole) == sha256(resumed), "A resumed run ends in other weights than an undisturbed one")
-    return "stopped after step 4, resumed from 3: the same weights, bit for bit"
+    whole, resumed = (load_file(folder / "draft" / "model.safetensors") for folder in (bench.folder / "run", run))
+    for name, weight in whole.items():
+        same = _same(bench, weight, resumed[name], 1e-3)
+        _require(same, f"A resumed run ends in another {name} than an undisturbed one")
+    return "stopped after step 4, resumed from 3: the same weights" + (", bit for bit" * (bench.device == "cpu"))
 
 
 def _prompts(bench: _Bench, count: int) -> list[list[int]]:
@@ -253,7 +304,7 @@ def _prompts(bench: _Bench, count: int) -> list[list[int]]:
 
 
 def _lossless(bench: _Bench) -> str:
-    draft = load_draft(bench.folder / "run" / "draft", bench.target)
+    draft = bench.draft()
     plain, fast = Decoder(bench.target), Decoder(bench.target, draft)
     prompts, rounds, tokens = _prompts(bench, 12), 0, 0
     for prompt in prompts:
@@ -265,7 +316,7 @@ def _lossless(bench: _Bench) -> str:
 
 
 def _sampled(bench: _Bench) -> str:
-    draft = load_draft(bench.folder / "run" / "draft", bench.target)
+    draft = bench.draft()
     sampling = Sampling(temperature=1.0, seed=3, max_new_tokens=24)
     prompts = _prompts(bench, 3)
     alone = [Decoder(bench.target, draft).generate(prompt, sampling).tokens for prompt in prompts]
@@ -278,7 +329,7 @@ def _sampled(bench: _Bench) -> str:
 
 
 def _wrong_draft(bench: _Bench) -> str:
-    other = Target.load(str(tiny.random_target(bench.folder / "other", pattern="M*-M", hidden_size=32)))
+    other = bench.load(tiny.random_target(bench.folder / "other", pattern="M*-M", hidden_size=32))
     try:
         load_draft(bench.folder / "run" / "draft", other)
     except InputError as error:
@@ -303,20 +354,43 @@ def _truncated(bench: _Bench) -> str:
 
 def _server(bench: _Bench) -> str:
     try:
-        from nemotron_dspark.serving.background import ServerThread
-
-        draft = load_draft(bench.folder / "run" / "draft", bench.target)
-        with ServerThread(bench.target, draft, ServeConfig(port=0)) as server:
-            body = {"model": server.model_id, "prompt": "def advance", "max_tokens": 16, "temperature": 0}
-            request = urllib.request.Request(
-                f"{server.base_url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=30) as reply:
-                usage = json.load(reply)["usage"]
-    except ImportError as error:
-        return f"skipped: {error.name} is not installed (extra serve)"
+        running = stages.serve(bench.config(), bench.draft(), target=bench.target)
+    except EnvironmentFault as error:
+        if "which is not installed" not in error.what:
+            raise
+        return f"skipped: {error.what}"
+    with running as server:
+        body = {"model": server.model_id, "prompt": "def advance", "max_tokens": 16, "temperature": 0}
+        request = urllib.request.Request(
+            f"{server.base_url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            usage = json.load(reply)["usage"]
     _require(1 <= usage["completion_tokens"] <= 16, f"The server counted {usage['completion_tokens']} tokens")
     return f"{usage['completion_tokens']} tokens over HTTP"
+
+
+def _bridge(bench: _Bench) -> str:
+    """DeepSpec reads the config that is written for the target, the draft and the cache."""
+    from nemotron_dspark.deepspec import checkout, launch
+    from nemotron_dspark.deepspec.config_file import config_for
+
+    try:
+        home = checkout.find()
+    except EnvironmentFault:
+        return "skipped: there is no DeepSpec checkout (`nds deepspec install`)"
+    file = bench.folder / "deepspec_config.py"
+    file.write_text(config_for(bench.config(draft={"taps": [1, 2, 3, 4, 5]})))
+    try:
+        config = launch.load_config(home, file, [])
+    except EnvironmentFault as error:
+        return f"skipped: {error.what}"
+    built = config["train"]["trainer_cls"].draft_config(bench.target.spec, config["model"])
+    _require(built.block_size == 4, "DeepSpec reads another block size than was written")
+    ours = read_json(bench.folder / "run" / "draft" / "config.json")
+    lacking = [key for key in ours if not hasattr(built, key)]
+    _require(not lacking, f"The draft config that the bridge builds lacks {lacking}")
+    return f"DeepSpec {(home.commit or 'of unknown commit')[:7]} reads the config that is written for this target"
 
 
 _CHECKS: dict[str, Callable[[_Bench], str]] = {
@@ -335,4 +409,5 @@ _CHECKS: dict[str, Callable[[_Bench], str]] = {
     "a draft for another target": _wrong_draft,
     "a truncated draft": _truncated,
     "server": _server,
+    "bridge to DeepSpec": _bridge,
 }

@@ -3,26 +3,101 @@
 Conversations are drawn at random from the file, tokenised as for a cache, and run through the target one at a time.
 """
 
+import dataclasses
 import heapq
 import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nemotron_dspark.chat.mask import Tokenised
-from nemotron_dspark.config import DataConfig
+from nemotron_dspark.config import DataConfig, RunConfig
 from nemotron_dspark.data.conversations import Skipped, read
 from nemotron_dspark.data.samples import LinedSample, samples_of
 from nemotron_dspark.errors import CheckError, InputError
+from nemotron_dspark.evaluation.tap_picture import draw_search
+from nemotron_dspark.files import write_json
 from nemotron_dspark.targets import Target
-from nemotron_dspark.targets.tap_search import PARTS, TapData
+from nemotron_dspark.targets.proofs import prove
+from nemotron_dspark.targets.tap_search import PARTS, TapData, TapSearch, search
 
 _LEAST_CONVERSATIONS = 4 * len(PARTS)  # no conversation gives more than its share of the positions
 _PIECE_BYTES = 256 * 1024**2  # hidden states that one forward may keep
+
+
+@dataclasses.dataclass(frozen=True)
+class TapReport:
+    """A finished search and what it looked at."""
+
+    search: TapSearch
+    data: str
+    conversations: int
+    positions: int
+    asked: int  # positions
+    width: int  # numbers kept of a hidden state
+    hidden: int
+    seed: int
+    picture: Path
+
+    def to_json(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in ("data", "conversations", "positions", "width", "seed")}
+        return self.search.to_json() | values | {"picture": str(self.picture)}
+
+
+def search_taps(
+    config: RunConfig,
+    data: Path,
+    out: Path,
+    labels: dict[str, str],
+    *,
+    count: int | None = None,
+    tokens: int = 4000,
+    width: int = 128,
+    seed: int = 0,
+    on_progress: Callable[[str, float, float | None], None] = lambda what, done, total: None,
+) -> TapReport:
+    """Choose ``count`` taps by what they tell of the target's later states; write ``taps.json`` and ``taps.png``.
+
+    ``labels`` are the names of layer kinds in the picture.
+
+    Raises:
+        InputError: unusable data, or more taps than layers.
+        CheckError: a proof failed.
+    """
+    count = config.draft.num_taps if count is None else count
+    target = Target.of(config.target)
+    candidates = target.spec.num_layers - 1
+    if count > candidates:
+        raise InputError(
+            f"{count} taps were asked for, and the target has {candidates} layers that may be one.",
+            f"Give --count {candidates} or less.",
+        )
+    if config.target.proofs:
+        prove(target, range(candidates))
+    rows, conversations = collect(
+        target,
+        data,
+        gamma=config.draft.block_size,
+        tokens=tokens,
+        width=width,
+        seed=seed,
+        data=config.data,
+        progress=lambda done, total: on_progress("target's states", done, total),
+    )
+    found = search(target.spec, rows, count, progress=lambda done, total: on_progress("regressions", done, total))
+    kept, hidden = rows.features.shape[2], target.spec.hidden_size
+    picture = out / "taps.png"
+    report = TapReport(found, str(data), conversations, len(rows.conversations), tokens, kept, hidden, seed, picture)
+    values = report.to_json()
+    del values["picture"]
+    write_json(out / "taps.json", values)
+    draw_search(picture, found, labels)
+    return report
 
 
 def collect(

@@ -5,6 +5,7 @@ There is no authentication: it listens on 127.0.0.1 unless told.
 
 import asyncio
 import errno
+import ipaddress
 import signal
 import socket
 from collections.abc import Callable
@@ -58,6 +59,14 @@ def port_in_use(host: str, port: int) -> EnvironmentFault:
     )
 
 
+def reachable_by_others(host: str) -> bool:
+    """Whether other machines can reach ``host``, as an address to listen on."""
+    try:
+        return not ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:  # a name
+        return host != "localhost"
+
+
 def url_of(bound: socket.socket) -> str:
     """``http://address:port`` under which this machine reaches the socket."""
     host, port = bound.getsockname()[:2]
@@ -86,7 +95,7 @@ class HttpServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(app: FastAPI, bound: socket.socket, on_ready: Callable[[], None]) -> None:
+def run_until_stopped(app: FastAPI, bound: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, then let answers in progress end; returns normally."""
     server = HttpServer(app, on_ready)
 

@@ -11,7 +11,8 @@ import transformers
 import yaml
 from torch import Tensor
 
-from nemotron_dspark import __version__, files
+from nemotron_dspark import files
+from nemotron_dspark._version import __version__
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError

@@ -370,7 +370,7 @@ def test_the_commands_know_both_formats(nds, tiny_hybrid, conversations, compact
     assert nds("verify", compact).exit_code == 0
     found = json.loads(nds("convert", tmp_path / "c", tmp_path / "d", "--to", "deepspec", "--json").stdout)
     assert (found["samples"], found["source_bytes"]) == (made["samples"], made["bytes"])
-    shown = nds("convert", built, tmp_path / "e", "--to", "compact", "--quantisation", "int8").stdout
+    shown = nds("convert", built, tmp_path / "e", "--to", "compact", "--set", "cache.quantisation=int8").stdout
     assert "compact, int8" in shown
     with pytest.raises(InputError, match="'deepspec' or 'compact'"):
         nds("convert", built, tmp_path / "f", "--to", "tiny")

@@ -314,5 +314,5 @@ def test_the_build_command(tiny_hybrid, conversations, tmp_path, nds):
 
 
 def test_taps_that_are_no_list_are_refused(tiny_hybrid, conversations, tmp_path, nds):
-    with pytest.raises(InputError, match="--taps 'many'"):
+    with pytest.raises(InputError, match=r"draft\.taps = 'many'"):
         nds("build", "--target", tiny_hybrid, "--data", conversations, "--out", tmp_path / "c", "--taps", "many")

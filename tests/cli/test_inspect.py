@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nemotron_dspark.cli import inspect_command, shell
+from nemotron_dspark.config import load_config
 from nemotron_dspark.config.known import ALIASES, KNOWN
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import LayerKind
@@ -86,7 +87,7 @@ def test_the_page_of_a_large_target_fits_the_terminal(monkeypatch, tmp_path, wid
     monkeypatch.setattr(shell, "out", drawn)
     monkeypatch.setattr(shell, "err", drawn)
     monkeypatch.chdir(tmp_path)
-    inspect_command.inspect(target=f"./{row.name}")
+    inspect_command.inspect(load_config(f"./{row.name}"))
     text = drawn.export_text(styles=False)
     assert max(map(len, text.rstrip().splitlines())) <= width
     assert "…" not in text

@@ -233,11 +233,11 @@ def test_without_the_client_the_package_to_install_is_named(prompts, tmp_path, m
 
 def test_with_nds_serve_itself(tiny_llama, prompts, tmp_path):
     """The project's own server answers, and every answer gives loss tokens."""
-    from nemotron_dspark.serving.background import ServerThread
+    from nemotron_dspark.serving.background import Server
     from nemotron_dspark.targets import Target
 
     target, out = Target.load(str(tiny_llama)), tmp_path / "out.jsonl"
-    with ServerThread(target) as served:
+    with Server(target) as served:
         report = regenerate(prompts, out, base_url=served.base_url, temperature=0.0, max_tokens=6)
     assert report.answered + report.skipped.total == 12
     assert report.answered > 0

@@ -24,7 +24,7 @@ def cfg(deepspec_on_cpu, tiny_hybrid, cache, tmp_path):
     """A config as `nds deepspec config` writes it, loaded by DeepSpec, for the cache at hand."""
     path = tmp_path / "config.py"
     run = load_config(assignments=[*SMALL, "draft.taps=[1, 2, 3, 4, 5]"])
-    path.write_text(config_for(str(tiny_hybrid), run))
+    path.write_text(config_for(run))
     opts = [f"data.target_cache_path={cache}", f"logging.checkpoint_dir={tmp_path}"]
     home = checkout.find()
     return launch.load_config(home, path, opts)

@@ -12,7 +12,7 @@ from nemotron_dspark.chat.format import bundled_formats
 from nemotron_dspark.config import load_config
 from nemotron_dspark.config.known import KNOWN, RESEARCH_ONLY, known_target
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.recipe.describe import describe
+from nemotron_dspark.recipe.describe import inspect
 from tests.recipe.nemotrons import LLAMA_8B, MINI, NEMOTRONS, NEW_NAMES, OLD_NAMES, SUPER_49B, listed
 
 H_8B = next(row for row in NEMOTRONS if row.name == "Nemotron-H-8B-Base-8K")
@@ -26,7 +26,7 @@ def bare(folder, config, name="target"):
 
 
 def described(folder, *settings):
-    return describe(str(folder), load_config(assignments=settings, target=str(folder)))
+    return inspect(load_config(assignments=settings, target=str(folder)))
 
 
 def warned(found, words):

@@ -17,7 +17,7 @@ from nemotron_dspark.cli import plan_command, shell
 from nemotron_dspark.config import load_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import needs, plan
-from nemotron_dspark.recipe.describe import describe
+from nemotron_dspark.recipe.describe import inspect
 from nemotron_dspark.recipe.machines import MACHINES, Machine, machine
 from nemotron_dspark.recipe.workload import Workload, from_file, from_numbers
 from nemotron_dspark.resources import resource_folder
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shape(folder):
-    return needs.Shape.of(describe(str(folder), load_config(target=str(folder))))
+    return needs.Shape.of(inspect(load_config(target=str(folder))))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def nds(monkeypatch):
 
 def planned(shape, machine_=WIDE, samples=50_000, mean=800, settings=(), **options):
     config = load_config(assignments=settings)
-    return plan.plan(shape, config, from_numbers(samples, mean, config.data, 8192), machine_, **options)
+    return plan.estimate(shape, config, from_numbers(samples, mean, config.data, 8192), machine_, **options)
 
 
 def column(found, mode):
@@ -98,7 +98,7 @@ def test_experts_that_a_token_is_not_sent_to_cost_no_time(tmp_path):
     target = tmp_path / "moe"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(NANO_30B.config()))
-    found = needs.Shape.of(describe(str(target), load_config(target=str(target))))
+    found = needs.Shape.of(inspect(load_config(target=str(target))))
     assert found.parameters == pytest.approx(31.578e9, rel=1e-3)
     assert 3.0e9 < found.active < 3.8e9  # sold as 30B-A3B
 

@@ -4,7 +4,7 @@ import pytest
 
 from nemotron_dspark.config.run import ServeConfig
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.serving.background import ServerThread
+from nemotron_dspark.serving.background import Server
 from nemotron_dspark.serving.server import Served
 from nemotron_dspark.targets import Target
 from tests.serving.fake_decoder import SCRIPT, FakeDecoder
@@ -28,7 +28,7 @@ def fake_served(fake, serve_tokenizer):
 @pytest.fixture
 def fake_server(fake, fake_served):
     """Two slots, a queue of one."""
-    with ServerThread(fake_served, config=ServeConfig(port=0, slots=2, max_queue=1)) as server:
+    with Server(fake_served, config=ServeConfig(port=0, slots=2, max_queue=1)) as server:
         yield server
         fake.go.set()
 
@@ -42,5 +42,5 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(target):
     """The tiny target without a draft; shared, so tests look at differences of its counters only."""
-    with ServerThread(target, config=ServeConfig(port=0, slots=4)) as running:
+    with Server(target, config=ServeConfig(port=0, slots=4)) as running:
         yield running

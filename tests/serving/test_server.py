@@ -14,7 +14,7 @@ from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.serving import listen
-from nemotron_dspark.serving.background import ServerThread
+from nemotron_dspark.serving.background import Server
 from nemotron_dspark.serving.server import Served
 from nemotron_dspark.serving.text import Spelling
 from tests.serving.fake_decoder import FakeDecoder
@@ -48,7 +48,7 @@ def counters(server):
 def idle_server(serve_tokenizer):
     """A server without a model that tests may share."""
     served = Served("fake", frozenset({"org/fake"}), FakeDecoder(serve_tokenizer), serve_tokenizer, 330, 4096)
-    with ServerThread(served) as running:
+    with Server(served) as running:
         yield running
 
 
@@ -281,7 +281,7 @@ def test_a_failure_is_500_and_the_next_request_is_answered(fake_server, fake):
 def test_stopping_tells_the_clients_that_are_cut_off(fake_served, fake, monkeypatch):
     monkeypatch.setattr(listen, "GRACE", 0)
     fake.pause = 0.05
-    with ServerThread(fake_served) as running, client_of(running) as client:
+    with Server(fake_served) as running, client_of(running) as client:
         stream = client.completions.create(model="fake", prompt="x", max_tokens=2000, stream=True)
         next(stream)
         running.__exit__(None, None, None)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
 
 from nemotron_dspark import cli
 from nemotron_dspark.cli import inspect_command, shell
@@ -92,6 +93,7 @@ def checkpoint(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         patch.setattr(sys, "path", list(sys.path))
+        patch.delitem(sys.modules, "transformers_modules", raising=False)  # another test's, of another folder
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
@@ -113,7 +115,7 @@ def test_without_the_flag_it_is_refused_before_any_of_its_code_runs(checkpoint):
     for refused in (
         lambda: TargetSpec.from_folder(checkpoint),
         lambda: Target.load(str(checkpoint)),
-        lambda: inspect_command.inspect(str(checkpoint)),
+        lambda: inspect_command.inspect(load_config(str(checkpoint))),
     ):
         with pytest.raises(InputError, match=r"'nemotron-nas'.*code that comes with its checkpoint") as caught:
             refused()
@@ -130,9 +132,9 @@ def test_with_the_flag_it_takes_the_general_path_and_every_proof_passes(checkpoi
     prove(target, (1, 3))
 
 
-def test_inspect_proves_it_by_the_same_flag(checkpoint, capsys):
-    inspect_command.inspect(str(checkpoint), trust=True, probe=True, json=True)
-    found = json.loads(capsys.readouterr().out)
+def test_inspect_proves_it_by_the_same_flag(checkpoint):
+    arguments = ["inspect", "--target", str(checkpoint), "--trust-remote-code", "--probe", "--json"]
+    found = json.loads(CliRunner().invoke(cli.app, arguments).stdout)
     assert found["spec"]["model_type"] == "nemotron-nas"
     assert all(proof["passed"] for proof in found["proofs"])
 
@@ -158,8 +160,9 @@ def test_a_fault_in_its_code_is_two_sentences(checkpoint, tmp_path):
 def test_every_command_that_loads_a_target_has_the_flag():
     commands = typer.main.get_command(cli.app).commands
     loading = [commands[name] for name in ("inspect", "train", "eval", "serve")]
-    loading += [commands["cache"].commands["build"], commands["taps"].commands["search"]]
+    loading += [commands["cache"].commands["build"], commands["taps"].commands["search"], commands["chat"]]
+    loading += [commands["data"].commands["check"], commands["deepspec"].commands["config"], commands["plan"]]
     for command in loading:
         assert "--trust-remote-code" in {text for option in command.params for text in option.opts}, command.name
-    assert load_config(assignments=shell.trust_setting(True)).target.trust_remote_code
-    assert not load_config(assignments=shell.trust_setting(False)).target.trust_remote_code
+    assert load_config(**shell.nested({shell.TRUST.key: True})).target.trust_remote_code
+    assert not load_config().target.trust_remote_code

@@ -142,7 +142,8 @@ def test_an_unknown_word_for_taps_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    ("flag", "reason"), [("evn", "--taps 'evn' is neither even"), ("1,7", "last layer"), ("1,8", "out of range")]
+    ("flag", "reason"),
+    [("evn", "draft.taps = 'evn' is not"), ("1,7", "last layer"), ("1,8", "out of range")],
 )
 @pytest.mark.parametrize("command", ["inspect", "cache"])
 def test_bad_taps_on_the_command_line_name_the_fault(command, flag, reason, tiny_hybrid, tmp_path):

@@ -1,0 +1,214 @@
+"""The stages of the recipe as functions: what the commands, the demo, the selftest and a notebook call.
+
+Each takes the run's `RunConfig` (`load_config`) and paths, loads and proves what it needs, and returns a report. A
+caller that holds a loaded target gives it as ``target`` and saves the loading; it is proven all the same.
+"""
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemotron_dspark.cache.build import BuildProgress, BuildReport, helping_targets
+from nemotron_dspark.cache.build import build_cache as write_cache
+from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token
+from nemotron_dspark.config import RunConfig
+from nemotron_dspark.decoding.pair import load_draft, load_pair
+from nemotron_dspark.drafts.base import Draft
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.evaluation.measure import evaluate as measure_all
+from nemotron_dspark.evaluation.measure import prompt_ids
+from nemotron_dspark.evaluation.report import EvalReport
+from nemotron_dspark.targets import Target, proofs
+from nemotron_dspark.targets.taps import chosen_taps
+from nemotron_dspark.training.loop import Watcher
+from nemotron_dspark.training.ranks import ALONE, Ranks
+from nemotron_dspark.training.run import TrainReport, train_run
+
+if TYPE_CHECKING:
+    from nemotron_dspark.serving.background import Server
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """What a cache holds and what it was built with."""
+
+    build: BuildReport
+    taps: tuple[int, ...]
+    mask_token: MaskToken
+
+    def to_json(self) -> dict[str, Any]:
+        return self.build.to_json() | {"taps": list(self.taps), "mask_token_id": self.mask_token.id}
+
+
+def load_target(config: RunConfig) -> Target:
+    """Load the target that ``config.target`` names and prove it with the taps of ``config.draft``.
+
+    Raises:
+        InputError: it cannot be found or loaded, or has no such taps.
+        CheckError: a proof failed.
+    """
+    target = Target.of(config.target)
+    taps = chosen_taps(target.spec, config.draft)
+    if config.target.proofs:
+        proofs.prove(target, taps)
+    return target
+
+
+def build_cache(
+    config: RunConfig,
+    data: Path | str,
+    out: Path | str,
+    *,
+    processes: int | None = None,
+    target: Target | None = None,
+    on_progress: Callable[[BuildProgress], None] | None = None,
+) -> CacheReport:
+    """Run the target over the conversations in ``data`` and keep the hidden states that a draft trains on in ``out``.
+
+    An unfinished cache is continued, a finished one of the same inputs is left as it is. ``processes`` share the work,
+    each with the target; None is one a GPU.
+
+    Raises:
+        InputError: unusable data, data that contains the draft's mask token, or a folder of other inputs.
+        CheckError: a proof failed, or hidden states are not finite.
+        EnvironmentFault: the disk is or would be full, or a process died.
+    """
+    target = target or load_target(config)
+    helpers = helping_targets(config.target, target.device, processes)
+    taps = chosen_taps(target.spec, config.draft)
+    mask = choose_mask_token(target.tokenizer, target.spec, override=config.draft.mask_token_id)
+    report = write_cache(
+        target,
+        data,
+        out,
+        taps=taps,
+        data=config.data,
+        cache=config.cache,
+        mask_token_id=mask.id,
+        helpers=helpers,
+        progress=on_progress,
+    )
+    return CacheReport(report, taps, mask)
+
+
+def train(
+    config: RunConfig,
+    out: Path | str | None = None,
+    *,
+    cache: Path | str | None = None,
+    data: Path | str | None = None,
+    resume: bool = True,
+    watcher: Watcher | None = None,
+    ranks: Ranks = ALONE,
+) -> TrainReport:
+    """Train a draft in the run folder ``out`` (``runs/<target>``), on a ``cache`` or on the conversations in ``data``.
+
+    The same call goes on where an earlier one stopped. With ``data`` the target runs beside the training, as
+    ``config.cache.mode`` says.
+
+    Raises:
+        InputError: target, cache or data, configuration and run folder do not fit together; or ``resume`` is False and
+            the folder holds a run.
+        CheckError: the loss is not finite, or the target is not right.
+        EnvironmentFault: no such device, or the disk is full.
+    """
+    check_source(config, cache, data)
+    return train_run(
+        str(config.target.name),
+        Path(cache) if cache is not None else None,
+        Path(out) if out is not None else run_folder(config),
+        config,
+        conversations=Path(data) if data is not None else None,
+        resume=resume,
+        watcher=watcher,
+        ranks=ranks,
+    )
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run goes that was given no folder."""
+    return Path("runs") / target_folder_name(config)
+
+
+def target_folder_name(config: RunConfig) -> str:
+    """The last part of the target's name."""
+    return Path(config.target.name or "").name or "target"
+
+
+def check_source(config: RunConfig, cache: Path | str | None, data: Path | str | None) -> None:
+    """`InputError` unless hidden states come either from a cache or from the target over data."""
+    if (cache is None) != (data is None):
+        return
+    folder = shlex.quote(f"caches/{target_folder_name(config)}")
+    raise InputError(
+        "Training needs the target's hidden states, and neither --cache nor --data is given."
+        if cache is None
+        else "Both --cache and --data are given: hidden states come from one of them.",
+        "Give `--data conversations.jsonl` to run the target while the draft trains, which needs no disk; or "
+        f"build a cache once with `nds cache build --target {shlex.quote(str(config.target.name))} "
+        f"--data conversations.jsonl --out {folder}` and give `--cache {folder}`: the target runs once, not "
+        "once an epoch.",
+    )
+
+
+def evaluate(
+    config: RunConfig,
+    draft: Path | str | Draft,
+    prompts: Path | str,
+    *,
+    limit: int | None = None,
+    target: Target | None = None,
+    on_loaded: Callable[[], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> EvalReport:
+    """Measure ``draft`` on the (first ``limit``) prompts: accepted length, speed, and equality with plain decoding.
+
+    Raises:
+        InputError: no prompt fits, or draft and target do not belong together.
+        CheckError: a proof failed.
+    """
+    loaded, drafting = _pair(config, draft, target)
+    if on_loaded is not None:
+        on_loaded()
+    ids = prompt_ids(
+        loaded, Path(prompts), limit=limit, new_tokens=config.eval.max_new_tokens, thinking=config.data.thinking
+    )
+    found = measure_all(loaded, drafting, ids, config.eval, on_progress)
+    folder = "" if isinstance(draft, Draft) else str(draft)
+    return EvalReport(str(config.target.name), folder, str(prompts), len(ids), str(loaded.dtype), found)
+
+
+def serve(config: RunConfig, draft: Path | str | Draft | None = None, *, target: Target | None = None) -> "Server":
+    """A server with OpenAI's API for the target, made faster by ``draft`` if there is one.
+
+    ``with serve(config, draft) as server:`` answers at ``server.base_url`` until the block is left; ``serve(config,
+    draft).run()`` until the process is told to stop. The port is taken before the target is loaded.
+
+    Raises:
+        InputError: draft and target do not belong together.
+        CheckError: a proof failed.
+        EnvironmentFault: the port is in use, or the `serve` extra is missing.
+    """
+    from nemotron_dspark.serving import listen
+    from nemotron_dspark.serving.background import Server
+
+    bound = listen.bind(config.serve.host, config.serve.port)
+    with contextlib.ExitStack() as failed:
+        failed.callback(bound.close)
+        loaded, drafting = _pair(config, draft, target)
+        server = Server(loaded, drafting, config.serve, bound)
+        failed.pop_all()
+    return server
+
+
+def _pair(config: RunConfig, draft: Any, target: Target | None) -> tuple[Target, Any]:
+    if isinstance(draft, Draft) and target is None:
+        target = load_target(config)
+    if target is None:
+        return load_pair(config.target, Path(draft) if draft is not None else None)
+    if draft is None or isinstance(draft, Draft):
+        return target, draft
+    return target, load_draft(Path(draft), target)
