@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from nemotron_dspark.config.presets import preset_for
+from nemotron_dspark.config.known import preset_for
 from nemotron_dspark.errors import InputError
 
 

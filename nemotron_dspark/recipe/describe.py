@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_dspark.config import RunConfig
-from nemotron_dspark.config.known import RESEARCH_ONLY, KnownTarget, known_target
-from nemotron_dspark.config.presets import preset_for
+from nemotron_dspark.config.known import RESEARCH_ONLY, KnownTarget, known_target, preset_for
 from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.errors import InputError, first_line
@@ -280,7 +279,7 @@ def _warn(
     quantised: str | None,
     warnings: list[str],
 ) -> None:
-    if known and known.licence == RESEARCH_ONLY:
+    if known and (known.licence or "").endswith(RESEARCH_ONLY):
         warnings.append("The target's licence allows research only: read it before you publish or use a draft.")
     if tokenizer is not None and len(tokenizer) > spec.vocab_size:
         warnings.append(

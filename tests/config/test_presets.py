@@ -5,8 +5,7 @@ import re
 import pytest
 
 from nemotron_dspark.config import DraftSection, load_config
-from nemotron_dspark.config.known import KNOWN, known_target
-from nemotron_dspark.config.presets import preset_for
+from nemotron_dspark.config.known import KNOWN, known_target, preset_for
 from nemotron_dspark.drafts.builder import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
