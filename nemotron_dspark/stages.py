@@ -117,7 +117,7 @@ def train(
     """
     check_source(config, cache, data)
     return train_run(
-        str(config.target.name),
+        config.target.named,
         Path(cache) if cache is not None else None,
         Path(out) if out is not None else run_folder(config),
         config,
@@ -135,7 +135,7 @@ def run_folder(config: RunConfig) -> Path:
 
 def target_folder_name(config: RunConfig) -> str:
     """The last part of the target's name."""
-    return Path(config.target.name or "").name or "target"
+    return Path(config.target.named).name or "target"
 
 
 def check_source(config: RunConfig, cache: Path | str | None, data: Path | str | None) -> None:
@@ -148,7 +148,7 @@ def check_source(config: RunConfig, cache: Path | str | None, data: Path | str |
         if cache is None
         else "Both --cache and --data are given: hidden states come from one of them.",
         "Give `--data conversations.jsonl` to run the target while the draft trains, which needs no disk; or "
-        f"build a cache once with `nds cache build --target {shlex.quote(str(config.target.name))} "
+        f"build a cache once with `nds cache build --target {shlex.quote(config.target.named)} "
         f"--data conversations.jsonl --out {folder}` and give `--cache {folder}`: the target runs once, not "
         "once an epoch.",
     )
@@ -178,7 +178,7 @@ def evaluate(
     )
     found = measure_all(loaded, drafting, ids, config.eval, on_progress)
     folder = "" if isinstance(draft, Draft) else str(draft)
-    return EvalReport(str(config.target.name), folder, str(prompts), len(ids), str(loaded.dtype), found)
+    return EvalReport(config.target.named, folder, str(prompts), len(ids), str(loaded.dtype), found)
 
 
 def serve(config: RunConfig, draft: Path | str | Draft | None = None, *, target: Target | None = None) -> "Server":

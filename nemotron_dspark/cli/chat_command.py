@@ -38,7 +38,7 @@ def chat(
     from nemotron_dspark.chat.tokenizer import load_tokenizer
     from nemotron_dspark.data.samples import read_samples
 
-    tokenizer = load_tokenizer(config.target.name, config.target.revision)
+    tokenizer = load_tokenizer(config.target.named, config.target.revision)
     chat_format = recognise(tokenizer)
     items = read_samples(file, tokenizer, config.data)
     shown, skipped, more = _first(items, limit)

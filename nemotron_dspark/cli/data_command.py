@@ -69,7 +69,12 @@ def check(
     wanted = config.target
     tokenizer = load_tokenizer(wanted.name, wanted.revision) if wanted.name else None
     with shell.err.status("reading") as status:
-        return check_data(file, tokenizer, config.data, progress=lambda n: n % 100 or status.update(f"line {n:,}"))
+
+        def tell(line: int) -> None:
+            if line % 100 == 0:
+                status.update(f"line {line:,}")
+
+        return check_data(file, tokenizer, config.data, progress=tell)
 
 
 def _show_regenerated(report: "RegenerateReport") -> None:
@@ -90,7 +95,7 @@ def _show_checked(report: "DataReport") -> None:
         ("usable", f"{report.conversations:,} conversations with {report.answers:,} answers"),
         ("cut off", f"{report.cut_answers:,} have a last answer without an end"),
     ]
-    if report.tokens is not None:
+    if report.tokens is not None and report.loss_tokens is not None:
         rows += [
             ("samples", f"{report.samples:,}"),
             ("tokens", f"{report.tokens:,}, {shell.share(report.loss_tokens, report.tokens)} of them train the draft"),

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
-from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.recipe.describe import Description
@@ -50,8 +49,6 @@ def inspect(
     if known:
         _list()
         return
-    if config.target.name is None:
-        raise InputError("No target is named.", "Give one with --target; --list names the known ones.")
     from nemotron_dspark.recipe.describe import inspect as describe
 
     found = describe(config)

@@ -161,7 +161,7 @@ def group(app: typer.Typer, name: str, text: str) -> typer.Typer:
     return commands
 
 
-def nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """{"draft.taps": t} as {"draft": {"taps": t}}."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():

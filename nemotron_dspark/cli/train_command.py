@@ -55,6 +55,7 @@ def train(
 def _show(report: "TrainReport") -> None:
     final = report.final
     tau = final.tau if final else None
+    rates = final.accept_rate if final and final.accept_rate else ()
     shell.out.print("[bold]Draft trained[/]")
     shell.show_rows(
         [
@@ -66,6 +67,6 @@ def _show(report: "TrainReport") -> None:
             ("time", f"{report.seconds:.0f} s"),
             ("loss", f"{final.loss:.4f}" if final else None),
             ("tau on the training data", f"{tau:.2f}" if tau is not None else None),
-            ("acceptance by slot", "  ".join(f"{rate:.2f}" for rate in final.accept_rate) if final and tau else None),
+            ("acceptance by slot", "  ".join(f"{rate:.2f}" for rate in rates) or None),
         ]
     )

@@ -55,6 +55,16 @@ class TargetConfig(_Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
     proofs: bool = Field(True, description="prove the loaded target right before a long stage")
 
+    @property
+    def named(self) -> str:
+        """The name; `InputError` when there is none."""
+        if self.name is None:
+            raise InputError(
+                "No target is named.",
+                "Give one with --target, or target.name in a configuration; `nds inspect --list` names the known ones.",
+            )
+        return self.name
+
 
 class DraftSection(_Section):
     """The draft's shape. A value left at null follows from the target."""
@@ -167,7 +177,7 @@ class RunConfig(_Section):
 
 
 def _known_keys() -> list[str]:
-    return [f"{name}.{key}" for name, field in RunConfig.model_fields.items() for key in field.annotation.model_fields]
+    return [f"{name}.{key}" for name, section in RunConfig() for key in type(section).model_fields]
 
 
 def _nearest(key: str) -> str:

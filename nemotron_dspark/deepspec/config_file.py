@@ -74,7 +74,7 @@ def config_for(run: RunConfig, *, algorithm: str = "dspark", file: str | None = 
     """
     from transformers import AutoTokenizer
 
-    target = str(run.target.name)
+    target = run.target.named
     folder = locate(target, revision=run.target.revision)
     spec = TargetSpec.from_folder(folder, target)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -26,6 +26,9 @@ class _OurDecoding:
     """What both evaluators replace: loading the pair, and decoding one prompt."""
 
     _decoder: Decoder
+    args: Any  # DeepSpec's base class makes these three
+    device: torch.device
+    draft_model: Draft
 
     @property
     def max_proposal_tokens(self) -> int:

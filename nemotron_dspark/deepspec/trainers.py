@@ -4,9 +4,11 @@ Importing this module needs a checkout on Python's path. Every rank reads the ta
 head, and nothing else of the checkpoint; whether the cache fits is settled before that.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from nemotron_dspark.deepspec import fit
@@ -27,6 +29,11 @@ register_templates()
 
 class _FromCheckpoint:
     """`build_models` of both trainers."""
+
+    args: Any  # DeepSpec's base class makes these three
+    device: torch.device
+    precision_dtype: torch.dtype
+    _build_draft_model: Callable[..., Any]
 
     def build_models(self) -> tuple[Any, Any]:
         """The draft on this rank's device with the target's frozen embedding and head, and the tokenizer.

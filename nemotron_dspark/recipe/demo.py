@@ -9,14 +9,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from nemotron_dspark import files, stages
 from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.data.regenerate import regenerate
-from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError
 from nemotron_dspark.evaluation.measure import Evaluation, Measurement, measure, prompt_ids
@@ -122,7 +121,7 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
         run = _train(run_dir, config, budget, progress)
 
     with clock("eval"):
-        draft = load_draft(run / "draft", target)
+        draft = DSparkDraft.load(run / "draft", device=target.device, dtype=target.dtype)
         evaluation, measurements = _evaluate(target, draft, held_out, config, seed, progress)
 
     with clock("serve"):
@@ -274,23 +273,27 @@ def _serve(target: Target, draft: DSparkDraft, held_out: Path, config: RunConfig
     """One request by the `openai` client to a speculative server; `CheckError` if nothing was drafted."""
     import openai
 
-    from nemotron_dspark.data.prompts import read_prompts
+    from nemotron_dspark.data.prompts import Prompt, read_prompts
 
-    prompt = next(iter(read_prompts(held_out)))
+    prompt = next(prompt for prompt in read_prompts(held_out) if isinstance(prompt, Prompt))
     messages = [{"role": message.role, "content": message.content} for message in prompt.first]
     with stages.serve(config, draft, target=target) as server:
         client = openai.OpenAI(base_url=server.base_url, api_key="-")
         answer = client.chat.completions.create(
-            model=server.model_id, messages=messages, temperature=0, max_tokens=config.eval.max_new_tokens
+            model=server.model_id,
+            messages=cast(Any, messages),  # the client's type has a class for every role
+            temperature=0,
+            max_tokens=config.eval.max_new_tokens,
         )
-    speculated = (answer.usage.model_extra or {}).get("speculative")
-    if speculated is None:
+    usage = answer.usage
+    speculated = (usage.model_extra or {}).get("speculative") if usage else None
+    if usage is None or speculated is None:
         raise CheckError("The server answered without drafting a single token.", "Look at the log above.")
     progress.note(
-        f"{answer.usage.completion_tokens} tokens in {speculated['rounds']} rounds, "
+        f"{usage.completion_tokens} tokens in {speculated['rounds']} rounds, "
         f"{speculated['accepted_length']:.2f} a round"
     )
-    return answer.choices[0].message.content
+    return answer.choices[0].message.content or ""
 
 
 def labelled(measurements: dict[str, Measurement]) -> dict[str, Measurement]:

@@ -71,7 +71,7 @@ def inspect(config: RunConfig) -> Description:
         InputError: the target cannot be found, its family is not supported, or ``config`` does not fit it.
         EnvironmentFault: the hub cannot be reached.
     """
-    name = str(config.target.name)
+    name = config.target.named
     folder = locate(name, revision=config.target.revision, code=config.target.trust_remote_code)
     values = read_json(folder / "config.json")
     if not isinstance(values, dict):

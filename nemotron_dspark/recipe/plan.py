@@ -7,7 +7,6 @@ the machine has, and turned into the commands that get the recommended mode.
 import dataclasses
 import math
 import shlex
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ class Mode:
     setting: str | None  # that gets it with `nds train --data`; None: it takes a cache
     stored: Callable[[float, CacheConfig], float]  # (bytes of the whole cache, settings) to bytes on the disk
     forwards: Callable[[float, CacheConfig], float]  # (epochs, settings) to times the target runs over the data
-    batch: Callable[[float, float], float]  # (tokens of a capture's, of a training forward) to those in the loop
+    batch: Callable[[int, int], int]  # (tokens of a capture's, of a training forward) to those in the loop
     format: str | None = None  # of what is stored; None: as configured
     alone: bool = False  # it trains in one process only
 
@@ -43,7 +42,7 @@ class Mode:
 
 
 def _whole_cache(name: str, cache_format: str) -> Mode:
-    return Mode(name, None, lambda whole, _: whole, lambda epochs, _: 1.0, lambda capture, train: 0.0, cache_format)
+    return Mode(name, None, lambda whole, _: whole, lambda epochs, _: 1.0, lambda capture, train: 0, cache_format)
 
 
 MODES = (
@@ -59,12 +58,6 @@ MODES = (
     ),
     Mode("online", "cache.mode=online", lambda whole, _: 0.0, lambda epochs, _: epochs, lambda capture, train: train),
 )
-
-
-def modes() -> tuple[Mode, ...]:
-    """Those of `MODES` that this version's configuration accepts."""
-    known = typing.get_args(CacheConfig.model_fields["mode"].annotation)
-    return tuple(mode for mode in MODES if mode.setting is None or mode.name in known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +131,8 @@ def plan(
     """
     if price is not None and not price >= 0:
         raise InputError(f"--price {price:g} is negative.", "Give dollars an hour.")
-    if (data is None) == (samples is None) or (samples is None) != (mean_length is None):
+    numbers = None if samples is None or mean_length is None else (samples, mean_length)
+    if (data is None) == (numbers is None) or (samples is None) != (mean_length is None):
         raise InputError(
             "A plan needs to know how much data there is: either a file or two numbers.",
             "Give --data answers.jsonl, or --samples 50000 --mean-length 800.",
@@ -150,11 +144,11 @@ def plan(
             f"The size of {config.target.name} cannot be told: {found.warnings[0]}", "Check the target's config.json."
         )
     positions = found.spec.max_position_embeddings
-    if data is not None:
-        tokenizer = tokenizer_in(found, trusted=config.target.trust_remote_code)
-        workload = from_file(data, tokenizer, config.data, positions)
+    if numbers is not None:
+        workload = from_numbers(*numbers, config.data, positions, answer_share)
     else:
-        workload = from_numbers(samples, mean_length, config.data, positions, answer_share)
+        tokenizer = tokenizer_in(found, trusted=config.target.trust_remote_code)
+        workload = from_file(Path(str(data)), tokenizer, config.data, positions)
     answers = str(data) if data else "answers.jsonl"
     return estimate(Shape.of(found), config, workload, where, price=price, options=options, data=answers)
 
@@ -170,7 +164,7 @@ def estimate(
     data: str = "answers.jsonl",
 ) -> ResourceEstimate:
     """The estimate for the target that ``shape`` describes; ``options`` and ``data`` are for the commands."""
-    columns = tuple(_column(mode, shape, config, workload, machine, price) for mode in modes())
+    columns = tuple(_column(mode, shape, config, workload, machine, price) for mode in MODES)
     fitting = [column for column in columns if not column.problems]
     exact = [column for column in fitting if column.mode != "compact" or fitting[0].mode != "cached"]
     best = min(exact, key=lambda column: column.total_hours) if fitting else None

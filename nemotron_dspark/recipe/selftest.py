@@ -111,7 +111,9 @@ class _Bench:
 
     def config(self, **changes: dict[str, Any]) -> RunConfig:
         """The settings of all checks; ``changes`` by section."""
-        sections = {name: {**_SETTINGS.get(name, {}), **changes.get(name, {})} for name in {*_SETTINGS, *changes}}
+        sections: dict[str, Any] = {
+            name: {**_SETTINGS.get(name, {}), **changes.get(name, {})} for name in {*_SETTINGS, *changes}
+        }
         sections["target"] = {"name": self.name, "device": self.device}
         sections["train"]["device"] = self.device
         return load_config(**sections)
@@ -234,7 +236,8 @@ def _cache_resume(bench: _Bench) -> str:
     _require(report.reused_samples > 0, "The resumed build began again")
     whole, resumed = TargetCache(bench.folder / "cache"), TargetCache(folder)
     _require(len(whole) == len(resumed), "The resumed cache has another number of samples")
-    for left, right in zip(whole, resumed, strict=True):
+    for at in range(len(whole)):
+        left, right = whole[at], resumed[at]
         for name in ("input_ids", "loss_mask", "taps", "last"):
             same = _same(bench, getattr(left, name), getattr(right, name), 1e-2)
             _require(same, f"{name} of an interrupted build differs from the undisturbed one")

@@ -122,7 +122,7 @@ class Target:
     def of(config: TargetConfig) -> "Target":
         """Load what the ``target`` section of a configuration names."""
         return Target.load(
-            config.name,
+            config.named,
             dtype=config.dtype,
             device=config.device,
             trust_remote_code=config.trust_remote_code,
