@@ -164,7 +164,8 @@ def estimate(
     data: str = "answers.jsonl",
 ) -> ResourceEstimate:
     """The estimate for the target that ``shape`` describes; ``options`` and ``data`` are for the commands."""
-    columns = tuple(_column(mode, shape, config, workload, machine, price) for mode in MODES)
+    case = _Case(shape, config, workload, machine)
+    columns = tuple(case.column(mode, price) for mode in MODES)
     fitting = [column for column in columns if not column.problems]
     exact = [column for column in fitting if column.mode != "compact" or fitting[0].mode != "cached"]
     best = min(exact, key=lambda column: column.total_hours) if fitting else None
@@ -197,89 +198,128 @@ def assumptions(machine: Machine) -> tuple[str, ...]:
     )
 
 
-def _column(
-    mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine, price: float | None
-) -> Column:
-    disk = _disk(mode, shape, config, workload, machine)
-    memory = _memory(mode, shape, config, workload, machine)
-    hours = _hours(mode, shape, config, workload, machine)
-    problems, advice = [], []
-    if sum(disk.values()) > machine.disk_bytes:
-        problems.append(f"disk: {size(sum(disk.values()))} are needed, there are {size(machine.disk_bytes)}.")
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """One target, run, workload and machine."""
+
+    shape: Shape
+    config: RunConfig
+    workload: Workload
+    machine: Machine
+
+    def column(self, mode: Mode, price: float | None) -> Column:
+        disk = self.disk(mode)
+        memory = self.memory(mode)
+        hours = self.hours(mode)
+        problems, advice = [], []
+        if sum(disk.values()) > self.machine.disk_bytes:
+            problems.append(f"disk: {size(sum(disk.values()))} are needed, there are {size(self.machine.disk_bytes)}.")
+            if mode.setting is None:
+                advice += self._smaller_cache(mode, disk)
+        for stage, need in memory.items():
+            lacking = _lacking(need, self.machine)
+            if lacking:
+                problems.append(f"{stage}: {lacking}.")
+                remedy = self._smaller_memory(stage, mode)
+                if remedy:
+                    advice.append(remedy)
+        dollars = price * sum(hours.values()) if price is not None else None
+        return Column(mode.name, disk, memory, hours, dollars, tuple(problems), tuple(advice))
+
+    def disk(self, mode: Mode) -> dict[str, float]:
+        found = {} if self.shape.weights_here else {"target": float(self.shape.stored_bytes)}
+        stored = mode.stored(self.states(mode), self.config.cache)
+        if stored:
+            found["cache"] = float(stored)
+        if mode.setting:
+            found["tokens"] = float(needs.token_bytes(self.workload.tokens))
+        one = needs.checkpoint_bytes(self.shape, self.machine.weight_bytes)
+        found["checkpoints"] = float((self.config.train.keep_checkpoints + 1) * one)
+        found["draft"] = float(needs.draft_bytes(self.shape, self.machine.weight_bytes))
+        return found
+
+    def memory(self, mode: Mode) -> dict[str, Memory]:
+        """Per stage; without a GPU everything is in main memory."""
+        width = self.machine.weight_bytes
+        train_batch = self.config.train.local_batch_size * self.workload.longest
+        cache_batch, before = self.workload.largest_batch(self.config.cache.batch_tokens)
+        capture = needs.capture_bytes(self.shape, cache_batch, self.workload.longest, width)
+        train = needs.training_bytes(
+            self.shape,
+            self.config.train,
+            self.workload.longest,
+            self.workload.answer_share,
+            width,
+            bool(self.machine.gpus),
+        )
+        target = self.shape.parameters * width
+        serve = needs.serving_bytes(self.shape, width, 1, self.workload.longest)
+        found = {}  # on the device; in main memory; there for each further process, and how many there are
+        others = mode.processes(self.config, self.machine) - 1
         if mode.setting is None:
-            advice += _smaller_cache(mode, shape, config, workload, machine, disk)
-    for stage, need in memory.items():
-        lacking = _lacking(need, machine)
-        if lacking:
-            problems.append(f"{stage}: {lacking}.")
-            remedy = _smaller_memory(stage, mode, shape, config, workload, machine)
-            if remedy:
-                advice.append(remedy)
-    dollars = price * sum(hours.values()) if price is not None else None
-    return Column(mode.name, disk, memory, hours, dollars, tuple(problems), tuple(advice))
+            written = needs.cache_batch_bytes(self.shape, before)
+            found["cache"] = (target + capture, written, written, max(1, self.machine.gpus) - 1)
+            found["train"] = (train.device, train.host, train.other, others)
+        else:
+            beside = needs.capture_bytes(self.shape, mode.batch(cache_batch, train_batch), self.workload.longest, width)
+            found["train"] = (train.device + target + beside, train.host, train.other, others)
+        found["eval"] = (serve, 0.0, 0.0, 0)
+        if not self.machine.gpus:
+            return {stage: Memory(0.0, ASSUMED.libraries + gpu + host) for stage, (gpu, host, *_) in found.items()}
+        return {
+            stage: Memory(ASSUMED.cuda_context + gpu, ASSUMED.cuda_libraries * (1 + count) + host + count * other)
+            for stage, (gpu, host, other, count) in found.items()
+        }
 
+    def hours(self, mode: Mode) -> dict[str, float]:
+        epochs = needs.epochs(self.config.train, self.workload.samples)
+        processes = mode.processes(self.config, self.machine)
+        work = needs.training_seconds(self.shape, self.config.train, self.workload, self.machine, epochs, processes)
+        forward = needs.forward_seconds(self.shape, self.workload.tokens, self.machine)
+        forward /= max(1, self.machine.gpus) if mode.setting is None else processes
+        seconds = {"answers": needs.answer_seconds(self.shape, self.workload, self.machine)}
+        whole = self.states(mode)
+        stored = mode.stored(whole, self.config.cache)
+        produced = mode.forwards(epochs, self.config.cache)
+        made = produced * (max(forward, whole / ASSUMED.write) if stored else forward)
+        read = epochs * whole / ASSUMED.read if stored else 0.0
+        if mode.setting is None:
+            seconds["cache"] = made
+            seconds["train"] = max(work, read)
+        else:  # on the same device, so one after the other
+            seconds["train"] = max(work, read) + made
+        seconds["eval"] = needs.evaluation_seconds(self.shape, self.config.eval, self.machine)
+        return {stage: value / 3600 for stage, value in seconds.items()}
 
-def _disk(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine) -> dict[str, float]:
-    found = {} if shape.weights_here else {"target": float(shape.stored_bytes)}
-    stored = mode.stored(_states(mode, shape, config, workload), config.cache)
-    if stored:
-        found["cache"] = float(stored)
-    if mode.setting:
-        found["tokens"] = float(needs.token_bytes(workload.tokens))
-    one = needs.checkpoint_bytes(shape, machine.weight_bytes)
-    found["checkpoints"] = float((config.train.keep_checkpoints + 1) * one)
-    found["draft"] = float(needs.draft_bytes(shape, machine.weight_bytes))
-    return found
+    def states(self, mode: Mode) -> int:
+        """Bytes of all hidden states as ``mode`` would store them."""
+        asked = {"format": mode.format} if mode.format else {}
+        return needs.stored_bytes(self.shape, self.config.cache.model_copy(update=asked), self.workload)
 
+    def _smaller_cache(self, mode: Mode, disk: dict[str, float]) -> list[str]:
+        """Fewer samples, or fewer taps, with which the cache fits."""
+        room = self.machine.disk_bytes - (sum(disk.values()) - disk["cache"])
+        fitting = math.floor(self.workload.samples * room / disk["cache"])
+        found = [f"The disk holds the cache of about {fitting:,} samples."] if fitting > 0 else []
+        for taps in range(self.shape.taps - 1, 0, -1):
+            smaller = dataclasses.replace(self.shape, taps=taps)
+            if dataclasses.replace(self, shape=smaller).states(mode) <= room:
+                return [*found, f"It holds all with --set draft.num_taps={taps}."]
+        return found
 
-def _memory(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine) -> dict[str, Memory]:
-    """Per stage; without a GPU everything is in main memory."""
-    width = machine.weight_bytes
-    train_batch = config.train.local_batch_size * workload.longest
-    cache_batch, before = workload.largest_batch(config.cache.batch_tokens)
-    capture = needs.capture_bytes(shape, cache_batch, workload.longest, width)
-    train = needs.training_bytes(
-        shape, config.train, workload.longest, workload.answer_share, width, bool(machine.gpus)
-    )
-    target = shape.parameters * width
-    serve = needs.serving_bytes(shape, width, 1, workload.longest)
-    found = {}  # on the device; in main memory; there for each further process, and how many there are
-    others = mode.processes(config, machine) - 1
-    if mode.setting is None:
-        written = needs.cache_batch_bytes(shape, before)
-        found["cache"] = (target + capture, written, written, max(1, machine.gpus) - 1)
-        found["train"] = (train.device, train.host, train.other, others)
-    else:
-        beside = needs.capture_bytes(shape, mode.batch(cache_batch, train_batch), workload.longest, width)
-        found["train"] = (train.device + target + beside, train.host, train.other, others)
-    found["eval"] = (serve, 0.0, 0.0, 0)
-    if not machine.gpus:
-        return {stage: Memory(0.0, ASSUMED.libraries + gpu + host) for stage, (gpu, host, *_) in found.items()}
-    return {
-        stage: Memory(ASSUMED.cuda_context + gpu, ASSUMED.cuda_libraries * (1 + count) + host + count * other)
-        for stage, (gpu, host, other, count) in found.items()
-    }
-
-
-def _hours(mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine) -> dict[str, float]:
-    epochs = needs.epochs(config.train, workload.samples)
-    processes = mode.processes(config, machine)
-    work = needs.training_seconds(shape, config.train, workload, machine, epochs, processes)
-    forward = needs.forward_seconds(shape, workload.tokens, machine)
-    forward /= max(1, machine.gpus) if mode.setting is None else processes
-    seconds = {"answers": needs.answer_seconds(shape, workload, machine)}
-    whole = _states(mode, shape, config, workload)
-    stored = mode.stored(whole, config.cache)
-    produced = mode.forwards(epochs, config.cache)
-    made = produced * (max(forward, whole / ASSUMED.write) if stored else forward)
-    read = epochs * whole / ASSUMED.read if stored else 0.0
-    if mode.setting is None:
-        seconds["cache"] = made
-        seconds["train"] = max(work, read)
-    else:  # on the same device, so one after the other
-        seconds["train"] = max(work, read) + made
-    seconds["eval"] = needs.evaluation_seconds(shape, config.eval, machine)
-    return {stage: value / 3600 for stage, value in seconds.items()}
+    def _smaller_memory(self, stage: str, mode: Mode) -> str | None:
+        """The setting with which ``stage`` fits, or that none of the usual ones makes it fit."""
+        keys = {"cache": ("cache", "batch_tokens"), "train": ("train", "num_anchors")}
+        if stage not in keys:
+            return None
+        section, key = keys[stage]
+        values = getattr(self.config, section)
+        value = getattr(values, key)
+        while (value := value // 2) >= 16:
+            changed = self.config.model_copy(update={section: values.model_copy(update={key: value})})
+            if not _lacking(dataclasses.replace(self, config=changed).memory(mode)[stage], self.machine):
+                return f"{stage} fits with --set {section}.{key}={value}."
+        return f"{stage} does not fit whatever {section}.{key} is: it takes a machine with more memory."
 
 
 def _lacking(need: Memory, machine: Machine) -> str:
@@ -293,47 +333,6 @@ def _lacking(need: Memory, machine: Machine) -> str:
     if need.host > machine.host_bytes:
         return f"{size(need.host)} of main memory are needed, there are {size(machine.host_bytes)}"
     return ""
-
-
-def _states(mode: Mode, shape: Shape, config: RunConfig, workload: Workload) -> int:
-    """Bytes of all hidden states as ``mode`` would store them."""
-    asked = {"format": mode.format} if mode.format else {}
-    return needs.stored_bytes(shape, config.cache.model_copy(update=asked), workload)
-
-
-def _smaller_cache(
-    mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine, disk: dict[str, float]
-) -> list[str]:
-    """Fewer samples, or fewer taps, with which the cache fits."""
-    room = machine.disk_bytes - (sum(disk.values()) - disk["cache"])
-    fitting = math.floor(workload.samples * room / disk["cache"])
-    found = [f"The disk holds the cache of about {fitting:,} samples."] if fitting > 0 else []
-    for taps in range(shape.taps - 1, 0, -1):
-        smaller = dataclasses.replace(shape, taps=taps)
-        if _states(mode, smaller, config, workload) <= room:
-            return [*found, f"It holds all with --set draft.num_taps={taps}."]
-    return found
-
-
-def _smaller_memory(
-    stage: str, mode: Mode, shape: Shape, config: RunConfig, workload: Workload, machine: Machine
-) -> str | None:
-    """The setting with which ``stage`` fits, or that none of the usual ones makes it fit."""
-    keys: dict[str, tuple[str, str, Callable[[int], int]]] = {
-        "cache": ("cache", "batch_tokens", lambda value: value // 2),
-        "train": ("train", "num_anchors", lambda value: value // 2),
-    }
-    if stage not in keys:
-        return None
-    section, key, smaller = keys[stage]
-    value = getattr(getattr(config, section), key)
-    while (value := smaller(value)) >= 16:
-        changed = config.model_copy(
-            update={section: getattr(config, section).model_copy(update={key: value})},
-        )
-        if not _lacking(_memory(mode, shape, changed, workload, machine)[stage], machine):
-            return f"{stage} fits with --set {section}.{key}={value}."
-    return f"{stage} does not fit whatever {section}.{key} is: it takes a machine with more memory."
 
 
 def _reason(best: Column | None, columns: Sequence[Column]) -> str:

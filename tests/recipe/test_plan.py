@@ -104,10 +104,10 @@ def test_experts_that_a_token_is_not_sent_to_cost_no_time(tmp_path):
 
 
 def test_modes_are_those_the_configuration_accepts():
-    for mode in plan.modes():
+    for mode in plan.MODES:
         if mode.setting:
             assert load_config(assignments=[mode.setting]).cache.mode == mode.name
-    assert plan.modes()[0].name == "cached"
+    assert plan.MODES[0].name == "cached"
 
 
 def test_a_full_disk_changes_the_recommendation_and_says_what_would_fit(shape):
