@@ -38,7 +38,7 @@ from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig, load_config
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.recipe.corpus import HELD_OUT, passages, sources
 from nemotron_dspark.recipe.demo import Budget, Progress, answer_prompts

@@ -16,7 +16,7 @@ from nemotron_dspark.cache.build import build_cache as write_cache
 from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.decoding.pair import load_draft, load_pair
-from nemotron_dspark.drafts.base import Draft
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
 from nemotron_dspark.evaluation.measure import prompt_ids

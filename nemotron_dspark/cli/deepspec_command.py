@@ -148,7 +148,7 @@ def evaluate(
     """Run DeepSpec's eval.py with our decoding on a config's target and draft."""
     shell.quiet_libraries()
     from nemotron_dspark.deepspec import launch
-    from nemotron_dspark.drafts.load import read_draft_config
+    from nemotron_dspark.drafts.config import read_draft_config
 
     home = _home()
     places = launch.Nodes(nodes, node_rank, master)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from nemotron_dspark.config.known import preset_for
+from nemotron_dspark.config.validation import input_error
 from nemotron_dspark.errors import InputError
 
 
@@ -21,6 +22,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, coerce_numbers_to_str=True)
 
 
+MarkovHead = Literal["vanilla", "gated", "rnn"]
+AttentionKind = Literal["auto", "flex", "dense"]
 TAP_CHOICES = ("even", "attention")  # names that stand for a list of taps; `targets.taps` knows which
 
 
@@ -76,7 +79,7 @@ class DraftSection(_Section):
     )
     num_taps: int = Field(5, ge=1, description="how many taps a choice takes that is not a list")
     markov_rank: int = Field(256, ge=0, description="rank of the sequential head; 0 = DeepSpec's DFlash")
-    markov_head: Literal["vanilla", "gated", "rnn"] = Field("vanilla", description="kind of sequential head")
+    markov_head: MarkovHead = Field("vanilla", description="kind of sequential head")
     confidence_head: bool = Field(True, description="predict each slot's acceptance rate")
     confidence_with_markov: bool = Field(True, description="the confidence head sees the previous token's embedding")
     intermediate_size: int | None = Field(None, description="SwiGLU width; null = from the target's MLP")
@@ -117,9 +120,7 @@ class TrainConfig(_Section):
     warmup_ratio: float = Field(0.04, ge=0, le=1, description="share of the steps with a linearly rising rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
-    attention: Literal["auto", "flex", "dense"] = Field(
-        "auto", description="auto = FlexAttention on CUDA, a dense mask elsewhere"
-    )
+    attention: AttentionKind = Field("auto", description="auto = FlexAttention on CUDA, a dense mask elsewhere")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto = bf16 on CUDA, fp32 elsewhere")
     device: str = Field("auto", description="auto = cuda when there is one, else cpu")
     parallel: Literal["ddp", "fsdp"] = Field(
@@ -228,15 +229,8 @@ def _validated(values: dict[str, Any], origin: str = "") -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise InputError(f"{origin}{'t' if origin else 'T'}here is no key {key}.", _nearest(key)) from None
-        given = first.get("input")
-        raise InputError(
-            f"{origin}{key} = {given!r} is not accepted: {first['msg'].lower()}.",
-            "Correct the value; `nds config show` prints every key with its default.",
-        ) from None
+        do = "Correct the value; `nds config show` prints every key with its default."
+        raise input_error(error, origin, do, unknown=_nearest) from None
 
 
 def load_config(
@@ -258,7 +252,7 @@ def load_config(
     given = _checked_file(file) if file is not None else {}
     for text in assignments:
         given = _merge(given, _assignment(text))
-        _validated(given, f"--set {text}: ")
+        _validated(given, f"--set {text}")
     given = _merge(given, sections)
     if target is not None:
         given = _merge(given, {"target": {"name": target} if isinstance(target, str) else target})
@@ -271,5 +265,5 @@ def load_config(
 
 def _checked_file(path: Path) -> dict[str, Any]:
     values = _read_yaml(path)
-    _validated(values, f"{path}: ")  # so that the message names the file that holds the fault
+    _validated(values, str(path))  # so that the message names the file that holds the fault
     return values

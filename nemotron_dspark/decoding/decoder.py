@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nemotron_dspark.decoding.accept import accept_greedy, accept_sampled
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
-from nemotron_dspark.drafts.base import Draft
-from nemotron_dspark.drafts.context import DraftContext
+from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target, TargetState
 

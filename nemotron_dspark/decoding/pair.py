@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from nemotron_dspark.config import TargetConfig
-from nemotron_dspark.drafts.base import Draft
-from nemotron_dspark.drafts.load import load_any_draft, read_draft_config
+from nemotron_dspark.drafts.config import Eagle3Config, read_draft_config
+from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.proofs import prove
 
@@ -15,7 +16,8 @@ def load_draft(folder: Path, target: Target) -> Draft:
     Raises:
         InputError: no whole draft there, or one for another target.
     """
-    draft = load_any_draft(folder, device=target.device, dtype=target.dtype)
+    kind = Eagle3Draft if isinstance(read_draft_config(folder), Eagle3Config) else DSparkDraft
+    draft = kind.load(folder, device=target.device, dtype=target.dtype)
     draft.config.check_target(target.spec)
     if not draft.has_embeddings:
         draft.set_embeddings(target.model.get_input_embeddings().weight, target.head.weight)

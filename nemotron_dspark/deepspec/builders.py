@@ -9,8 +9,7 @@ from typing import Any
 from transformers import Qwen3Config
 
 from nemotron_dspark.config import DraftSection
-from nemotron_dspark.drafts.builder import build_draft_config
-from nemotron_dspark.drafts.eagle3_config import build_eagle3_config
+from nemotron_dspark.drafts.config import build_draft_config, build_eagle3_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import TargetSpec
 

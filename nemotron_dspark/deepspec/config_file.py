@@ -6,9 +6,7 @@ from typing import Any
 from nemotron_dspark.chat.format import recognise
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.config import RunConfig
-from nemotron_dspark.drafts.builder import build_draft_config
-from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.eagle3_config import NUM_TAPS
+from nemotron_dspark.drafts.config import EAGLE3_TAPS, DraftConfig, build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
@@ -109,9 +107,10 @@ def config_text(
     if algorithm == "dspark" and mask_token_id is None:
         raise InputError("The draft's mask token is unknown.", "Set draft.mask_token_id.")
     config, _ = build_draft_config(spec, run.draft, mask_token_id=mask_token_id or 0)
-    if algorithm == "eagle3" and config.num_taps != NUM_TAPS:
+    if algorithm == "eagle3" and config.num_taps != EAGLE3_TAPS:
         raise InputError(
-            f"EAGLE-3 reads exactly {NUM_TAPS} taps, not {config.num_taps}.", "Leave draft.taps and draft.num_taps out."
+            f"EAGLE-3 reads exactly {EAGLE3_TAPS} taps, not {config.num_taps}.",
+            "Leave draft.taps and draft.num_taps out.",
         )
     name = exp_name(spec, run, algorithm)
     trainer = {"dspark": "NemotronDSparkTrainer", "eagle3": "NemotronEagle3Trainer"}[algorithm]

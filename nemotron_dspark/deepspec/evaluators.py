@@ -15,7 +15,7 @@ from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.deepspec.checkout import deepspec_module
-from nemotron_dspark.drafts.base import Draft
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.proofs import prove
 

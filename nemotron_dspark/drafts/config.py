@@ -1,24 +1,71 @@
-"""The draft's shape, as DeepSpec's `Qwen3DSparkModel` writes it in ``config.json`` and as the engines read it."""
+"""The shapes of drafts as DeepSpec writes them in ``config.json`` and engines read them, and how they follow from a
+target: with a sentence on every value that had to be assumed.
+"""
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from nemotron_dspark.config import DraftSection
+from nemotron_dspark.config.run import MarkovHead
+from nemotron_dspark.config.validation import input_error
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
 from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.taps import chosen_taps
 
-ARCHITECTURE = "Qwen3DSparkModel"
-SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
-_OPTIONAL = (
-    "max_position_embeddings", "num_anchors", "head_dim", "target_logit_multiplier", "target_logit_softcap"
-)  # fmt: skip
+ASSUMED_ROPE_THETA = 10_000.0
+EAGLE3_TAPS = 5  # DeepSpec's class takes exactly these
+EvenInt = Annotated[PositiveInt, Field(multiple_of=2)]  # rotary embedding pairs the halves
 _RESTORE = "Use the config.json that was saved with the draft."
 
 
-class SavedConfig:
-    """What the configs of every kind of draft share: their spelling in ``config.json`` and the target they are for."""
+class SavedConfig(BaseModel):
+    """What the configs of all kinds of drafts share. Their field names are the keys of ``config.json``, in its order.
+
+    A value that no draft can have is an `InputError`, wherever it comes from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    architecture: ClassVar[str]  # DeepSpec's class
+    kind: ClassVar[str]
+
+    if TYPE_CHECKING:  # declared by each kind, whose file has its own order
+        hidden_size: int
+        vocab_size: int
+        rope_theta: float
+        target_layer_ids: tuple[int, ...]
+        num_target_layers: int
+        target_logit_multiplier: float
+        target_logit_softcap: float | None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_two_sentences(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        origin, do = info.context or (f"The {cls.kind} draft's config", "Correct the value.")
+        try:
+            config = handler(values)
+        except ValidationError as error:
+            raise input_error(error, origin, do) from None
+        for key, why in config._misfits():
+            raise InputError(f"{origin}: {key} = {getattr(config, key)!r} is not accepted: {why}.", do)
+        return config
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys whose value does not fit the others', and why."""
+        raise NotImplementedError
 
     @property
     def num_taps(self) -> int:
@@ -26,11 +73,39 @@ class SavedConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """The config of a draft's folder."""
+        """The config of a draft's folder; errors as `from_json`."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise InputError(f"{folder} is not a draft: it has no config.json.", "Give the folder that training made.")
         return cls.from_json(read_json(path), str(path))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], origin: str = "config.json") -> Self:
+        """The config from a parsed ``config.json``; ``origin`` names the file in messages.
+
+        Raises:
+            InputError: another architecture, a missing key, or a value this draft cannot have.
+        """
+        architecture = (values.get("architectures") or ["nothing"])[0]
+        if architecture != cls.architecture:
+            raise InputError(
+                f"{origin} describes a {architecture}, not a {cls.kind} draft.",
+                f"Give a folder whose config.json has architectures [{cls.architecture!r}].",
+            )
+        for key in cls._needed(values):
+            if values.get(key) is None:
+                raise InputError(f"{origin} has no {key}.", _RESTORE)
+        _refuse_unlike_qwen3(values, origin)
+        rope = values.get("rope_parameters") or {}
+        known = {key: values[key] for key in cls.model_fields if values.get(key) is not None}
+        known["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta") or ASSUMED_ROPE_THETA
+        known["dtype"] = str(values.get("dtype") or values.get("torch_dtype") or "float32")
+        return cls.model_validate(known, context=(origin, _RESTORE))
+
+    @classmethod
+    def _needed(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Keys that a file must have although they have a default."""
+        return ()
 
     def check_target(self, spec: TargetSpec) -> None:
         """`InputError` when this draft was made for a target of another shape than ``spec``."""
@@ -45,10 +120,13 @@ class SavedConfig:
                     "Give the target the draft was trained for, or train a draft for this target.",
                 )
 
-    def _json_keys(self, architecture: str, num_layers: int) -> dict[str, Any]:
-        """The fields, and what makes transformers and engines read a Qwen3 in them."""
+    def to_json(self) -> dict[str, Any]:
+        """The contents of ``config.json``: DeepSpec's keys, and what makes engines read a Qwen3 in them."""
+        raise NotImplementedError
+
+    def _json_keys(self, num_layers: int) -> dict[str, Any]:
         values = {
-            "architectures": [architecture],
+            "architectures": [self.architecture],
             "model_type": "qwen3",
             "layer_types": ["full_attention"] * num_layers,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
@@ -59,8 +137,7 @@ class SavedConfig:
             "initializer_range": 0.02,
             "use_sliding_window": False,
             "sliding_window": None,
-            **dataclasses.asdict(self),
-            "target_layer_ids": list(self.target_layer_ids),
+            **self.model_dump(mode="json"),
         }
         if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these two keys
             del values["target_logit_multiplier"]
@@ -69,105 +146,122 @@ class SavedConfig:
         return values
 
 
-@dataclasses.dataclass(frozen=True)
 class DraftConfig(SavedConfig):
-    """Shape of a DSpark draft. The field names are the keys of ``config.json``."""
+    """Shape of a DSpark draft."""
 
-    hidden_size: int  # H, the target's
-    intermediate_size: int  # SwiGLU width
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int  # heads * head_dim need not be H
-    vocab_size: int  # V, the target's
+    architecture = "Qwen3DSparkModel"
+    kind = "DSpark"
+
+    hidden_size: PositiveInt  # H, the target's
+    intermediate_size: PositiveInt  # SwiGLU width
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: EvenInt  # heads * head_dim need not be H
+    vocab_size: PositiveInt  # V, the target's
     rms_norm_eps: float
     rope_theta: float
-    max_position_embeddings: int
-    block_size: int  # γ, tokens drafted per round
+    max_position_embeddings: PositiveInt
+    block_size: PositiveInt  # γ, tokens drafted per round
     mask_token_id: int  # fills the slots after the anchor
     target_layer_ids: tuple[int, ...]  # taps, ascending
     num_target_layers: int
-    num_anchors: int = 512  # blocks drawn per sample in training
-    markov_rank: int = 256  # r; 0 = no sequential head (DeepSpec's DFlash)
-    markov_head_type: str = "vanilla"
+    num_anchors: PositiveInt = 512  # blocks drawn per sample in training
+    markov_rank: int = Field(256, ge=0)  # r; 0 = no sequential head (DeepSpec's DFlash)
+    markov_head_type: MarkovHead = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
     target_logit_multiplier: float = 1.0  # from the bare output of the target's LM head to its logits
     target_logit_softcap: float | None = None
     dtype: str = "float32"  # of the saved weights
 
-    def __post_init__(self) -> None:
-        if not self.enable_confidence_head:  # the key says nothing then, and is not written
-            object.__setattr__(self, "confidence_head_with_markov", False)
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
-            _at_least_one(key, getattr(self, key))
-        for key in ("num_key_value_heads", "vocab_size", "max_position_embeddings", "block_size", "num_anchors"):
-            _at_least_one(key, getattr(self, key))
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise wrong(
-                "num_key_value_heads", self.num_key_value_heads, f"it must divide {self.num_attention_heads} heads"
-            )
-        if self.head_dim % 2:
-            raise wrong("head_dim", self.head_dim, "rotary embedding needs an even size")
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise wrong("mask_token_id", self.mask_token_id, f"the vocabulary has {self.vocab_size} ids")
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_is_off(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The kind of a head that is off says nothing, and is not written."""
+        if values.get("markov_rank") == 0:
+            values = values | {"markov_head_type": "vanilla"}
+        if not values.get("enable_confidence_head", True):
+            values = values | {"confidence_head_with_markov": False}
+        return values
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
         taps = self.target_layer_ids
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield "num_key_value_heads", f"it must divide {self.num_attention_heads} heads"
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            yield "mask_token_id", f"the vocabulary has {self.vocab_size} ids"
         if not taps or list(taps) != sorted(set(taps)):
-            raise wrong("target_layer_ids", list(taps), "taps must be given in ascending order, each once")
-        if taps[0] < -1 or taps[-1] >= self.num_target_layers:
-            raise wrong("target_layer_ids", list(taps), f"the target has layers 0 to {self.num_target_layers - 1}")
-        if self.markov_rank < 0:
-            raise wrong("markov_rank", self.markov_rank, "it cannot be negative")
-        if self.markov_rank and self.markov_head_type not in SEQUENTIAL_HEADS:
-            raise wrong("markov_head_type", self.markov_head_type, f"known are {', '.join(SEQUENTIAL_HEADS)}")
-        if self.enable_confidence_head and self.confidence_head_with_markov and not self.markov_rank:
-            raise wrong("confidence_head_with_markov", True, "with markov_rank 0 no token is embedded")
+            yield "target_layer_ids", "taps must be given in ascending order, each once"
+        elif taps[0] < -1 or taps[-1] >= self.num_target_layers:
+            yield "target_layer_ids", f"the target has layers 0 to {self.num_target_layers - 1}"
+        if self.confidence_head_with_markov and not self.markov_rank:
+            yield "confidence_head_with_markov", "with markov_rank 0 no token is embedded"
+
+    @classmethod
+    def _needed(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        rank = ("markov_head_type",) if values.get("markov_rank") else ()
+        confident = ("confidence_head_with_markov",) if values.get("enable_confidence_head") else ()
+        return ("markov_rank", "enable_confidence_head", *rank, *confident)
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of ``config.json``: DeepSpec's keys and the Qwen3 keys that engines read."""
-        values = self._json_keys(ARCHITECTURE, self.num_hidden_layers)
+        values = self._json_keys(self.num_hidden_layers)
         if not self.markov_rank:
             del values["markov_head_type"]
         if not self.enable_confidence_head:
             del values["confidence_head_with_markov"]
         return values
 
-    @staticmethod
-    def from_json(values: Mapping[str, Any], origin: str = "config.json") -> "DraftConfig":
-        """The config from a parsed ``config.json``; ``origin`` names the file in messages.
 
-        Raises:
-            InputError: another architecture, a missing key, or a value this draft cannot have.
-        """
-        architectures = values.get("architectures") or ["nothing"]
-        if architectures[0] != ARCHITECTURE:
-            raise InputError(
-                f"{origin} describes a {architectures[0]}, not a DSpark draft.",
-                f"Give a folder whose config.json has architectures [{ARCHITECTURE!r}].",
-            )
-        _refuse_unlike_qwen3(values, origin)
-        rope = values.get("rope_parameters") or {}
-        rank = int(_need(values, "markov_rank", origin))
-        confident = bool(_need(values, "enable_confidence_head", origin))
-        given = {
-            **{key: values[key] for key in _OPTIONAL if key in values},
-            "rope_theta": values.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-            "markov_rank": rank,
-            "markov_head_type": _need(values, "markov_head_type", origin) if rank else "vanilla",
-            "enable_confidence_head": confident,
-            "confidence_head_with_markov": bool(confident and _need(values, "confidence_head_with_markov", origin)),
-            "dtype": str(values.get("dtype") or values.get("torch_dtype") or "float32"),
-        }
-        fields = {
-            field.name: given[field.name] if field.name in given else _need(values, field.name, origin)
-            for field in dataclasses.fields(DraftConfig)
-            if field.name in given or field.default is dataclasses.MISSING
-        }
-        try:
-            fields["target_layer_ids"] = tuple(int(tap) for tap in fields["target_layer_ids"])
-            return DraftConfig(**fields)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{origin} holds a value of the wrong type: {error}.", _RESTORE) from None
+class Eagle3Config(SavedConfig):
+    """Shape of an EAGLE-3 draft: one decoder layer."""
+
+    architecture = "Qwen3Eagle3Model"
+    kind = "EAGLE-3"
+
+    hidden_size: PositiveInt  # H, the target's
+    intermediate_size: PositiveInt  # SwiGLU width
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: EvenInt
+    vocab_size: PositiveInt  # V, the target's
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: PositiveInt
+    target_layer_ids: tuple[int, ...]  # taps, ascending, exactly five
+    num_target_layers: int
+    ttt_length: PositiveInt = 7  # steps unrolled in training, tokens drafted per round in decoding
+    step_loss_decay: PositiveFloat = 0.8  # step i of the unrolling weighs this to the power of i
+    dtype: str = "float32"  # of the saved weights
+    target_logit_multiplier: float = 1.0  # from the bare output of the target's LM head to its logits
+    target_logit_softcap: float | None = None
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        taps = self.target_layer_ids
+        if len(taps) != EAGLE3_TAPS or list(taps) != sorted(set(taps)) or taps[0] < 0:
+            yield "target_layer_ids", "EAGLE-3 reads exactly five ascending layers, from 0 on"
+
+    @property
+    def block_size(self) -> int:
+        """γ, tokens drafted per round."""
+        return self.ttt_length
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], origin: str = "config.json") -> Self:
+        if values.get("num_hidden_layers", 1) != 1:
+            raise InputError(f"{origin}: num_hidden_layers is {values['num_hidden_layers']}.", "Only 1 can be decoded.")
+        return super().from_json(values, origin)
+
+    def to_json(self) -> dict[str, Any]:
+        return self._json_keys(num_layers=1) | {"num_hidden_layers": 1, "draft_num_hidden_layers": 1}
+
+
+def read_draft_config(folder: Path) -> DraftConfig | Eagle3Config:
+    """The config of the draft in ``folder``, of whatever kind; errors as `SavedConfig.from_folder`."""
+    path = Path(folder) / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    architectures = values.get("architectures") if isinstance(values, dict) else None
+    return (Eagle3Config if architectures == [Eagle3Config.architecture] else DraftConfig).from_folder(folder)
 
 
 def _refuse_unlike_qwen3(values: Mapping[str, Any], origin: str) -> None:
@@ -182,17 +276,94 @@ def _refuse_unlike_qwen3(values: Mapping[str, Any], origin: str) -> None:
             raise InputError(f"{origin}: {key} is {value!r}; drafts here only have {only!r}.", _RESTORE)
 
 
-def _need(values: Mapping[str, Any], key: str, origin: str) -> Any:
-    if values.get(key) is None:
-        raise InputError(f"{origin} has no {key}.", _RESTORE)
-    return values[key]
+# --- from a target ---
 
 
-def _at_least_one(key: str, value: int) -> None:
-    if value < 1:
-        raise wrong(key, value, "it must be at least 1")
+def build_draft_config(
+    spec: TargetSpec, section: DraftSection, *, mask_token_id: int, num_anchors: int = 512
+) -> tuple[DraftConfig, tuple[str, ...]]:
+    """The config of a DSpark draft for ``spec`` and the notes on what was assumed.
+
+    Hidden size, vocabulary, heads, head_dim and eps are the target's; the rest follows ``section``, and what it leaves
+    open follows the target.
+
+    Raises:
+        InputError: taps out of range, or a combination of keys no draft can have.
+    """
+    shape, notes = _shape_for(spec, section)
+    with_markov = section.confidence_with_markov
+    if section.confidence_head and with_markov and not section.markov_rank:
+        with_markov = False
+        notes += ("the confidence head reads the hidden state only: with markov_rank 0 there is nothing else.",)
+    config = DraftConfig(
+        **shape,
+        num_hidden_layers=section.num_layers,
+        block_size=section.block_size,
+        mask_token_id=mask_token_id,
+        num_anchors=num_anchors,
+        markov_rank=section.markov_rank,
+        markov_head_type=section.markov_head,
+        enable_confidence_head=section.confidence_head,
+        confidence_head_with_markov=section.confidence_head and with_markov,
+    )
+    return config, notes
 
 
-def wrong(key: str, value: Any, why: str) -> InputError:
-    """That ``key`` of a draft cannot be ``value``."""
-    return InputError(f"The draft cannot have {key} = {value!r}: {why}.", f"Correct {key}.")
+def build_eagle3_config(
+    spec: TargetSpec, section: DraftSection, *, ttt_length: int = 7, step_loss_decay: float = 0.8
+) -> tuple[Eagle3Config, tuple[str, ...]]:
+    """The config of an EAGLE-3 draft for ``spec`` and the notes on what was assumed; shapes as `build_draft_config`."""
+    shape, notes = _shape_for(spec, section)
+    return Eagle3Config(**shape, ttt_length=ttt_length, step_loss_decay=step_loss_decay), notes
+
+
+def _shape_for(spec: TargetSpec, section: DraftSection) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What follows from the target for every kind of draft, and the notes on what was assumed."""
+    width, width_notes = _mlp_width(spec, section)
+    notes = [*spec.assumed, *width_notes]
+    theta = section.rope_theta if section.rope_theta is not None else spec.rope_theta
+    if theta is None:
+        theta = ASSUMED_ROPE_THETA
+        notes.append(
+            "rope theta 10000: the target has no rotary embedding, and drafts published for such targets use 10000 "
+            "(draft.rope_theta sets it)."
+        )
+    taps = chosen_taps(spec, section)
+    if not isinstance(section.taps, list):
+        choice = f"the choice {section.taps!r}" if section.taps else "the default choice"
+        notes.append(f"taps {', '.join(map(str, taps))}: {choice} (draft.taps sets them).")
+    shape = {
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": width,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_key_value_heads": spec.num_key_value_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_theta": theta,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "target_layer_ids": tuple(taps),
+        "num_target_layers": spec.num_layers,
+        "target_logit_multiplier": spec.logit_multiplier,
+        "target_logit_softcap": spec.logit_softcap,
+    }
+    return shape, tuple(notes)
+
+
+def _mlp_width(spec: TargetSpec, section: DraftSection) -> tuple[int, list[str]]:
+    """SwiGLU width: as set; the target's if its MLP is gated; else one of about the same parameter count."""
+    if section.intermediate_size is not None:
+        return section.intermediate_size, []
+    if spec.mlp == "gated":
+        return int(spec.intermediate_size), []
+    if spec.mlp == "plain":
+        width = _round_up(-(-2 * spec.intermediate_size // 3), 256)
+        reason = f"two thirds of the target's ungated {spec.intermediate_size}, so as many parameters"
+    else:
+        width = _round_up(-(-9 * spec.hidden_size // 4), 512)
+        reason = "2.25 x hidden, as NVIDIA's draft for a mixture of experts has"
+    return width, [f"SwiGLU width {width}: {reason} (draft.intermediate_size sets it)."]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,48 +1,255 @@
 """The DSpark draft: a few Qwen3 layers that fill a whole block at once from the target's hidden states.
 
-Per block the input is the anchor's embedding and γ-1 mask tokens; slot k predicts the token k+1 after the anchor. The
-context is RMSNorm(fc(taps)) at every position before the anchor. A sequential head ties the slots together. Tensor
-names and ``config.json`` are DeepSpec's `Qwen3DSparkModel`.
+What is notable in it:
+- The input of a block is the anchor's embedding and γ-1 mask tokens; slot k predicts the token k+1 after the anchor.
+  All slots pass through the layers together, without a causal mask inside the block.
+- The context is RMSNorm(fc(taps)) at every position before the anchor: hidden states of some layers of the target, side
+  by side. Each layer makes keys and values of it with the weights it has for the block itself.
+- A sequential head (heads.py) ties the slots together afterwards, token by token, at the price of a table lookup.
+- Embedding and LM head are the target's, frozen. The type that they are held in is the type of the arithmetic.
+- Training runs many blocks of a sample at once; decoding runs one block per row over stored keys and values. Both give
+  the same numbers.
+
+On disk a draft is ``config.json`` and ``model.safetensors``, with the keys and names of DeepSpec's `Qwen3DSparkModel`;
+a slim copy leaves out the target's two matrices.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from nemotron_dspark.drafts.attention import block_attention
-from nemotron_dspark.drafts.base import Draft
-from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.context import DraftContext
-from nemotron_dspark.drafts.heads import ConfidenceHead, build_sequential_head
-from nemotron_dspark.drafts.layers import Layer, Linear, RMSNorm, rotate
+from nemotron_dspark import files
+from nemotron_dspark.config.run import AttentionKind
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
+from nemotron_dspark.drafts.heads import ConfidenceHead, IndependentSlots, VanillaHead, build_sequential_head
+from nemotron_dspark.drafts.layers import (
+    DraftContext,
+    KeyValueProjection,
+    Layer,
+    Linear,
+    RMSNorm,
+    Rotary,
+    Rotation,
+    block_attention,
+    rotate,
+)
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.kv import RaggedKV
+from nemotron_dspark.targets.spec import finish_logits
+
+WEIGHTS_FILE = "model.safetensors"
+SHARED = ("embed_tokens.weight", "lm_head.weight")  # the target's own, frozen; a slim copy leaves them out
+INITIAL_STD = 0.02
+
+ConfigT = TypeVar("ConfigT", DraftConfig, Eagle3Config)
 
 
-class DSparkDraft(Draft):
+class DraftBlock(Protocol):
+    """The next block of each row, drafted slot by slot."""
+
+    def next_logits(self, previous: Tensor) -> Tensor:
+        """Logits [B, V] of the next slot, after ``previous`` [B], the anchor for slot 0."""
+        ...
+
+
+class Draft(nn.Module, Generic[ConfigT]):
+    """What every kind of draft is: weights around the target's frozen embedding and head.
+
+    A new one has random weights (normal 0.02, norms 1, biases 0) and, until `set_embeddings`, no embedding or head.
+    ``seed`` None leaves all weights unset, for a caller that fills them.
+    """
+
+    Config: ClassVar[type[DraftConfig] | type[Eagle3Config]]
+    fc: Linear  # [T·H] to [H]: the taps of a position to what the draft reads of it
+    layers: nn.ModuleList
+    norm: RMSNorm  # before the LM head
+
+    def __init__(self, config: ConfigT, seed: int | None = 0):
+        super().__init__()
+        self.config: ConfigT = config
+        with torch.device("meta"):
+            # From an empty tensor: nn.Embedding would draw numbers, which on "meta" imports torch's compiler (seconds).
+            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
+            self._build(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embed_tokens.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+        self._rotary = Rotary(config.head_dim, config.rope_theta)
+        if seed is not None:
+            self._initialise(seed)
+
+    def _build(self, config: ConfigT) -> None:
+        """Make every module but the embedding and the head."""
+        raise NotImplementedError
+
+    @property
+    def has_embeddings(self) -> bool:
+        """False for a new draft or a slim copy until `set_embeddings`."""
+        return not (self.embed_tokens.weight.is_meta or self.lm_head.weight.is_meta)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.fc.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return self.fc.weight.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the arithmetic: that in which the draft holds the target's embedding and head."""
+        return self.embed_tokens.weight.dtype if self.has_embeddings else self.dtype
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Every weight that training changes, by name, in a fixed order: all but the target's embedding and head."""
+        return {name: parameter for name, parameter in self.named_parameters() if name not in SHARED}
+
+    def set_embeddings(self, embedding: Tensor, head: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Take the target's ``embedding`` and ``head`` (both [V, H]), frozen; memory is shared where types agree.
+
+        ``dtype`` is what the draft then computes in; None: the parameters' own. Parameters of another type are cast
+        where they are used: fp32 ones with bf16 here give the numbers of bf16 ones, and gradients in fp32.
+
+        Raises:
+            InputError: another vocabulary or hidden size than the draft's.
+        """
+        expected = (self.config.vocab_size, self.config.hidden_size)
+        for name, given in (("embedding", embedding), ("LM head", head)):
+            if tuple(given.shape) != expected:
+                raise InputError(
+                    f"The draft was made for another target: it needs an {name} of {expected}, "
+                    f"the target's is {tuple(given.shape)}.",
+                    "Give the target the draft was trained for.",
+                )
+        for module, given in ((self.embed_tokens, embedding), (self.lm_head, head)):
+            weight = given.detach().to(self.device, dtype or self.dtype)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def save(self, folder: Path, *, slim: bool = False) -> None:
+        """Write ``model.safetensors`` and ``config.json`` in the type that is computed in; ``slim`` leaves out the
+        target's two matrices."""
+        if not slim:
+            self._require_embeddings()
+        kept = {name: tensor for name, tensor in self.state_dict().items() if not (slim and name in SHARED)}
+        tensors = {name: tensor.detach().to(self.compute_dtype) for name, tensor in kept.items()}
+        if not slim and tensors[SHARED[0]].data_ptr() == tensors[SHARED[1]].data_ptr():  # a target that ties them
+            tensors[SHARED[1]] = tensors[SHARED[1]].clone()
+        write_draft(folder, self.config, tensors)
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """The draft in ``folder``, in eval mode; ``dtype`` None keeps the saved one.
+
+        Raises:
+            InputError: no draft there, a truncated file, missing or unknown tensors, or other shapes than the config's.
+        """
+        path = Path(folder) / WEIGHTS_FILE
+        config = cls.Config.from_folder(folder)
+        if not path.is_file():
+            raise InputError(f"{folder} has no {WEIGHTS_FILE}.", "Give a folder that training or export finished.")
+        draft = cls(config, seed=None)
+        again = "Copy the file again, or export the draft again from its run folder."
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                _check_tensors(file, draft.state_dict(), path, again)
+                tensors = {name: file.get_tensor(name).to(dtype=dtype) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged: {error}.", again) from None
+        draft.load_state_dict(tensors, strict=False, assign=True)
+        draft.embed_tokens.requires_grad_(False)
+        draft.lm_head.requires_grad_(False)
+        return draft.eval()
+
+    def target_logits(self, last: Tensor) -> Tensor:
+        """The target's logits [..., V] from its last hidden states [..., H], with its multiplier and its soft cap."""
+        return finish_logits(self.lm_head(last), self.config.target_logit_multiplier, self.config.target_logit_softcap)
+
+    # --- decoding ---
+
+    def new_context(self, rows: int = 1) -> DraftContext:
+        """An empty context of ``rows`` rows."""
+        raise NotImplementedError
+
+    def extend(self, context: DraftContext, taps: Tensor, counts: Sequence[int], following: Tensor) -> None:
+        """Append the first ``counts[b]`` of ``taps`` [B, n, T·H]; ``following`` [B, n] is the token after each."""
+        raise NotImplementedError
+
+    def begin(self, context: DraftContext, anchor_tokens: Tensor) -> DraftBlock:
+        """The next block of each row, behind ``context`` and the last accepted tokens ``anchor_tokens`` [B]."""
+        raise NotImplementedError
+
+    # --- parts ---
+
+    def _rotation(self, starts: Sequence[int], count: int) -> Rotation:
+        """Tables [B or 1, 1, count, d] for ``count`` positions from each of ``starts``."""
+        first, last = min(starts), max(starts)
+        cosines, sines = self._rotary.tables(last + count, self.device, self.compute_dtype)
+        if first == last:
+            return cosines[first : first + count], sines[first : first + count]
+        at = torch.tensor(starts, device=self.device)[:, None] + torch.arange(count, device=self.device)
+        return cosines[at][:, None], sines[at][:, None]
+
+    def _require_embeddings(self) -> None:
+        if not self.has_embeddings:
+            raise InputError(
+                "The draft has no embedding and LM head of its own.",
+                "It is a slim copy: use it together with its target, or give a full copy.",
+            )
+
+    def _initialise(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in list(self.named_parameters()):
+            if name in SHARED:
+                continue
+            if parameter.dim() >= 2:
+                value = torch.empty(parameter.shape).normal_(0.0, INITIAL_STD, generator=generator)
+            else:
+                value = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, nn.Parameter(value))
+        # The LM head is the target's and is not multiplied here: the last norm gives its logits the target's scale.
+        self.norm.weight.data.mul_(self.config.target_logit_multiplier)
+
+
+class DSparkDraft(Draft[DraftConfig]):
     """A DSpark draft; see `Draft` for its weights."""
 
     Config = DraftConfig
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        seed: int | None = 0,
+        *,
+        attention: AttentionKind = "auto",
+        recompute_layers: bool = False,
+    ):
+        """
+        Args:
+            attention: kind of training attention; auto: FlexAttention on CUDA, dense masks elsewhere.
+            recompute_layers: compute the layers again in the backward instead of keeping their activations.
+        """
+        super().__init__(config, seed)
+        self.attention: AttentionKind = attention
+        self.recompute_layers = recompute_layers
 
     def _build(self, config: DraftConfig) -> None:
         self.fc = Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.markov_head = build_sequential_head(config)
+        self.markov_head: VanillaHead | IndependentSlots = build_sequential_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
-        self.attention = "auto"  # kind of training attention, see drafts.attention.KINDS
-        self.recompute_layers = False  # in the backward, instead of keeping their activations
-        self._key_value_weights: Tensor | None = None  # [layers, 2·kv_heads·d, H], made by new_context
-        self._key_norms: Tensor | None = None  # [layers, 1, d]
-
-    @property
-    def sequential(self) -> nn.Module:
-        """The sequential head: `start`, `step`, `teacher_forced`."""
-        return self.markov_head
 
     # --- training ---
 
@@ -60,6 +267,7 @@ class DSparkDraft(Draft):
         """
         self._require_embeddings()
         length, slots = input_ids.shape[1], self.config.block_size
+        # The blocks of a row lie one after the other: A·γ positions that count from their anchors on.
         tokens = input_ids.gather(1, anchors).masked_fill(~valid, self.config.mask_token_id)
         hidden = self._block_embeddings(tokens).flatten(1, 2)  # [B, A·γ, H]
         context = self.hidden_norm(self.fc(taps.to(self.compute_dtype)))  # [B, S, H]
@@ -96,23 +304,11 @@ class DSparkDraft(Draft):
 
     # --- decoding ---
 
-    def train(self, mode: bool = True) -> "DSparkDraft":
-        self._key_value_weights = self._key_norms = None  # about to change
-        return super().train(mode)
-
     def new_context(self, rows: int = 1) -> DraftContext:
-        """An empty context of ``rows`` rows."""
+        """An empty context of ``rows`` rows, for the weights as they are now."""
         self._require_embeddings()
-        fused = self._key_value_weights
-        if fused is None or self.training or fused.device != self.device or fused.dtype != self.compute_dtype:
-            attentions = [layer.self_attn for layer in self.layers]
-            with torch.no_grad():
-                self._key_value_weights = torch.stack(
-                    [torch.cat((attention.k_proj.weight, attention.v_proj.weight)) for attention in attentions]
-                ).to(self.compute_dtype)
-                norms = torch.stack([attention.k_norm.weight for attention in attentions])[:, None]
-                self._key_norms = norms.to(self.compute_dtype)
-        return DraftContext([0] * rows, [RaggedKV() for _ in self.layers])
+        projection = KeyValueProjection.of([layer.self_attn for layer in self.layers], self.compute_dtype)
+        return DraftContext([0] * rows, [RaggedKV() for _ in self.layers], projection)
 
     @torch.no_grad()
     def extend(
@@ -125,11 +321,12 @@ class DSparkDraft(Draft):
         """Append the first ``counts[b]`` of the n positions of each row; the others are ignored."""
         config = self.config
         rows, added, _ = taps.shape
-        weights = self._key_value_weights
-        projected = functional.linear(self.hidden_norm(self.fc(taps.to(self.compute_dtype))), weights.flatten(0, 1))
+        projection = context.projection
+        hidden = self.hidden_norm(self.fc(taps.to(self.compute_dtype)))
+        projected = functional.linear(hidden, projection.weights.flatten(0, 1))  # of all layers at once
         projected = projected.view(rows, added, len(self.layers), 2, config.num_key_value_heads, config.head_dim)
         keys = functional.rms_norm(projected[:, :, :, 0], (config.head_dim,), None, config.rms_norm_eps)
-        keys = (keys * self._key_norms).permute(2, 0, 3, 1, 4)  # [layers, B, kv_heads, n, d]
+        keys = (keys * projection.norms).permute(2, 0, 3, 1, 4)  # [layers, B, kv_heads, n, d]
         keys = rotate(keys, self._rotation(context.lengths, added))
         values = projected[:, :, :, 1].permute(2, 0, 3, 1, 4)
         for layer, layer_keys, layer_values in zip(context.layers, keys, values, strict=True):
@@ -150,14 +347,14 @@ class DSparkDraft(Draft):
             ends = torch.tensor(lengths, device=self.device)[:, None] + slots
             mask = (torch.arange(max(lengths) + slots, device=self.device) < ends)[:, None, None]
         hidden = self._block_embeddings(anchor_tokens)
-        for layer, weight, stored in zip(self.layers, self._key_value_weights, context.layers, strict=True):
+        for layer, weight, stored in zip(self.layers, context.projection.weights, context.layers, strict=True):
             hidden = layer.decode(hidden, rotation, weight, stored, lengths, mask)
         return self.norm(hidden)
 
     def begin(self, context: DraftContext, anchor_tokens: Tensor) -> "DSparkBlock":
         """The next block of each row, to be drafted slot by slot; ``anchor_tokens`` [B] as for `block_hidden`."""
         hidden = self.block_hidden(context, anchor_tokens)
-        return DSparkBlock(self, hidden, self.base_logits(hidden), self.sequential.start(hidden))
+        return DSparkBlock(self, hidden, self.base_logits(hidden), self.markov_head.start(hidden))
 
     # --- parts ---
 
@@ -186,5 +383,36 @@ class DSparkBlock:
     def next_logits(self, previous: Tensor) -> Tensor:
         """Logits [B, V] of the next slot, after ``previous`` [B]."""
         at, self.slot = self.slot, self.slot + 1
-        logits, self.state = self.draft.sequential.step(self.base[:, at], self.hidden[:, at], previous, self.state)
+        logits, self.state = self.draft.markov_head.step(self.base[:, at], self.hidden[:, at], previous, self.state)
         return logits
+
+
+# --- files ---
+
+
+def write_draft(folder: Path, config: DraftConfig | Eagle3Config, tensors: Mapping[str, Tensor]) -> None:
+    """Write a draft's ``model.safetensors`` and ``config.json``; a slim copy without `SHARED` among ``tensors``."""
+    config = config.model_copy(update={"dtype": str(tensors["fc.weight"].dtype).removeprefix("torch.")})
+    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    files.write_whole(Path(folder) / WEIGHTS_FILE, lambda file: file.write(content))
+    files.write_json(Path(folder) / "config.json", config.to_json())
+
+
+def _check_tensors(file: safe_open, expected: dict[str, Tensor], path: Path, do: str) -> None:
+    found = set(file.keys())
+    missing = sorted(set(expected) - found - set(SHARED))
+    unknown = sorted(found - set(expected))
+    if missing:
+        raise InputError(f"{path} lacks the tensor {missing[0]}" + _others(missing), do)
+    if unknown:
+        raise InputError(f"{path} holds a tensor this draft has not: {unknown[0]}" + _others(unknown), do)
+    for name in sorted(found):
+        shape = tuple(file.get_slice(name).get_shape())
+        if shape != tuple(expected[name].shape):
+            raise InputError(
+                f"{path}: {name} has shape {shape}, its config.json asks for {tuple(expected[name].shape)}.", do
+            )
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - 1} more." if len(names) > 1 else "."

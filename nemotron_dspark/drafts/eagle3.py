@@ -12,22 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nemotron_dspark.drafts.base import Draft
-from nemotron_dspark.drafts.context import DraftContext
-from nemotron_dspark.drafts.eagle3_config import Eagle3Config
-from nemotron_dspark.drafts.layers import MLP, Attention, Linear, RMSNorm, Rotation, rotate
+from nemotron_dspark.drafts.config import Eagle3Config
+from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.drafts.layers import MLP, Attention, DraftContext, Linear, RMSNorm, Rotation, rotate
 from nemotron_dspark.targets.kv import RaggedKV
 
 
 class Eagle3Layer(nn.Module):
+    """The decoder layer of the EAGLE-3 draft."""
+
     def __init__(self, config: Eagle3Config):
         super().__init__()
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        for name in ("q_proj", "k_proj", "v_proj"):  # twice as wide: embedding and hidden state side by side
-            width = getattr(self.self_attn, name).out_features
-            setattr(self.self_attn, name, Linear(2 * config.hidden_size, width, bias=False))
+        self.self_attn = Attention(config, 2 * config.hidden_size)  # embedding and hidden state side by side
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -48,7 +46,7 @@ class Eagle3Layer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Eagle3Draft(Draft):
+class Eagle3Draft(Draft[Eagle3Config]):
     """An EAGLE-3 draft; see `Draft` for its weights."""
 
     Config = Eagle3Config
@@ -100,7 +98,8 @@ class Eagle3Draft(Draft):
     def new_context(self, rows: int = 1) -> DraftContext:
         """An empty context of ``rows`` rows."""
         self._require_embeddings()
-        return DraftContext([0] * rows, [RaggedKV()], torch.zeros(rows, self.config.hidden_size, device=self.device))
+        hidden = torch.zeros(rows, self.config.hidden_size, device=self.device)
+        return DraftContext([0] * rows, [RaggedKV()], hidden=hidden)
 
     @torch.no_grad()
     def extend(

@@ -15,14 +15,13 @@ from nemotron_dspark.drafts.layers import Linear
 class IndependentSlots(nn.Module):
     """No sequential head (rank 0): slots do not see each other's tokens."""
 
+    markov_w2 = None
+
     def embed(self, previous: Tensor, dtype: torch.dtype) -> None:
         return None
 
     def latents(self, hidden: Tensor, embedded: None) -> None:
         return None
-
-    def teacher_forced(self, base_logits: Tensor, hidden: Tensor, previous: Tensor) -> Tensor:
-        return base_logits
 
     def start(self, hidden: Tensor) -> None:
         return None
@@ -51,15 +50,6 @@ class VanillaHead(nn.Module):
     ) -> Tensor:
         """Latent of every slot [..., γ, r]."""
         return embedded
-
-    def teacher_forced(
-        self,
-        base_logits: Tensor,  # [..., γ, V]
-        hidden: Tensor,  # [..., γ, H]
-        previous: Tensor,  # [..., γ]
-    ) -> Tensor:
-        """Logits [..., γ, V] of whole blocks whose previous tokens are known."""
-        return base_logits + self.markov_w2(self.latents(hidden, self.embed(previous, hidden.dtype)))
 
     def start(self, hidden: Tensor) -> Tensor | None:
         """State before slot 0 of the blocks ``hidden`` [B, γ, H]; None for the heads without one."""
@@ -126,7 +116,8 @@ def _advance(
 _HEADS = {"vanilla": VanillaHead, "gated": GatedHead, "rnn": RecurrentHead}
 
 
-def build_sequential_head(config: DraftConfig) -> nn.Module:
+def build_sequential_head(config: DraftConfig) -> VanillaHead | IndependentSlots:
+    """The sequential head that ``config`` names."""
     return _HEADS[config.markov_head_type](config) if config.markov_rank else IndependentSlots()
 
 

@@ -1,23 +1,34 @@
-"""The draft's decoder layer: Qwen3's, with keys and values that also come from the target's context.
+"""The parts of a draft's forward: decoder layers as Qwen3's, whose keys and values also come from the target's context.
 
-Two ways through the same weights: `Layer.forward` for many blocks with known context (training), `Layer.decode` for one
-block per row over stored keys and values.
-
-Parameters may be of another type than what is computed: every module casts its own to its input's type where it uses
-them. So fp32 parameters train in bf16 arithmetic, their gradients add up in fp32, and no copy of them is kept.
+- Two ways through the same weights: `Layer.forward` for many blocks with known context (training), `Layer.decode` for
+  one block per row over stored keys and values.
+- Parameters may be of another type than what is computed: every module casts its own to its input's type where it uses
+  them. So fp32 parameters train in bf16 arithmetic, their gradients add up in fp32, and no copy of them is kept.
+- In training each block sees the context before its anchor and itself; keys are [context ; all blocks]. FlexAttention
+  skips what a block does not see and never builds the mask. Where it has no backward (anywhere but CUDA) dense masks
+  and SDPA give the same numbers: a few blocks at a time, over the context that they see at most and their own keys,
+  so that little is computed to be masked.
+- In decoding `DraftContext` holds what is remembered of the verified positions.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from nemotron_dspark.drafts.attention import BlockAttention
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.config.run import AttentionKind
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.targets.kv import RaggedKV
 
+MASK_CHUNKS = 4  # each adds a gradient as large as all keys, each saves half as much as the one before
+
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [..., positions, d]
+# From queries [B, heads, A·γ, d], keys and values [B, kv_heads, S + A·γ, d] to [B, heads, A·γ, d].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Linear(nn.Linear):
@@ -74,17 +85,16 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DraftConfig):
+    """Grouped-query attention with normed queries and keys; ``source_size`` is the width of what it projects."""
+
+    def __init__(self, config: DraftConfig | Eagle3Config, source_size: int):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         query_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = Linear(source_size, query_size, bias=False)
+        self.k_proj = Linear(source_size, kv_size, bias=False)
+        self.v_proj = Linear(source_size, kv_size, bias=False)
         self.o_proj = Linear(query_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -100,7 +110,7 @@ class Attention(nn.Module):
         context: Tensor,  # [B, S, H] projected taps
         block_rotation: Rotation,  # [B, 1, A·γ, d]
         all_rotation: Rotation,  # [B, 1, S + A·γ, d]
-        attend: BlockAttention,
+        attend: Attend,
     ) -> Tensor:
         """[B, A·γ, heads·d], before the output projection."""
         # One matrix product per projection; context and blocks pass through the same weights.
@@ -112,7 +122,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: DraftConfig):
+    """SwiGLU."""
+
+    def __init__(self, config: DraftConfig | Eagle3Config):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -138,10 +150,12 @@ class _GatedSiLU(torch.autograd.Function):
 
 
 class Layer(nn.Module):
+    """A decoder layer of the DSpark draft."""
+
     def __init__(self, config: DraftConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -151,7 +165,7 @@ class Layer(nn.Module):
         context: Tensor,  # [B, S, H]
         block_rotation: Rotation,
         all_rotation: Rotation,
-        attend: BlockAttention,
+        attend: Attend,
     ) -> Tensor:
         """[B, A·γ, H]."""
         attended = self.self_attn(self.input_layernorm(hidden), context, block_rotation, all_rotation, attend)
@@ -182,3 +196,145 @@ class Layer(nn.Module):
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + self.self_attn.o_proj(attended)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+# --- which keys the blocks of a training forward see ---
+
+
+def block_attention(
+    anchors: Tensor,  # [B, A] positions
+    context_length: int,  # S
+    block_size: int,  # γ
+    kind: AttentionKind = "auto",
+) -> Attend:
+    """The attention of A blocks per row over S context positions and the blocks themselves, for all layers.
+
+    Fillers are treated like any other block: they see at least themselves, so no row is empty and nothing becomes NaN.
+    Their outputs are for the caller to leave out.
+    """
+    if kind == "auto":
+        kind = "flex" if anchors.is_cuda else "dense"
+    if kind == "flex":
+        return functools.partial(_flex_attention, _flex_mask(anchors, context_length, block_size))
+    return functools.partial(_dense_attention, _dense_masks(anchors, context_length, block_size), context_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskChunk:
+    """The dense mask of some neighbouring blocks."""
+
+    seen: int  # context positions that any of them sees
+    mask: Tensor  # bool [B, 1, a·γ, seen + a·γ]
+
+
+def _dense_attention(
+    chunks: Sequence[MaskChunk], context_length: int, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    sizes = [chunk.mask.shape[2] for chunk in chunks]
+    context_keys, block_keys = keys.tensor_split((context_length,), dim=2)
+    context_values, block_values = values.tensor_split((context_length,), dim=2)
+    parts = (part.split(sizes, dim=2) for part in (queries, block_keys, block_values))
+    attended = [
+        functional.scaled_dot_product_attention(
+            query,
+            torch.cat((context_keys[:, :, : chunk.seen], own_keys), dim=2),
+            torch.cat((context_values[:, :, : chunk.seen], own_values), dim=2),
+            attn_mask=chunk.mask,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+        for chunk, query, own_keys, own_values in zip(chunks, *parts, strict=True)
+    ]
+    return torch.cat(attended, dim=2)
+
+
+def _dense_masks(anchors: Tensor, context_length: int, block_size: int) -> list[MaskChunk]:
+    chunks = []
+    for some in anchors.chunk(MASK_CHUNKS, dim=1):
+        limit = some.repeat_interleave(block_size, dim=1)[:, None, :, None]  # [B, 1, a·γ, 1]
+        seen = min(int(some.max()), context_length)
+        block = torch.arange(some.shape[1], device=anchors.device).repeat_interleave(block_size)
+        context = torch.arange(seen, device=anchors.device) < limit
+        own = (block[:, None] == block).expand(len(anchors), 1, -1, -1)
+        chunks.append(MaskChunk(seen, torch.cat((context, own), dim=-1)))
+    return chunks
+
+
+def _flex_attention(mask: BlockMask, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    attend = _compiled_flex_attention() if queries.is_cuda else flex_attention
+    return attend(queries, keys, values, block_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
+
+
+def _flex_mask(anchors: Tensor, context_length: int, block_size: int) -> BlockMask:
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // block_size
+        context = key < torch.minimum(anchors[row, block], torch.full_like(key, context_length))
+        return context | ((key >= context_length) & ((key - context_length) // block_size == block))
+
+    slots = anchors.shape[1] * block_size
+    return create_block_mask(visible, anchors.shape[0], None, slots, context_length + slots, device=anchors.device)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    # Uncompiled FlexAttention would build every score; sequence lengths change from batch to batch, hence dynamic.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+# --- what decoding remembers ---
+
+
+@dataclasses.dataclass
+class DraftContext:
+    """Keys and values of the verified positions of one or more rows, per layer. Belongs to the draft that made it."""
+
+    lengths: list[int]  # verified positions per row
+    layers: list[RaggedKV]
+    projection: "KeyValueProjection | None" = None  # DSpark's; EAGLE-3's single layer has its own
+    hidden: Tensor | None = None  # [B, H] what EAGLE-3 drafts from
+
+    @staticmethod
+    def cat(contexts: Sequence["DraftContext"]) -> "DraftContext":
+        """The rows of ``contexts``, of one draft, one after the other."""
+        if len(contexts) == 1:
+            return contexts[0]
+        hidden = [context.hidden for context in contexts if context.hidden is not None]
+        return DraftContext(
+            [length for context in contexts for length in context.lengths],
+            [RaggedKV.cat(parts) for parts in zip(*(context.layers for context in contexts), strict=True)],
+            contexts[0].projection,
+            torch.cat(hidden) if hidden else None,
+        )
+
+    def select(self, rows: Sequence[int]) -> "DraftContext":
+        """A copy with ``rows`` in that order."""
+        lengths = [self.lengths[row] for row in rows]
+        layers = [layer.select(rows, max(lengths)) for layer in self.layers]
+        hidden = None if self.hidden is None else self.hidden[list(rows)]
+        return DraftContext(lengths, layers, self.projection, hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValueProjection:
+    """The key and value weights of all layers side by side, so that new positions take one matrix product.
+
+    A copy, made for a context from the weights of that moment: 4·layers·kv_heads·d·H bytes in bf16.
+    """
+
+    weights: Tensor  # [layers, 2·kv_heads·d, H], k_proj over v_proj
+    norms: Tensor  # [layers, 1, d], k_norm
+
+    @staticmethod
+    @torch.no_grad()
+    def of(attentions: Sequence[Attention], dtype: torch.dtype) -> "KeyValueProjection":
+        """Those of ``attentions`` in ``dtype``."""
+        weights = [torch.cat((attention.k_proj.weight, attention.v_proj.weight)) for attention in attentions]
+        norms = [attention.k_norm.weight for attention in attentions]
+        return KeyValueProjection(torch.stack(weights).to(dtype), torch.stack(norms)[:, None].to(dtype))
+
+
+def context_bytes(config: DraftConfig, length: int, itemsize: int) -> int:
+    """Bytes of the keys and values that decoding remembers of one row of ``length`` positions.
+
+    `RaggedKV` reserves up to twice as much while it grows.
+    """
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * itemsize

@@ -11,8 +11,7 @@ from typing import Any
 
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.config.known import RESEARCH_ONLY, KnownTarget, known_target, preset_for
-from nemotron_dspark.drafts.builder import build_draft_config
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.errors import InputError, first_line
 from nemotron_dspark.files import read_json
 from nemotron_dspark.targets.families import needs_remote_code

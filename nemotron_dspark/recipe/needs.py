@@ -12,7 +12,7 @@ from nemotron_dspark.cache import compact
 from nemotron_dspark.cache.format import RECORD_SIZE, bytes_per_token
 from nemotron_dspark.cache.quantise import QUANTISATIONS
 from nemotron_dspark.config import CacheConfig, EvalConfig, TrainConfig
-from nemotron_dspark.drafts.attention import PIECES
+from nemotron_dspark.drafts.layers import MASK_CHUNKS
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
@@ -261,9 +261,11 @@ def _saved(shape: Shape, rows: int, length: int, slots: int, answer_share: float
     once = context * (shape.taps + 2) * shape.hidden + 2 * slots * shape.hidden
     masks = 0.0
     if dense:
-        seen = length * (1 - answer_share * (PIECES - 1) / (2 * PIECES))  # by the mean piece; anchors are in order
-        masks = slots * (seen + slots / rows / PIECES)
-        per_layer += 2 * shape.keys * rows * (PIECES * seen - length)
+        seen = length * (
+            1 - answer_share * (MASK_CHUNKS - 1) / (2 * MASK_CHUNKS)
+        )  # by the mean piece; anchors are in order
+        masks = slots * (seen + slots / rows / MASK_CHUNKS)
+        per_layer += 2 * shape.keys * rows * (MASK_CHUNKS * seen - length)
     return b * (shape.layers * per_layer + once) + (4 * shape.layers + 1) * masks
 
 

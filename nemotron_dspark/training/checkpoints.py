@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nemotron_dspark import files
-from nemotron_dspark.drafts.base import write_draft
 from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.dspark import DSparkDraft, write_draft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 
 _NAME = re.compile(r"step-(\d{8})")

@@ -103,7 +103,6 @@ def train(
     objective = Objective(draft, weights)
     if shards(config, ranks):
         shard(objective, device, ranks)
-    draft.recompute_layers = config.activation_checkpointing
     optimiser = MasterAdamW(draft.trainable_parameters(), config, dtype)
     if step:
         optimiser.restore(optimiser_tensors, step)

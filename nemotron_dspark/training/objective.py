@@ -113,8 +113,8 @@ def dspark_loss(
 
     hidden_n = hidden[rows, blocks, slots]  # [N, H]
     # Once for both heads: its gradient is as large as the vocabulary.
-    embedded = draft.sequential.embed(previous, hidden.dtype)
-    latents = draft.sequential.latents(hidden, embedded)
+    embedded = draft.markov_head.embed(previous, hidden.dtype)
+    latents = draft.markov_head.latents(hidden, embedded)
     weight = torch.ones(len(place), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     if weights.decay is not None:
         weight = torch.exp(-slots.to(weight.dtype) / weights.decay)
@@ -124,7 +124,7 @@ def dspark_loss(
         hidden_n,
         None if latents is None else latents[rows, blocks, slots],
         draft.lm_head.weight,
-        None if latents is None else draft.sequential.markov_w2.weight.to(hidden.dtype),
+        None if latents is None else draft.markov_head.markov_w2.weight.to(hidden.dtype),
         batch.input_ids.flatten()[place + 1],
         (weights.ce * weight, weights.l1 * weight),
         batch.last.flatten(0, 1)[places].to(hidden.dtype) if weights.needs_target else None,

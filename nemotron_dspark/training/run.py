@@ -22,8 +22,7 @@ from nemotron_dspark.cache.tokens import read_report
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.config import RunConfig, TrainConfig
-from nemotron_dspark.drafts.builder import build_draft_config
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.families import needs_remote_code
@@ -225,13 +224,17 @@ def _prepare(
     if ranks.first:
         folders.describe(run_folder, settings, config, notes, cache_folder if cache is not None else conversations)
 
-    draft = DSparkDraft(draft_config, seed=config.train.seed)
+    draft = DSparkDraft(
+        draft_config,
+        seed=config.train.seed,
+        attention=config.train.attention,
+        recompute_layers=config.train.activation_checkpointing,
+    )
     embeddings = read_embedding_and_head(folder, spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
     draft = draft.to(dtype)
     for part in (draft.embed_tokens, draft.lm_head) if shards(config.train, ranks) else (draft,):
         part.to(device)  # of the others only a part goes there, once they are sharded
-    draft.attention = config.train.attention
     return _Run(settings["mode"], source, states, draft, notes)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from nemotron_dspark.config import DraftSection, load_config
 from nemotron_dspark.config.known import KNOWN, known_target, preset_for
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.describe import cache_bytes_per_token

@@ -9,7 +9,7 @@ from scipy import stats
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny

@@ -5,7 +5,7 @@ import torch
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.targets import Target
 

@@ -4,8 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemotron_dspark.cli import app
-from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.eagle3_config import Eagle3Config
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
 from tests.deepspec.worked import WORKED, spec_of, text_of

@@ -8,7 +8,7 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
-from tests.drafts.conftest import small_config
+from tests.drafts.conftest import block_logits, small_config
 
 LENGTH = 40
 HEADS = {
@@ -143,7 +143,7 @@ def test_folders_are_read_in_both_directions_with_equal_logits(deepspec_on_cpu, 
         hidden = again(batch.input_ids, batch.taps, batch.anchors, batch.valid)
         at = (batch.anchors[..., None] + torch.arange(draft.config.block_size)).clamp(max=LENGTH - 1)
         previous = batch.input_ids[0][at]
-        logits = again.sequential.teacher_forced(again.base_logits(hidden), hidden, previous)
+        logits = block_logits(again, hidden, previous)
         torch.testing.assert_close(logits[batch.counted], outputs.draft_logits[batch.counted], rtol=1e-5, atol=1e-5)
         if again.config.enable_confidence_head:
             confidence = again.confidence(hidden, previous)[batch.counted]

@@ -5,8 +5,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.drafts.config import Eagle3Config
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
-from nemotron_dspark.drafts.eagle3_config import Eagle3Config
 from nemotron_dspark.training.eagle3_objective import eagle3_loss
 
 

@@ -11,10 +11,9 @@ from nemotron_dspark.config import DraftSection, EvalConfig
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config, build_eagle3_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
-from nemotron_dspark.drafts.eagle3_config import build_eagle3_config
 from nemotron_dspark.evaluation.measure import evaluate, prompt_ids
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.eagle3_objective import eagle3_loss

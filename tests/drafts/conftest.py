@@ -31,10 +31,12 @@ def small_config(**changes) -> DraftConfig:
     return DraftConfig(**(SHAPE | values | changes))
 
 
-def small_draft(seed: int = 0, spread: float = 5.0, **changes) -> DSparkDraft:
+def small_draft(
+    seed: int = 0, spread: float = 5.0, attention: str = "auto", recompute_layers: bool = False, **changes
+) -> DSparkDraft:
     """A draft with weights large enough that every part shows in its output."""
     config = small_config(**changes)
-    draft = DSparkDraft(config, seed=seed)
+    draft = DSparkDraft(config, seed=seed, attention=attention, recompute_layers=recompute_layers)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in draft.trainable_parameters().values():
@@ -45,6 +47,13 @@ def small_draft(seed: int = 0, spread: float = 5.0, **changes) -> DSparkDraft:
     shape = (config.vocab_size, config.hidden_size)
     draft.set_embeddings(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
     return draft
+
+
+def block_logits(draft: DSparkDraft, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """Logits [..., γ, V] of whole blocks [..., γ, H] whose previous tokens [..., γ] are known."""
+    latents = draft.markov_head.latents(hidden, draft.markov_head.embed(previous, hidden.dtype))
+    base = draft.base_logits(hidden)
+    return base if latents is None else base + draft.markov_head.markov_w2(latents)
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from nemotron_dspark.config import DraftSection
-from nemotron_dspark.drafts.builder import build_draft_config
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.tiny import decoder_config, nemotron_h_config
 from nemotron_dspark.targets.spec import TargetSpec
@@ -50,14 +49,21 @@ def test_file_has_every_key_that_deepspec_and_engines_read(make_config):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
         ({"num_key_value_heads": 4}, "divide"),
-        ({"markov_head_type": "lstm"}, "vanilla, gated, rnn"),
-        ({"hidden_size": "wide"}, "wrong type"),
+        ({"markov_head_type": "lstm"}, "'vanilla', 'gated' or 'rnn'"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide' .* valid integer"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],
 )
 def test_impossible_values_are_named(make_config, change, message):
-    with pytest.raises(InputError, match=message):
-        DraftConfig.from_json(make_config().to_json() | change)
+    with pytest.raises(InputError, match=message) as raised:
+        DraftConfig.from_json(make_config().to_json() | change, "some/config.json")
+    assert raised.value.what.startswith("some/config.json")
+    assert raised.value.do == "Use the config.json that was saved with the draft."
+
+
+def test_a_value_no_draft_can_have_is_named_without_a_file_too(make_config):
+    with pytest.raises(InputError, match=r"DSpark draft's config: block_size = 0 is not accepted: .* greater than 0\."):
+        make_config(block_size=0)
 
 
 def test_nemotron_draft_follows_the_defaults():

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from nemotron_dspark.drafts.context import DraftContext
 from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
+from tests.drafts.conftest import block_logits
 
 HEADS = [{"markov_head_type": kind} for kind in ("vanilla", "gated", "rnn")]
 HEADS += [{"markov_rank": 0, "confidence_head_with_markov": False}]
@@ -58,6 +59,20 @@ def test_rows_can_be_joined_and_picked(make_draft):
     torch.testing.assert_close(both, torch.cat([expected[2], expected[0]]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_new_context_has_the_weights_that_were_loaded_last(make_draft, assign):
+    draft, other = make_draft().eval(), make_draft(seed=5).eval()
+    ids, taps = batch(draft, rows=1)
+    blocks = []
+    draft.new_context()
+    for model in (draft, other):
+        draft.load_state_dict(other.state_dict(), assign=assign)
+        context = model.new_context()
+        model.extend(context, taps, [40])
+        blocks.append(model.block_hidden(context, ids[:, 0]))
+    assert torch.equal(*blocks)
+
+
 def test_block_sees_only_what_lies_before_its_anchor(make_draft):
     draft = make_draft()
     ids, taps = batch(draft)
@@ -90,7 +105,7 @@ def test_flex_attention_equals_the_dense_mask(make_draft):
     anchors, valid = torch.tensor([[3, 20], [11, 33]]), torch.ones(2, 2, dtype=torch.bool)
     with torch.no_grad():  # FlexAttention has no backward on a CPU
         dense = draft(ids, taps, anchors, valid)
-        draft.attention = "flex"
+        draft = make_draft(attention="flex")
         torch.testing.assert_close(draft(ids, taps, anchors, valid), dense, rtol=0, atol=1e-5)
 
 
@@ -99,8 +114,7 @@ def test_flex_attention_equals_the_dense_mask(make_draft):
 def test_flex_attention_gradients_equal_the_dense_mask_on_cuda(make_draft):
     gradients = {}
     for kind in ("dense", "flex"):
-        draft = make_draft().cuda()
-        draft.attention = kind
+        draft = make_draft(attention=kind).cuda()
         ids, taps = (tensor.cuda() for tensor in batch(draft, length=300))
         anchors = torch.arange(2, 290, 8, device="cuda").expand(2, -1)
         draft(ids, taps, anchors, torch.ones_like(anchors, dtype=torch.bool)).square().mean().backward()
@@ -116,10 +130,10 @@ def test_drafting_slot_by_slot_equals_teacher_forcing(make_draft, changes):
     hidden = torch.randn(4, draft.config.block_size, draft.config.hidden_size, generator=generator)
     previous = torch.randint(0, draft.config.vocab_size, hidden.shape[:2], generator=generator)
     base = draft.base_logits(hidden)
-    whole = draft.sequential.teacher_forced(base, hidden, previous)
-    state = draft.sequential.start(hidden)
+    whole = block_logits(draft, hidden, previous)
+    state = draft.markov_head.start(hidden)
     for slot in range(draft.config.block_size):
-        logits, state = draft.sequential.step(base[:, slot], hidden[:, slot], previous[:, slot], state)
+        logits, state = draft.markov_head.step(base[:, slot], hidden[:, slot], previous[:, slot], state)
         torch.testing.assert_close(logits, whole[:, slot])
     if draft.config.markov_rank:
         assert not torch.allclose(whole, base)
@@ -193,8 +207,6 @@ def test_embeddings_of_another_target_are_refused(make_draft):
 
 
 def test_recomputed_layers_give_the_same_gradients_and_keep_less(make_draft):
-    draft = make_draft().train()
-    ids, taps = batch(draft)
     anchors = torch.tensor([[4, 19], [1, 25]])
     gradients, kept = [], []
 
@@ -203,7 +215,8 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_less(make_draft):
         return tensor
 
     for recompute in (False, True):
-        draft.recompute_layers = recompute
+        draft = make_draft(recompute_layers=recompute).train()
+        ids, taps = batch(draft)
         kept.append(0)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             hidden = draft(ids, taps, anchors, torch.ones_like(anchors, dtype=torch.bool))

@@ -1,5 +1,7 @@
 """A draft of fp32 parameters that computes in bf16 has the numbers of one whose parameters were copied to bf16."""
 
+import copy
+
 import pytest
 import torch
 
@@ -14,8 +16,7 @@ from tests.drafts.test_eagle3 import draft as eagle3_draft  # noqa: F401
 
 def two_of(draft):
     """``draft`` in bf16 arithmetic twice: parameters in fp32, and copied to bf16."""
-    masters = type(draft)(draft.config, seed=None)
-    masters.load_state_dict(draft.state_dict(), assign=True)
+    masters = copy.deepcopy(draft)
     masters.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight, torch.bfloat16)
     return masters, draft.to(torch.bfloat16)
 
@@ -51,12 +52,11 @@ def assert_same_gradients(masters, copied):
 @pytest.mark.parametrize("changes", [*HEADS, {"enable_confidence_head": False}])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_fp32_parameters_give_the_loss_and_the_gradients_of_bf16_copies(make_draft, changes, recompute):
-    drafts = two_of(make_draft(spread=1.0, **changes))
+    drafts = two_of(make_draft(spread=1.0, recompute_layers=recompute, **changes))
     confidence = 1.0 if drafts[0].confidence_head is not None else 0.0
     losses = []
     for draft in drafts:
         assert draft.compute_dtype == torch.bfloat16
-        draft.recompute_layers = recompute
         total, sums = Objective(draft.train(), LossWeights(confidence=confidence))(batch_of(draft))
         total.backward()
         losses.append(sums)

@@ -9,7 +9,7 @@ from nemotron_dspark import cli
 from nemotron_dspark.config import DraftSection, EvalConfig
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation.measure import evaluate, measure, prompt_ids, summarise

@@ -8,7 +8,7 @@ import torch
 
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.config.known import KNOWN
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.recipe.describe import cache_bytes_per_token
 from nemotron_dspark.targets.spec import TargetSpec

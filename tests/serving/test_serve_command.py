@@ -16,7 +16,7 @@ from nemotron_dspark.cli import serve_command
 from nemotron_dspark.config.run import DraftSection
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.serving import listen

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from nemotron_dspark.cli import app
 from nemotron_dspark.config import DraftSection, load_config
-from nemotron_dspark.drafts.builder import build_draft_config
+from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.tiny import decoder_config, nemotron_h_config
 from nemotron_dspark.targets.spec import TargetSpec

@@ -49,7 +49,13 @@ class MemoryCache:
         return self._samples[index]
 
 
-def new_draft(seed: int = 0, cache: MemoryCache | None = None, **changes) -> DSparkDraft:
+def new_draft(
+    seed: int = 0,
+    cache: MemoryCache | None = None,
+    attention: str = "auto",
+    recompute_layers: bool = False,
+    **changes,
+) -> DSparkDraft:
     values = {
         "hidden_size": HIDDEN,
         "intermediate_size": 40,
@@ -68,7 +74,8 @@ def new_draft(seed: int = 0, cache: MemoryCache | None = None, **changes) -> DSp
         "num_anchors": 8,
         "markov_rank": 6,
     }
-    draft = DSparkDraft(DraftConfig(**(values | changes)), seed=seed)
+    config = DraftConfig(**(values | changes))
+    draft = DSparkDraft(config, seed=seed, attention=attention, recompute_layers=recompute_layers)
     embedding = (cache or MemoryCache(1)).embedding
     draft.set_embeddings(embedding, embedding)
     return draft

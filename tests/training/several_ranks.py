@@ -74,8 +74,10 @@ def one_rank(
     if fault:
         third_step = Plan.of(config, len(cache), together).samples(2, config)
         fault(cache, int(third_step[3]))
-    draft = new_draft(cache=cache).to(device, dtype)
-    draft.attention = "dense"  # on CUDA too, where these heads are too small for the other
+    # Dense on CUDA too, where these heads are too small for FlexAttention.
+    draft = new_draft(cache=cache, attention="dense", recompute_layers=config.activation_checkpointing).to(
+        device, dtype
+    )
     train(cache, draft, config, folder, watcher=Act(act if together.rank == acting else None), ranks=together)
     weights = draft.trainable_parameters().values()
     print(sum((weight.to_local() if is_sharded(weight) else weight).numel() for weight in weights))

@@ -111,10 +111,8 @@ def test_bf16_weights_train_on_fp32_masters_and_resume_exactly(make_cache, make_
 def test_activation_checkpointing_changes_no_weight(make_cache, make_draft, make_settings, tmp_path):
     cache, drafts = make_cache(), []
     for wanted in (False, True):
-        drafts.append(make_draft(cache=cache))
-        settings = make_settings(activation_checkpointing=wanted, max_steps=2)
-        train(cache, drafts[-1], settings, tmp_path / str(wanted))
-        assert drafts[-1].recompute_layers == wanted
+        drafts.append(make_draft(cache=cache, recompute_layers=wanted))
+        train(cache, drafts[-1], make_settings(max_steps=2), tmp_path / str(wanted))
     assert_same(weights(drafts[0]), weights(drafts[1]))
 
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training import fused
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from tests.drafts.conftest import block_logits
 from tests.training.conftest import VOCABULARY
 
 CASES = [
@@ -210,7 +212,7 @@ def unfused_loss(draft, batch, weights):
     at = batch.anchors[..., None] + torch.arange(draft.config.block_size)
     rows = torch.arange(len(at))[:, None, None]
     previous, label = (batch.input_ids[rows, (at + k).clamp(max=batch.input_ids.shape[1] - 1)] for k in (0, 1))
-    logits = draft.sequential.teacher_forced(draft.base_logits(hidden), hidden, previous)
+    logits = block_logits(draft, hidden, previous)
     q = torch.softmax(draft.target_logits(batch.last[rows, at.clamp(max=batch.input_ids.shape[1] - 1)]), dim=-1)
     w = batch.counted * torch.exp(-torch.arange(draft.config.block_size) / weights.decay)
     ce = torch.nn.functional.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="none").view_as(w)
@@ -229,7 +231,9 @@ def test_every_gradient_in_fp32_is_that_of_whole_distributions(make_draft, make_
     monkeypatch.setattr(fused, "GROUP_ELEMENTS", 4 * vocabulary)
     monkeypatch.setattr(fused, "TILE", 700)
     assert fused._tiles(torch.empty(vocabulary, 0)) == 4
-    config = dataclasses.replace(make_draft().config, vocab_size=vocabulary, markov_head_type=head, markov_rank=16)
+    config = DraftConfig(
+        **dict(make_draft().config) | {"vocab_size": vocabulary, "markov_head_type": head, "markov_rank": 16}
+    )
     draft = DSparkDraft(config, seed=3)
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(vocabulary, width, generator=generator) * 0.5

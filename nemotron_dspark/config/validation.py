@@ -1,0 +1,31 @@
+"""What pydantic says of a value, in two sentences that name the file and the key."""
+
+from collections.abc import Callable
+
+from pydantic import ValidationError
+
+from nemotron_dspark.errors import InputError
+
+
+def input_error(
+    error: ValidationError,
+    origin: str = "",
+    do: str = "Correct the value.",
+    unknown: Callable[[str], str] | None = None,
+) -> InputError:
+    """The first fault of ``error``.
+
+    Args:
+        origin: what holds it, a file or an option.
+        do: what helps.
+        unknown: from a key that does not exist to what helps there.
+    """
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    prefix = f"{origin}: " if origin else ""
+    if first["type"] == "missing":
+        return InputError(f"{origin or 'The config'} has no {key}.", do)
+    if first["type"] == "extra_forbidden":
+        return InputError(f"{prefix}{'t' if prefix else 'T'}here is no key {key}.", unknown(key) if unknown else do)
+    why = first["msg"][:1].lower() + first["msg"][1:]
+    return InputError(f"{prefix}{key} = {first['input']!r} is not accepted: {why}.", do)
