@@ -21,6 +21,7 @@ import torch
 
 from nemotron_dspark._version import __version__
 from nemotron_dspark.cache.capture import CapturesStates
+from nemotron_dspark.cache.compact import QUANTISATION
 from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK, Layout
 from nemotron_dspark.cache.reader import TargetCache
@@ -331,8 +332,8 @@ def inputs_of(
 
 def layout_settings(cache: CacheConfig) -> dict[str, Any]:
     """The settings on which a cache's bytes depend."""
-    compact = {"format", "quantisation"} if cache.format == "compact" else set()
-    return cache.model_dump(include={"shard_bytes", "batch_tokens"} | compact)
+    compact = {"format": cache.format, "quantisation": QUANTISATION} if cache.format == "compact" else {}
+    return {"shard_bytes": cache.shard_bytes, "batch_tokens": cache.batch_tokens} | compact
 
 
 def _weights_identity(folder: Path) -> str:

@@ -24,19 +24,18 @@ from nemotron_dspark.cache.layout import (
     require_index_size,
     split_into_shards,
 )
-from nemotron_dspark.cache.quantise import QUANTISATIONS, Part
+from nemotron_dspark.cache.quantise import Int4, Part
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
 
 FORMAT = "nds-compact"
 VERSION = 1
+QUANTISATION = "int4"  # what `quantise` does, in manifests and headers
 RECORD = np.dtype([("tokens", "<u4"), ("last", "<u4")])
 _NAMES = {  # dtypes as a safetensors header spells them
     torch.int64: "I64",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
     torch.uint8: "U8",
 }
 _REMEDY = "Build the cache again with `nds cache build --cache-format compact`."
@@ -69,6 +68,8 @@ class Column:
 class CompactLayout(Layout):
     """Samples packed into the tensors of safetensors files."""
 
+    label = f"compact, {QUANTISATION}"
+
     def __init__(
         self,
         records: np.ndarray,  # RECORD [samples]
@@ -76,7 +77,6 @@ class CompactLayout(Layout):
         *,
         taps: Sequence[int],
         hidden_size: int,
-        quantisation: str,
         extra: Mapping[str, Any] | None = None,
     ):
         self.records = records
@@ -85,10 +85,8 @@ class CompactLayout(Layout):
         self.shards = shards
         self.taps = tuple(taps)
         self.hidden_size = hidden_size
-        self.quantisation = quantisation
-        self.label = f"compact, {quantisation}"
         self.extra = extra or {}
-        self._quantiser = QUANTISATIONS[quantisation](hidden_size)
+        self._quantiser = Int4(hidden_size)
         self.columns = columns(len(self.taps), self._quantiser.parts)
         self.mask_piece = [column.name for column in self.columns].index("loss_mask")
         count = int(shards[-1]) + 1 if len(shards) else 0
@@ -98,11 +96,6 @@ class CompactLayout(Layout):
         ends = [self._ends(shard) for shard in range(count)]
         self._starts = [offsets[:-1] for offsets in ends]
         self.shard_sizes = tuple(offsets[-1] for offsets in ends)
-
-    @property
-    def total_bytes(self) -> int:
-        """Of shards and index."""
-        return sum(self.shard_sizes) + self.records.nbytes
 
     def sample_bytes(self, sample_id: int) -> int:
         rows = self._rows(sample_id)
@@ -176,7 +169,7 @@ class CompactLayout(Layout):
             "num_samples": len(self.lengths),
             "target_layer_ids": list(self.taps),
             "hidden_size": self.hidden_size,
-            "quantisation": self.quantisation,
+            "quantisation": QUANTISATION,
             "shards": [
                 {"file_name": name, "num_samples": int(samples)}
                 for name, samples in zip(self.shard_files, np.diff(self._bounds), strict=True)
@@ -201,15 +194,14 @@ class CompactLayout(Layout):
         *,
         taps: Sequence[int],
         hidden_size: int,
-        quantisation: str,
         shard_bytes: int,
         extra: Mapping[str, Any] | None = None,
     ) -> "CompactLayout":
         """The layout of samples of these ``lengths``, of which ``kept`` last states are kept."""
         records = np.zeros(len(lengths), dtype=RECORD)
         records["tokens"], records["last"] = lengths, kept
-        settings = {"taps": taps, "hidden_size": hidden_size, "quantisation": quantisation, "extra": extra}
-        sizes = sample_sizes(lengths, kept, num_taps=len(taps), hidden_size=hidden_size, quantisation=quantisation)
+        settings = {"taps": taps, "hidden_size": hidden_size, "extra": extra}
+        sizes = sample_sizes(lengths, kept, num_taps=len(taps), hidden_size=hidden_size)
         return CompactLayout(records, split_into_shards(sizes, shard_bytes), **settings)
 
     @staticmethod
@@ -217,7 +209,7 @@ class CompactLayout(Layout):
         """The layout of the cache in ``folder``.
 
         Raises:
-            InputError: manifest or index is missing or malformed, or names a quantisation that is not known.
+            InputError: manifest or index is missing or malformed, or its states are stored as something else than int4.
         """
         path = manifest_of(folder)
         values = read_json(path)
@@ -240,10 +232,10 @@ class CompactLayout(Layout):
             raise InputError(f"{path}: {' or '.join(required)} is missing or malformed ({error}).", _REMEDY) from None
         if not sound:
             raise InputError(f"{path}: its fields contradict one another or are impossible.", _REMEDY)
-        if quantisation not in QUANTISATIONS:
+        if quantisation != QUANTISATION:
             raise InputError(
-                f"{path}: the quantisation {quantisation!r} is none of {', '.join(QUANTISATIONS)}.",
-                "Take the version of nemotron-dspark that wrote it, or build the cache again.",
+                f"{path}: its hidden states are stored as {quantisation!r}; only {QUANTISATION} is read.",
+                "Build the cache again, or convert the cache in DeepSpec's format that it was made from.",
             )
         require_index_size(folder / INDEX, samples * RECORD.itemsize, samples)
         records = np.fromfile(folder / INDEX, dtype=RECORD)
@@ -255,7 +247,6 @@ class CompactLayout(Layout):
             np.repeat(np.arange(len(counts)), counts),
             taps=taps,
             hidden_size=hidden,
-            quantisation=quantisation,
             extra={key: value for key, value in values.items() if key not in ("format", "version")},
         )
         if list(layout.shard_files) != names:
@@ -281,7 +272,7 @@ class CompactLayout(Layout):
         shapes = [(name, torch.int64, (samples + 1,)) for name in ("cu_seqlens", "cu_last")]
         shapes += [(column.name, column.dtype, (rows[column.of_last], *column.row)) for column in self.columns]
         header: dict[str, Any] = {
-            "__metadata__": {"format": FORMAT, "version": str(VERSION), "quantisation": self.quantisation}
+            "__metadata__": {"format": FORMAT, "version": str(VERSION), "quantisation": QUANTISATION}
         }
         offset = 0
         for name, dtype, shape in shapes:
@@ -326,10 +317,9 @@ def sample_sizes(
     *,
     num_taps: int,
     hidden_size: int,
-    quantisation: str,
 ) -> np.ndarray:
     """Bytes that each sample takes in its shard, with its entries in `cu_seqlens` and `cu_last`, int64 [samples]."""
-    state = QUANTISATIONS[quantisation](hidden_size).state_bytes
+    state = Int4(hidden_size).state_bytes
     states = num_taps * np.asarray(lengths, dtype=np.int64) + np.asarray(kept, dtype=np.int64)
     return 16 + (4 + 1) * np.asarray(lengths, dtype=np.int64) + state * states
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from nemotron_dspark.cache.build import REPORT, BuildProgress, check_space
 from nemotron_dspark.cache.checksums import fingerprint
-from nemotron_dspark.cache.compact import CompactLayout, has_target
+from nemotron_dspark.cache.compact import QUANTISATION, CompactLayout, has_target
 from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import TargetCache
@@ -65,7 +65,7 @@ def convert_cache(
     if compact == (cache.format == "compact"):
         raise InputError(
             f"{source.folder} is {'compact' if compact else 'in DeepSpec format'} already.",
-            "Give --to the other format; another quantisation starts from the cache in DeepSpec format.",
+            "Give --to the other format.",
         )
     _claim(folder, source.folder, cache)
     if (folder / MANIFEST).is_file():
@@ -102,7 +102,7 @@ def _claim(folder: Path, source: Path, cache: CacheConfig) -> None:
     """`InputError` unless ``folder`` is absent, empty, or of the same conversion, which is noted there."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file.", "Choose a folder for the cache.")
-    compact = {"quantisation": cache.quantisation} if cache.format == "compact" else {}
+    compact = {"quantisation": QUANTISATION} if cache.format == "compact" else {}
     inputs = {
         "converted_from": fingerprint(source),
         "cache": {"format": cache.format, "shard_bytes": cache.shard_bytes, **compact},

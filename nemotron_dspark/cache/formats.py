@@ -36,7 +36,7 @@ def new_layout(
     """The layout that ``cache`` asks for."""
     settings = {"taps": taps, "hidden_size": hidden_size, "shard_bytes": cache.shard_bytes, "extra": extra}
     if cache.format == "compact":
-        return CompactLayout.of(lengths, targets(), quantisation=cache.quantisation, **settings)
+        return CompactLayout.of(lengths, targets(), **settings)
     return DeepSpecLayout.of(lengths, **settings)
 
 
@@ -45,8 +45,6 @@ def sample_sizes(
 ) -> np.ndarray:
     """Bytes that each sample takes in the format that ``cache`` asks for, its record included, int64 [samples]."""
     if cache.format == "compact":
-        sizes = compact.sample_sizes(
-            lengths, targets(), num_taps=num_taps, hidden_size=hidden_size, quantisation=cache.quantisation
-        )
+        sizes = compact.sample_sizes(lengths, targets(), num_taps=num_taps, hidden_size=hidden_size)
         return sizes + compact.RECORD.itemsize
     return lengths * bytes_per_token(num_taps, hidden_size) + RECORD_SIZE

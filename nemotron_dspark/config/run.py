@@ -106,9 +106,9 @@ class CacheConfig(_Section):
     budget_gb: float = Field(200.0, gt=0, description="rolling: gigabytes (10^9 bytes) on the disk at any time")
     reuse: int = Field(5, ge=1, description="rolling: epochs for which a part of the data stays on the disk")
     format: Literal["deepspec", "compact"] = Field(
-        "deepspec", description="deepspec = bf16, as DeepSpec reads it; compact = quantised, in safetensors files"
+        "deepspec",
+        description="deepspec = bf16, as DeepSpec reads it; compact = int4, in safetensors files",
     )
-    quantisation: Literal["int4", "int8", "fp8"] = Field("int4", description="compact: how hidden states are stored")
     shard_bytes: int = Field(4 * 1024**3, ge=1, description="a shard is closed when it holds this many bytes")
     batch_tokens: int = Field(16384, ge=1, description="padded tokens of one target forward")
 

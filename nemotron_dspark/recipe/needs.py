@@ -10,7 +10,7 @@ import math
 
 from nemotron_dspark.cache import compact
 from nemotron_dspark.cache.format import RECORD_SIZE, bytes_per_token
-from nemotron_dspark.cache.quantise import QUANTISATIONS
+from nemotron_dspark.cache.quantise import Int4
 from nemotron_dspark.config import CacheConfig, EvalConfig, TrainConfig
 from nemotron_dspark.drafts.layers import MASK_CHUNKS
 from nemotron_dspark.files import read_json
@@ -104,12 +104,12 @@ def cache_bytes(shape: Shape, samples: int, tokens: int) -> int:
     return bytes_per_token(shape.taps, shape.hidden) * tokens + RECORD_SIZE * samples
 
 
-def compact_bytes(shape: Shape, quantisation: str, workload: Workload) -> int:
+def compact_bytes(shape: Shape, workload: Workload) -> int:
     """Likewise in the compact format: quantised, last hidden states only of positions that are a target.
 
     Without the headers of shards, about a kilobyte each.
     """
-    state = QUANTISATIONS[quantisation](shape.hidden).state_bytes
+    state = Int4(shape.hidden).state_bytes
     states = state * (shape.taps * workload.tokens + workload.targets)
     return states + token_bytes(workload.tokens) + (16 + compact.RECORD.itemsize) * workload.samples
 
@@ -117,7 +117,7 @@ def compact_bytes(shape: Shape, quantisation: str, workload: Workload) -> int:
 def stored_bytes(shape: Shape, cache: CacheConfig, workload: Workload) -> int:
     """All hidden states in the format that ``cache`` asks for."""
     if cache.format == "compact":
-        return compact_bytes(shape, cache.quantisation, workload)
+        return compact_bytes(shape, workload)
     return cache_bytes(shape, workload.samples, workload.tokens)
 
 

@@ -18,10 +18,9 @@ from nemotron_dspark.cache.compact import CompactLayout, has_target, sample_size
 from nemotron_dspark.cache.convert import convert_cache
 from nemotron_dspark.cache.format import Manifest, bytes_per_token
 from nemotron_dspark.cache.formats import read_layout
-from nemotron_dspark.cache.quantise import QUANTISATIONS
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
-from nemotron_dspark.config import CacheConfig, TrainConfig
+from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Target
@@ -108,9 +107,8 @@ def test_samples_are_the_targets_up_to_the_quantiser(built, compact):
         assert not other.last[~used].any()
 
 
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
-def test_every_reader_of_safetensors_opens_the_shards(built, tmp_path, quantisation):
-    convert_cache(built, tmp_path / "c", COMPACT.model_copy(update={"quantisation": quantisation}))
+def test_every_reader_of_safetensors_opens_the_shards(built, tmp_path):
+    convert_cache(built, tmp_path / "c", COMPACT)
     cache, seen = TargetCache(tmp_path / "c"), 0
     assert len(cache.layout.shard_files) > 1
     for name in cache.layout.shard_files:
@@ -127,15 +125,14 @@ def test_every_reader_of_safetensors_opens_the_shards(built, tmp_path, quantisat
     assert seen == SAMPLES
 
 
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
-def test_the_layout_covers_every_byte_once(quantisation):
+def test_the_layout_covers_every_byte_once():
     generator = np.random.default_rng(4)
     lengths = generator.integers(1, 30, 50)
     kept = generator.integers(0, lengths)
     kept[:9] = 0
-    settings = {"taps": (0, 3, 4), "hidden_size": 96, "quantisation": quantisation}
+    settings = {"taps": (0, 3, 4), "hidden_size": 96}
     layout = CompactLayout.of(lengths, kept, shard_bytes=9_000, **settings)
-    sizes = sample_sizes(lengths, kept, num_taps=3, hidden_size=96, quantisation=quantisation)
+    sizes = sample_sizes(lengths, kept, num_taps=3, hidden_size=96)
     assert len(layout.shard_files) > 3
     for shard, size in enumerate(layout.shard_sizes):
         begun = len(layout.preamble(shard))
@@ -153,7 +150,7 @@ def test_the_layout_covers_every_byte_once(quantisation):
 
 
 def test_an_empty_cache_is_a_cache():
-    layout = CompactLayout.of([], [], taps=(1,), hidden_size=64, quantisation="int4", shard_bytes=9)
+    layout = CompactLayout.of([], [], taps=(1,), hidden_size=64, shard_bytes=9)
     assert (layout.shard_files, layout.index()) == ((), b"")
 
 
@@ -166,9 +163,8 @@ def test_a_sample_is_refused_whose_last_states_were_not_laid_out(compact):
 
 @pytest.mark.parametrize("hidden", [2048, 2688, 3072, 3136, 4096, 4480, 5120, 8192])
 def test_at_most_030_of_deepspecs_bytes(hidden):
-    """The default, for the hidden sizes of the known targets and five taps, even where every token carries loss."""
-    default = CacheConfig().quantisation
-    (size,) = sample_sizes([1000], [999], num_taps=5, hidden_size=hidden, quantisation=default)
+    """For the hidden sizes of the known targets and five taps, even where every token carries loss."""
+    (size,) = sample_sizes([1000], [999], num_taps=5, hidden_size=hidden)
     assert size <= 0.30 * 1000 * bytes_per_token(5, hidden)
 
 
@@ -246,8 +242,7 @@ def test_values_are_checked_where_there_are_no_checksums(copy):
     ("changes", "said"),
     [
         ({"version": 2}, "version 2 is not 1"),
-        ({"quantisation": "int2"}, "'int2' is none of int4"),
-        ({"quantisation": "int8"}, "bytes, not"),
+        ({"quantisation": "int8"}, "stored as 'int8'; only int4 is read"),
         ({"hidden_size": ...}, "hidden_size"),
         ({"shards": [3]}, "malformed"),
         ({"num_samples": 7}, "contradict"),
@@ -284,8 +279,8 @@ def test_a_missing_shard_is_named(copy):
         TargetCache(copy)
 
 
-def test_another_quantisation_is_another_build(target, conversations, copy):
-    again = COMPACT.model_copy(update={"quantisation": "int8"})
+def test_another_format_is_another_build(target, conversations, copy):
+    again = COMPACT.model_copy(update={"format": "deepspec"})
     with pytest.raises(InputError, match="cache changed"):
         build_cache(target, conversations, copy, taps=TAPS, data=DATA, cache=again)
 
@@ -326,7 +321,7 @@ def test_a_conversion_goes_on_where_it_was_stopped(built, compact, tmp_path, mon
     with pytest.raises(InputError, match="unfinished"):
         TargetCache(tmp_path / "c")
     with pytest.raises(InputError, match="other settings"):
-        convert_cache(built, tmp_path / "c", COMPACT.model_copy(update={"quantisation": "fp8"}))
+        convert_cache(built, tmp_path / "c", COMPACT.model_copy(update={"shard_bytes": 50_000}))
     report = convert_cache(built, tmp_path / "c", COMPACT)
     assert 0 < report.reused_samples <= 20
     whole = convert_cache(built, tmp_path / "whole", COMPACT)
@@ -370,8 +365,8 @@ def test_the_commands_know_both_formats(nds, tiny_hybrid, conversations, compact
     assert nds("verify", compact).exit_code == 0
     found = json.loads(nds("convert", tmp_path / "c", tmp_path / "d", "--to", "deepspec", "--json").stdout)
     assert (found["samples"], found["source_bytes"]) == (made["samples"], made["bytes"])
-    shown = nds("convert", built, tmp_path / "e", "--to", "compact", "--set", "cache.quantisation=int8").stdout
-    assert "compact, int8" in shown
+    shown = nds("convert", built, tmp_path / "e", "--to", "compact").stdout
+    assert "compact, int4" in shown
     with pytest.raises(InputError, match="'deepspec' or 'compact'"):
         nds("convert", built, tmp_path / "f", "--to", "tiny")
 

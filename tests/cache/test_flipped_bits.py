@@ -26,7 +26,7 @@ def cache(request, tmp_path_factory):
     write_cache(folder, samples([5, 9, 4, 7, 12, 3], 2, 8), taps=(0, 2), hidden_size=8, shard_bytes=900)
     if request.param == "deepspec":
         return folder
-    convert_cache(folder, folder.with_name("compact"), CacheConfig(format="compact", quantisation="fp8"))
+    convert_cache(folder, folder.with_name("compact"), CacheConfig(format="compact"))
     return folder.with_name("compact")
 
 
