@@ -24,9 +24,11 @@ from nemotron_dspark import files
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft, write_draft
 from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.training.step_sums import StepSums
 
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
+RUN_FILE = "run.json"  # of the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Progress:
     step: int  # optimiser steps done
     tokens: int  # tokens seen
     seconds: float  # spent training, over all resumptions
-    window: tuple[float, ...]  # sums of the metrics since their last line
+    sums: StepSums  # of the steps since the last line of metrics
 
 
 def save_checkpoint(
@@ -55,7 +57,7 @@ def save_checkpoint(
         write_draft(temporary / "draft", config, weights)
         content = save({name: tensor.cpu().contiguous() for name, tensor in optimiser_tensors.items()})
         files.write_whole(temporary / "optimiser.safetensors", lambda file: file.write(content))
-        files.write_json(temporary / "state.json", dataclasses.asdict(progress))
+        files.write_json(temporary / "state.json", vars(progress) | {"sums": progress.sums.to_json()})
         written = sorted(path for path in temporary.rglob("*") if path.is_file())
         sums = {str(path.relative_to(temporary)): files.sha256(path) for path in written}
         files.write_json(temporary / MANIFEST, {"sha256": sums})
@@ -125,8 +127,14 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_progress(checkpoint: Path) -> Progress:
+    """Raises `InputError` for a checkpoint that an older version wrote, whose sums had no names."""
     values = files.read_json(checkpoint / "state.json")
-    return Progress(values["step"], values["tokens"], values["seconds"], tuple(values["window"]))
+    if "sums" not in values:
+        raise InputError(
+            f"{checkpoint} was written by an older version of nds, whose checkpoints this one does not read.",
+            f"Finish that run with the version that its {RUN_FILE} names, or give a new folder to --out.",
+        )
+    return Progress(values["step"], values["tokens"], values["seconds"], StepSums.from_json(values["sums"]))
 
 
 def restore_weights(checkpoint: Path, draft: DSparkDraft) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ from nemotron_dspark.training.plan import Plan
 from nemotron_dspark.training.ranks import ALONE, Ranks
 from nemotron_dspark.training.sharding import shard, shards
 from nemotron_dspark.training.source import CacheLike, CacheSource, Source
+from nemotron_dspark.training.step_sums import StepSums
 
 
 class Watcher:
@@ -91,7 +92,7 @@ def train(
     weights = LossWeights.of(config, draft)
     device, dtype = draft.embed_tokens.weight.device, draft.dtype
     resumed_from = step = saved = _newest_whole(checkpoints, watcher, ranks)
-    progress = Progress(0, 0, 0.0, ())
+    progress = Progress(0, 0, 0.0, StepSums.zeros(draft.config.block_size))
     if step:
         progress = read_progress(step_folder(checkpoints, step))
         optimiser_tensors = restore_weights(step_folder(checkpoints, step), draft)
@@ -109,7 +110,7 @@ def train(
         del optimiser_tensors
     source.open(step)
     log = MetricsLog(run_folder, step) if ranks.first else None
-    window = Window(draft.config.block_size, progress.window)
+    window = Window(progress.sums)
     draft.train()
     watcher.begin(plan, step)
     started = time.monotonic()
@@ -127,7 +128,7 @@ def train(
         nonlocal saved
         if saved == step:
             return
-        now = Progress(step, tokens, seconds + time.monotonic() - started, tuple(window.sums))
+        now = Progress(step, tokens, seconds + time.monotonic() - started, window.sums)
         kept = optimiser.weights(wanted=ranks.first), optimiser.tensors(wanted=ranks.first)
         if ranks.first:
             save_checkpoint(checkpoints, draft.config, *kept, now, config.keep_checkpoints)
@@ -141,7 +142,7 @@ def train(
         contextlib.closing(batches(load, config, first_step=step, stopped=stopped)) as feed,
     ):
         while step < plan.total_steps:
-            sums = torch.zeros(len(window.sums), dtype=torch.float64, device=device)
+            sums = StepSums.zeros(draft.config.block_size, device)
             step_tokens = 0
             for done in range(plan.accumulation):
                 failure = None
@@ -164,9 +165,11 @@ def train(
                 sums += parts
                 step_tokens += batch.tokens
                 watcher.forward(step, done + 1)
-            *values, step_tokens = ranks.sum(torch.cat((sums, sums.new_tensor([step_tokens])))).tolist()
-            weight = values[1] + EPSILON
-            loss = values[0] / weight
+            values = sums.to_tensor()
+            values = ranks.sum(torch.cat((values, values.new_tensor([step_tokens]))))
+            sums, step_tokens = StepSums.from_tensor(values[:-1]), int(values[-1])
+            weight = float(sums.weight) + EPSILON
+            loss = float(sums.loss) / weight
             optimiser.normalise(weight, ranks)
             grad_norm = optimiser.clip(config.max_grad_norm)
             if not (math.isfinite(grad_norm) and math.isfinite(loss)):
@@ -176,14 +179,14 @@ def train(
             lr = learning_rate(step, plan.total_steps, config)
             optimiser.step(lr)
             step += 1
-            tokens += int(step_tokens)
-            window.add(values, step_tokens)
+            tokens += step_tokens
+            window.add(sums, step_tokens)
             if step % config.log_every == 0 or step == plan.total_steps:
                 last = window.summary(weights, step=step, epoch=plan.epoch(step - 1), lr=lr, grad_norm=grad_norm)
                 if log:
                     log.write(last)
                 watcher.metrics(last)
-                window = Window(draft.config.block_size)
+                window = Window(StepSums.zeros(draft.config.block_size))
             if step % config.checkpoint_every == 0 or plan.must_save(step):
                 save()
     draft.eval()

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemotron_dspark import files
 from nemotron_dspark.training.objective import LossWeights
+from nemotron_dspark.training.step_sums import StepSums
 
 FILE = "metrics.jsonl"
 
@@ -37,33 +39,27 @@ class StepMetrics:
 class Window:
     """Sums since the last line. Its `sums` go into a checkpoint, so that a resumed run writes the same lines."""
 
-    def __init__(self, block_size: int, sums: tuple[float, ...] = ()):
-        self._block_size = block_size
-        width = 7 + 2 * block_size  # as `Loss.sums`; checkpoints from before had one more
-        self.sums = list(sums) if len(sums) == width else [0.0] * width
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
+    def __init__(self, sums: StepSums):
+        self.sums = sums
         self._started = time.monotonic()
         self._tokens = 0
 
-    def add(self, sums: list[float], tokens: float) -> None:
-        self.sums = [before + new for before, new in zip(self.sums, sums, strict=True)]
+    def add(self, sums: StepSums, tokens: int) -> None:
+        self.sums += sums
         self._tokens += tokens
 
     def summary(self, weights: LossWeights, *, step: int, epoch: int, lr: float, grad_norm: float) -> StepMetrics:
-        loss, weight, ce, l1, confidence, blocks, tau, *slots = self.sums
-        counted, accepted = slots[: self._block_size], slots[self._block_size :]
+        sums = self.sums
         measured = weights.needs_target
         return StepMetrics(
             step,
             epoch,
-            _ratio(loss, weight),
-            _ratio(ce, weight),
-            _ratio(l1, weight) if measured else None,
-            _ratio(confidence, weight) if weights.confidence else None,
-            [_ratio(*pair) for pair in zip(accepted, counted, strict=True)] if measured else None,
-            _ratio(tau, blocks) if measured else None,
+            _ratio(sums.loss, sums.weight),
+            _ratio(sums.ce, sums.weight),
+            _ratio(sums.l1, sums.weight) if measured else None,
+            _ratio(sums.confidence, sums.weight) if weights.confidence else None,
+            [_ratio(*pair) for pair in zip(sums.accepted, sums.slots, strict=True)] if measured else None,
+            _ratio(sums.tau, sums.blocks) if measured else None,
             lr,
             grad_norm,
             self._tokens / max(time.monotonic() - self._started, 1e-9),
@@ -133,8 +129,8 @@ def _scalars(key: str, value: Any) -> list[tuple[str, float]]:
     return [(key, value)]
 
 
-def _ratio(total: float, count: float) -> float:
-    return total / count if count else 0.0
+def _ratio(total: Tensor, count: Tensor) -> float:
+    return float(total) / float(count) if count else 0.0
 
 
 def _memory_mb() -> float:

@@ -23,6 +23,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
 from nemotron_dspark.training.fused import slot_losses
+from nemotron_dspark.training.step_sums import StepSums
 
 EPSILON = 1e-6
 
@@ -66,11 +67,18 @@ class Loss:
         """The loss where this forward is the whole step."""
         return self.total / (self.weight + EPSILON)
 
-    def sums(self) -> Tensor:
-        """Everything in one vector, in the order `metrics.Window` reads: [7 + 2γ] fp64."""
-        parts = (self.total.detach(), self.weight, self.ce, self.l1, self.confidence, self.blocks, self.tau)
-        return torch.cat(
-            (torch.stack([part.double() for part in parts]), self.counted.double(), self.accepted.double())
+    @property
+    def sums(self) -> StepSums:
+        return StepSums(
+            loss=self.total.detach(),
+            weight=self.weight,
+            ce=self.ce,
+            l1=self.l1,
+            confidence=self.confidence,
+            blocks=self.blocks,
+            tau=self.tau,
+            slots=self.counted,
+            accepted=self.accepted,
         )
 
 
@@ -82,11 +90,11 @@ class Objective(nn.Module):
         self.draft = draft
         self.weights = weights
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, StepSums]:
         """`Loss.total` and `Loss.sums` of ``batch``."""
         hidden = self.draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
         loss = dspark_loss(self.draft, hidden, batch, self.weights)
-        return loss.total, loss.sums()
+        return loss.total, loss.sums
 
 
 def dspark_loss(

@@ -17,8 +17,8 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training import online
+from nemotron_dspark.training.checkpoints import RUN_FILE
 
-RUN_FILE = "run.json"
 # Keys of `train` that change neither the order of samples nor a number that is computed, but for its rounding.
 FREE_KEYS = (
     "log_every",

@@ -1,6 +1,8 @@
 """The loop: it learns, repeats itself exactly, stops cleanly, and keeps what was good."""
 
 import errno
+import hashlib
+import json
 import os
 import signal
 import threading
@@ -188,6 +190,22 @@ def test_damaged_checkpoint_is_passed_over(make_cache, make_draft, make_settings
     assert "step-00000009 is passed over" in notes[0]
     assert_same(weights(again), weights(whole))
     assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6, 8, 9]
+
+
+def test_checkpoint_whose_sums_have_no_names_is_refused(make_cache, make_draft, make_settings, tmp_path):
+    cache, settings = make_cache(), make_settings(max_steps=3)
+    train(cache, make_draft(cache=cache), settings, tmp_path)
+    (last,) = list_checkpoints(tmp_path / "checkpoints")
+    state = json.loads((last / "state.json").read_text())
+    assert set(state["sums"]) >= {"loss", "weight", "ce", "l1", "tau", "slots", "accepted"}
+    state["window"] = list(range(15))
+    del state["sums"]
+    (last / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((last / "manifest.json").read_text())
+    manifest["sha256"]["state.json"] = hashlib.sha256((last / "state.json").read_bytes()).hexdigest()
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="older version"):
+        train(cache, make_draft(cache=cache), settings, tmp_path)
 
 
 def test_full_disk_keeps_the_checkpoints_before(make_cache, make_draft, make_settings, tmp_path, monkeypatch):
