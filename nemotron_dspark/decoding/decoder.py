@@ -8,6 +8,7 @@ is one plain step, through the same verify and commit.
 import dataclasses
 import secrets
 import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,9 @@ from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target, TargetState
+from nemotron_dspark.targets.replay import ReplayState
+
+State = TargetState | ReplayState
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,20 +39,21 @@ class Generation:
     survived: list[int] = dataclasses.field(default_factory=list)  # drafted tokens kept per round
     confidence: list[list[float]] = dataclasses.field(default_factory=list)  # logits per round, if they are recorded
     seconds: float = 0.0  # spent in rounds, prefill not counted; shared rounds count in full
-    _generator: torch.Generator = dataclasses.field(default_factory=torch.Generator, repr=False)
-    _state: TargetState | None = dataclasses.field(default=None, repr=False)
-    _context: DraftContext | None = dataclasses.field(default=None, repr=False)
+    generator: torch.Generator = dataclasses.field(default_factory=torch.Generator, repr=False)
 
     @property
     def rounds(self) -> int:
+        """Passes of the target behind the prompt's."""
         return len(self.accepted)
 
     @property
     def greedy(self) -> bool:
+        """Whether every token is the likeliest one."""
         return self.sampling.temperature == 0
 
     def uniforms(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self._generator)
+        """The next ``count`` numbers [count] in [0, 1) of the generation's own stream."""
+        return torch.rand(count, generator=self.generator)
 
     def receive(self, new: list[int]) -> None:
         """Append ``new`` up to the first stop token and the length limit; sets ``finished`` when one is reached."""
@@ -62,8 +67,28 @@ class Generation:
                 break
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class _Memory:
+    """What target and draft remember of some generations, a row each."""
+
+    state: State
+    context: DraftContext | None  # None without a draft
+
+    def select(self, rows: Sequence[int]) -> "_Memory":
+        return _Memory(self.state.select(rows), self.context.select(rows) if self.context is not None else None)
+
+    @staticmethod
+    def cat(parts: Sequence["_Memory"]) -> "_Memory":
+        states, contexts = [part.state for part in parts], [part.context for part in parts if part.context is not None]
+        # A target makes states of one kind, a draft contexts of one kind.
+        state = type(states[0]).cat(states)  # pyrefly: ignore[bad-argument-type]
+        return _Memory(state, type(contexts[0]).cat(contexts) if contexts else None)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Proposal:
+    """The drafted blocks of a round."""
+
     tokens: Tensor  # [B, n], n at most γ
     probs: Tensor | None  # [B, n, V] what they were drawn from; None when every row is greedy
     counts: list[int]  # drafts proposed per row; the rest of a row is not to be accepted
@@ -96,12 +121,13 @@ class Decoder:
         self._taps: tuple[int, ...] = ()
         if draft is not None:
             draft.config.check_target(target.spec)
-            if (confidence_threshold > 0 or record_confidence) and getattr(draft, "confidence_head", None) is None:
+            if (confidence_threshold > 0 or record_confidence) and draft.confidence_head is None:
                 raise InputError("The draft has no confidence head.", "Set the confidence threshold to 0.")
             self._taps = tuple(draft.config.target_layer_ids)
-        self._rows: list[Generation] = []  # whose state is in the shared batch below, in row order
-        self._state: TargetState | None = None
-        self._context: DraftContext | None = None
+        self._rows: list[Generation] = []  # those of the last round, in the order of the rows of ``_memory``
+        self._memory: _Memory | None = None
+        # Of one row each: generations that took no part in the last round, for as long as somebody holds them.
+        self._waiting: weakref.WeakKeyDictionary[Generation, _Memory] = weakref.WeakKeyDictionary()
 
     def start(
         self, prompt_ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int] | None = None
@@ -113,14 +139,15 @@ class Decoder:
             sampling=sampling,
             stop_ids=self.target.stop_ids if stop_ids is None else stop_ids,
         )
-        generation._generator.manual_seed(seed)
+        generation.generator.manual_seed(seed)
         state, verified = self.target.prefill(prompt_ids, self._taps)
-        generation._state = state
         first = self._pick([generation], verified.logits[:, -1])
+        context = None
         if self.draft is not None:
-            generation._context = self.draft.new_context()
+            context = self.draft.new_context()
             following = torch.tensor([[*prompt_ids[1:], *first]], device=self.target.device)
-            self.draft.extend(generation._context, verified.taps, [len(prompt_ids)], following)
+            self.draft.extend(context, verified.taps, [len(prompt_ids)], following)
+        self._waiting[generation] = _Memory(state, context)
         generation.receive(first)
         return generation
 
@@ -131,15 +158,15 @@ class Decoder:
         if not active:
             return
         began = time.perf_counter()
-        active = self._gather(active)
+        active, memory = self._gather(active)
         anchors = torch.tensor([generation.tokens[-1] for generation in active], device=self.target.device)
-        if self.draft is None:
-            verified = self.target.verify(self._state, anchors[:, None])
-            self.target.commit(self._state, [1] * len(active))
+        if self.draft is not None and memory.context is not None:
+            self._speculate(active, anchors, self.draft, memory.state, memory.context)
+        else:
+            verified = self.target.verify(memory.state, anchors[:, None])
+            self.target.commit(memory.state, [1] * len(active))
             for generation, token in zip(active, self._pick(active, verified.logits[:, 0]), strict=True):
                 self._note(generation, 0, [token])
-        else:
-            self._speculate(active, anchors)
         seconds = time.perf_counter() - began
         for generation in active:
             generation.seconds += seconds
@@ -157,9 +184,9 @@ class Decoder:
     def drop(self, generation: Generation) -> None:
         """Forget a generation, finished or not; it takes no part in later rounds."""
         generation.finished = generation.finished or "dropped"
-        generation._state = generation._context = None
+        self._waiting.pop(generation, None)
         if all(row.finished is not None for row in self._rows):
-            self._rows, self._state, self._context = [], None, None
+            self._rows, self._memory = [], None
 
     def _pick(self, generations: Sequence[Generation], logits: Tensor) -> list[int]:
         """One token for each row of ``logits`` [B, V]."""
@@ -168,33 +195,32 @@ class Decoder:
         uniforms = torch.cat([generation.uniforms(1) for generation in generations])
         return pick(probabilities(logits, [generation.sampling for generation in generations]), uniforms).tolist()
 
-    def _gather(self, active: list[Generation]) -> list[Generation]:
-        """Make ``active`` the rows of the shared batch; returns them in row order."""
-        wanted = set(map(id, active))
-        staying = [row for row, generation in enumerate(self._rows) if id(generation) in wanted]
-        if len(staying) == len(active) == len(self._rows):
-            return self._rows
-        for row, generation in enumerate(self._rows):
-            if id(generation) not in wanted and generation.finished is None:  # it may come back in a later round
-                generation._state, generation._context = self._rows_of([row])
-        joining = [generation for generation in active if generation._state is not None]
-        parts = [self._rows_of(staying)] if staying else []
-        parts += [(generation._state, generation._context) for generation in joining]
+    def _gather(self, active: list[Generation]) -> tuple[list[Generation], _Memory]:
+        """Make ``active`` the rows of the shared batch; returns them in row order, and the batch."""
+        wanted, shared = set(active), self._memory
+        staying = [row for row, generation in enumerate(self._rows) if generation in wanted]
+        if shared is not None and len(staying) == len(active) == len(self._rows):
+            return self._rows, shared  # nothing is copied between most rounds
+        parts = []
+        if shared is not None:
+            for row, generation in enumerate(self._rows):
+                if generation not in wanted and generation.finished is None:  # it may come back in a later round
+                    self._waiting[generation] = shared.select([row])
+            parts = [shared.select(staying)] if staying else []
+        joining = [generation for generation in active if generation in self._waiting]
+        parts += [self._waiting.pop(generation) for generation in joining]
         self._rows = [self._rows[row] for row in staying] + joining
-        self._state = type(parts[0][0]).cat([state for state, _ in parts])
-        self._context = DraftContext.cat([context for _, context in parts]) if self.draft is not None else None
-        for generation in joining:
-            generation._state = generation._context = None
-        return self._rows
+        self._memory = _Memory.cat(parts)
+        return self._rows, self._memory
 
-    def _rows_of(self, rows: list[int]) -> tuple[TargetState, DraftContext | None]:
-        return self._state.select(rows), self._context.select(rows) if self._context is not None else None
-
-    def _speculate(self, active: list[Generation], anchors: Tensor) -> None:
-        proposal = self._propose(active, anchors)
+    def _speculate(
+        self, active: list[Generation], anchors: Tensor, draft: Draft, state: State, context: DraftContext
+    ) -> None:
+        """One round: draft a block for every row, verify all of them in one pass, accept, commit."""
+        proposal = self._propose(active, anchors, draft, context)
         longest = max(proposal.counts)
         drafted = proposal.tokens[:, :longest]
-        verified = self.target.verify(self._state, torch.cat([anchors[:, None], drafted], dim=1))
+        verified = self.target.verify(state, torch.cat([anchors[:, None], drafted], dim=1))
         if proposal.probs is None:
             target_tokens = verified.logits.argmax(-1).tolist()
             outcomes = [
@@ -213,21 +239,22 @@ class Decoder:
             outcomes = list(zip(kept.tolist(), following.tolist(), strict=True))
         # The anchor and the surviving drafts are committed; the token that follows is the next anchor.
         committed = [kept + 1 for kept, _ in outcomes]
-        self.target.commit(self._state, committed)
+        self.target.commit(state, committed)
         new = [[*tokens[:kept], last] for tokens, (kept, last) in zip(drafted.tolist(), outcomes, strict=True)]
         following = torch.tensor([row + [0] * (longest + 1 - len(row)) for row in new], device=anchors.device)
-        self.draft.extend(self._context, verified.taps, committed, following)
+        draft.extend(context, verified.taps, committed, following)
         for row, (generation, tokens) in enumerate(zip(active, new, strict=True)):
             if proposal.confidence is not None:
                 generation.confidence.append(proposal.confidence[row, : proposal.counts[row]].tolist())
             self._note(generation, proposal.counts[row], tokens)
 
-    def _propose(self, active: list[Generation], anchors: Tensor) -> _Proposal:
-        draft, gamma = self.draft, self.draft.config.block_size
+    def _propose(self, active: list[Generation], anchors: Tensor, draft: Draft, context: DraftContext) -> _Proposal:
+        gamma = draft.config.block_size
         samplings = [generation.sampling for generation in active]
         all_greedy = all(generation.greedy for generation in active)
+        # All of a block's at once, used or not: a row's stream must not depend on where the others' blocks are cut.
         uniforms = None if all_greedy else torch.stack([generation.uniforms(gamma) for generation in active])
-        block = draft.begin(self._context, anchors)
+        block = draft.begin(context, anchors)
         counts = [gamma] * len(active)
         previous, tokens, probs, confidence = anchors, [], [], []
         for slot in range(gamma):
@@ -237,7 +264,7 @@ class Decoder:
                 if max(counts) <= slot:
                     break
             logits = block.next_logits(previous)
-            if all_greedy:
+            if uniforms is None:
                 previous = logits.argmax(-1)
             else:
                 probs.append(probabilities(logits, samplings))

@@ -352,13 +352,14 @@ def _shape_for(spec: TargetSpec, section: DraftSection) -> tuple[dict[str, Any],
 
 def _mlp_width(spec: TargetSpec, section: DraftSection) -> tuple[int, list[str]]:
     """SwiGLU width: as set; the target's if its MLP is gated; else one of about the same parameter count."""
+    theirs = spec.intermediate_size
     if section.intermediate_size is not None:
         return section.intermediate_size, []
-    if spec.mlp == "gated":
-        return int(spec.intermediate_size), []
-    if spec.mlp == "plain":
-        width = _round_up(-(-2 * spec.intermediate_size // 3), 256)
-        reason = f"two thirds of the target's ungated {spec.intermediate_size}, so as many parameters"
+    if spec.mlp == "gated" and theirs is not None:
+        return theirs, []
+    if spec.mlp == "plain" and theirs is not None:
+        width = _round_up(-(-2 * theirs // 3), 256)
+        reason = f"two thirds of the target's ungated {theirs}, so as many parameters"
     else:
         width = _round_up(-(-9 * spec.hidden_size // 4), 512)
         reason = "2.25 x hidden, as NVIDIA's draft for a mixture of experts has"

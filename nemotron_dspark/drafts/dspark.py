@@ -15,9 +15,9 @@ a slim copy leaves out the target's two matrices.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,6 @@ from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.drafts.heads import ConfidenceHead, IndependentSlots, VanillaHead, build_sequential_head
 from nemotron_dspark.drafts.layers import (
     DraftContext,
-    KeyValueProjection,
     Layer,
     Linear,
     RMSNorm,
@@ -50,6 +49,7 @@ SHARED = ("embed_tokens.weight", "lm_head.weight")  # the target's own, frozen; 
 INITIAL_STD = 0.02
 
 ConfigT = TypeVar("ConfigT", DraftConfig, Eagle3Config)
+ContextT = TypeVar("ContextT", bound=DraftContext)
 
 
 class DraftBlock(Protocol):
@@ -59,18 +59,23 @@ class DraftBlock(Protocol):
         """Logits [B, V] of the next slot, after ``previous`` [B], the anchor for slot 0."""
         ...
 
+    def confidence(self, previous: Tensor) -> Tensor:
+        """Logit [B] of the acceptance of the next slot, after ``previous`` [B]; for a draft with a confidence head."""
+        ...
 
-class Draft(nn.Module, Generic[ConfigT]):
+
+class Draft(nn.Module, Generic[ConfigT, ContextT]):
     """What every kind of draft is: weights around the target's frozen embedding and head.
 
     A new one has random weights (normal 0.02, norms 1, biases 0) and, until `set_embeddings`, no embedding or head.
     ``seed`` None leaves all weights unset, for a caller that fills them.
     """
 
-    Config: ClassVar[type[DraftConfig] | type[Eagle3Config]]
+    Config: type[ConfigT]
     fc: Linear  # [T·H] to [H]: the taps of a position to what the draft reads of it
     layers: nn.ModuleList
     norm: RMSNorm  # before the LM head
+    confidence_head: "ConfidenceHead | None"
 
     def __init__(self, config: ConfigT, seed: int | None = 0):
         super().__init__()
@@ -176,15 +181,15 @@ class Draft(nn.Module, Generic[ConfigT]):
 
     # --- decoding ---
 
-    def new_context(self, rows: int = 1) -> DraftContext:
+    def new_context(self, rows: int = 1) -> ContextT:
         """An empty context of ``rows`` rows."""
         raise NotImplementedError
 
-    def extend(self, context: DraftContext, taps: Tensor, counts: Sequence[int], following: Tensor) -> None:
+    def extend(self, context: ContextT, taps: Tensor, counts: Sequence[int], following: Tensor) -> None:
         """Append the first ``counts[b]`` of ``taps`` [B, n, T·H]; ``following`` [B, n] is the token after each."""
         raise NotImplementedError
 
-    def begin(self, context: DraftContext, anchor_tokens: Tensor) -> DraftBlock:
+    def begin(self, context: ContextT, anchor_tokens: Tensor) -> DraftBlock:
         """The next block of each row, behind ``context`` and the last accepted tokens ``anchor_tokens`` [B]."""
         raise NotImplementedError
 
@@ -221,7 +226,18 @@ class Draft(nn.Module, Generic[ConfigT]):
         self.norm.weight.data.mul_(self.config.target_logit_multiplier)
 
 
-class DSparkDraft(Draft[DraftConfig]):
+@dataclasses.dataclass
+class DSparkContext(DraftContext):
+    """What decoding remembers, with the key and value weights of all layers: a new position takes one matrix product.
+
+    They are copies of the weights as they were when the context was made: [layers, 2·kv_heads·d, H] elements.
+    """
+
+    key_value_weights: Tensor  # [layers, 2·kv_heads·d, H], k_proj over v_proj
+    key_norms: Tensor  # [layers, 1, d]
+
+
+class DSparkDraft(Draft[DraftConfig, DSparkContext]):
     """A DSpark draft; see `Draft` for its weights."""
 
     Config = DraftConfig
@@ -280,7 +296,7 @@ class DSparkDraft(Draft[DraftConfig]):
             torch.cat((sines[:length].expand(rows, 1, -1, -1), block_rotation[1]), dim=2),
         )
         attend = block_attention(anchors, length, slots, self.attention)
-        for layer in self.layers:
+        for layer in self._each_layer():
             inputs = (hidden, context, block_rotation, all_rotation, attend)
             if self.recompute_layers:
                 hidden = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -300,20 +316,26 @@ class DSparkDraft(Draft[DraftConfig]):
         """Logit of each slot's acceptance rate [...]; only for drafts with a confidence head."""
         with_markov = self.config.confidence_head_with_markov
         embedded = self.markov_head.embed(previous, hidden.dtype) if with_markov else None
+        if self.confidence_head is None:
+            raise InputError("The draft has no confidence head.", "Set the confidence threshold to 0.")
         return self.confidence_head(hidden, embedded)
 
     # --- decoding ---
 
-    def new_context(self, rows: int = 1) -> DraftContext:
+    def new_context(self, rows: int = 1) -> DSparkContext:
         """An empty context of ``rows`` rows, for the weights as they are now."""
         self._require_embeddings()
-        projection = KeyValueProjection.of([layer.self_attn for layer in self.layers], self.compute_dtype)
-        return DraftContext([0] * rows, [RaggedKV() for _ in self.layers], projection)
+        attentions = [layer.self_attn for layer in self._each_layer()]
+        with torch.no_grad():
+            weights = torch.stack([torch.cat((each.k_proj.weight, each.v_proj.weight)) for each in attentions])
+            norms = torch.stack([each.k_norm.weight.detach() for each in attentions])[:, None]
+        dtype = self.compute_dtype
+        return DSparkContext([0] * rows, [RaggedKV() for _ in attentions], weights.to(dtype), norms.to(dtype))
 
     @torch.no_grad()
     def extend(
         self,
-        context: DraftContext,
+        context: DSparkContext,
         taps: Tensor,  # [B, n, T·H]
         counts: Sequence[int],
         following: Tensor | None = None,  # [B, n] the token after each position; not looked at by this kind of draft
@@ -321,12 +343,11 @@ class DSparkDraft(Draft[DraftConfig]):
         """Append the first ``counts[b]`` of the n positions of each row; the others are ignored."""
         config = self.config
         rows, added, _ = taps.shape
-        projection = context.projection
         hidden = self.hidden_norm(self.fc(taps.to(self.compute_dtype)))
-        projected = functional.linear(hidden, projection.weights.flatten(0, 1))  # of all layers at once
-        projected = projected.view(rows, added, len(self.layers), 2, config.num_key_value_heads, config.head_dim)
+        projected = functional.linear(hidden, context.key_value_weights.flatten(0, 1))  # of all layers at once
+        projected = projected.view(rows, added, len(context.layers), 2, config.num_key_value_heads, config.head_dim)
         keys = functional.rms_norm(projected[:, :, :, 0], (config.head_dim,), None, config.rms_norm_eps)
-        keys = (keys * projection.norms).permute(2, 0, 3, 1, 4)  # [layers, B, kv_heads, n, d]
+        keys = (keys * context.key_norms).permute(2, 0, 3, 1, 4)  # [layers, B, kv_heads, n, d]
         keys = rotate(keys, self._rotation(context.lengths, added))
         values = projected[:, :, :, 1].permute(2, 0, 3, 1, 4)
         for layer, layer_keys, layer_values in zip(context.layers, keys, values, strict=True):
@@ -336,7 +357,7 @@ class DSparkDraft(Draft[DraftConfig]):
     @torch.no_grad()
     def block_hidden(
         self,
-        context: DraftContext,
+        context: DSparkContext,
         anchor_tokens: Tensor,  # [B] the last accepted token of each row, not yet in the context
     ) -> Tensor:
         """Hidden states of the next block of each row, after the final norm: [B, γ, H]."""
@@ -347,16 +368,19 @@ class DSparkDraft(Draft[DraftConfig]):
             ends = torch.tensor(lengths, device=self.device)[:, None] + slots
             mask = (torch.arange(max(lengths) + slots, device=self.device) < ends)[:, None, None]
         hidden = self._block_embeddings(anchor_tokens)
-        for layer, weight, stored in zip(self.layers, context.projection.weights, context.layers, strict=True):
+        for layer, weight, stored in zip(self._each_layer(), context.key_value_weights, context.layers, strict=True):
             hidden = layer.decode(hidden, rotation, weight, stored, lengths, mask)
         return self.norm(hidden)
 
-    def begin(self, context: DraftContext, anchor_tokens: Tensor) -> "DSparkBlock":
+    def begin(self, context: DSparkContext, anchor_tokens: Tensor) -> "DSparkBlock":
         """The next block of each row, to be drafted slot by slot; ``anchor_tokens`` [B] as for `block_hidden`."""
         hidden = self.block_hidden(context, anchor_tokens)
         return DSparkBlock(self, hidden, self.base_logits(hidden), self.markov_head.start(hidden))
 
     # --- parts ---
+
+    def _each_layer(self) -> Iterable[Layer]:
+        return cast("Iterable[Layer]", self.layers)  # nn.ModuleList does not say of what
 
     def _block_embeddings(self, anchor_tokens: Tensor) -> Tensor:
         """[...] to [..., γ, H]: the anchor's embedding, then mask tokens'."""
@@ -373,7 +397,7 @@ class DSparkBlock:
     draft: DSparkDraft
     hidden: Tensor  # [B, γ, H]
     base: Tensor  # [B, γ, V]
-    state: Tensor | None  # the sequential head's, before ``slot``
+    state: Tensor  # the sequential head's, before ``slot``
     slot: int = 0
 
     def confidence(self, previous: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ i for verified positions and the draft's own output from there on; its output pr
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional
 from nemotron_dspark.drafts.config import Eagle3Config
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.layers import MLP, Attention, DraftContext, Linear, RMSNorm, Rotation, rotate
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.kv import RaggedKV
 
 
@@ -46,7 +48,22 @@ class Eagle3Layer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Eagle3Draft(Draft[Eagle3Config]):
+@dataclasses.dataclass
+class Eagle3Context(DraftContext):
+    """What decoding remembers, with the layer's output at the last verified position of each row."""
+
+    hidden: Tensor  # [B, H]
+
+    @classmethod
+    def cat(cls, contexts: Sequence[Self]) -> Self:
+        hidden = torch.cat([context.hidden for context in contexts])
+        return dataclasses.replace(super().cat(contexts), hidden=hidden)
+
+    def select(self, rows: Sequence[int]) -> Self:
+        return dataclasses.replace(super().select(rows), hidden=self.hidden[list(rows)])
+
+
+class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
     """An EAGLE-3 draft; see `Draft` for its weights."""
 
     Config = Eagle3Config
@@ -55,10 +72,15 @@ class Eagle3Draft(Draft[Eagle3Config]):
         self.fc = Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([Eagle3Layer(config)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.confidence_head = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., V]."""
         return self.lm_head(self.norm(hidden))
+
+    @property
+    def _layer(self) -> Eagle3Layer:
+        return cast("Eagle3Layer", self.layers[0])  # nn.ModuleList does not say of what
 
     # --- training ---
 
@@ -74,7 +96,7 @@ class Eagle3Draft(Draft[Eagle3Config]):
         that are not there; their numbers mean nothing.
         """
         self._require_embeddings()
-        layer, length = self.layers[0], input_ids.shape[1]
+        layer, length = self._layer, input_ids.shape[1]
         cosines, sines = self._rotary.tables(length + self.config.ttt_length, self.device, self.compute_dtype)
         hidden = self.fc(taps.to(self.compute_dtype))
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
@@ -95,50 +117,50 @@ class Eagle3Draft(Draft[Eagle3Config]):
 
     # --- decoding ---
 
-    def new_context(self, rows: int = 1) -> DraftContext:
+    def new_context(self, rows: int = 1) -> Eagle3Context:
         """An empty context of ``rows`` rows."""
         self._require_embeddings()
         hidden = torch.zeros(rows, self.config.hidden_size, device=self.device)
-        return DraftContext([0] * rows, [RaggedKV()], hidden=hidden)
+        return Eagle3Context([0] * rows, [RaggedKV()], hidden)
 
     @torch.no_grad()
     def extend(
         self,
-        context: DraftContext,
+        context: Eagle3Context,
         taps: Tensor,  # [B, n, T·H]
         counts: Sequence[int],
         following: Tensor,  # [B, n] the token after each position
     ) -> None:
         """Append the first ``counts[b]`` of the n positions of each row; the others are ignored."""
-        layer = self.layers[0]
+        layer = self._layer
         hidden = self.fc(taps.to(self.compute_dtype))
         source = layer.read(self.embed_tokens(following), hidden)
         rows = torch.arange(len(counts), device=hidden.device)
         last = torch.tensor(counts, device=hidden.device) - 1
         positions = [length + count - 1 for length, count in zip(context.lengths, counts, strict=True)]
-        stored = layer.keys_values(source, self._rotation(context.lengths, taps.shape[1]))
-        stored = context.layers[0].write(*stored, context.lengths)
+        keys, values = layer.keys_values(source, self._rotation(context.lengths, taps.shape[1]))
+        stored = context.layers[0].write(keys, values, context.lengths)
         context.hidden = self._look_back(hidden[rows, last], source[rows, last], stored, positions)
         context.lengths = [position + 1 for position in positions]
 
-    def begin(self, context: DraftContext, anchor_tokens: Tensor) -> "Eagle3Block":
+    def begin(self, context: Eagle3Context, anchor_tokens: Tensor) -> "Eagle3Block":
         """The next block of each row, to be drafted token by token. ``anchor_tokens`` were read by `extend`."""
         return Eagle3Block(self, context, context.hidden)
 
     @torch.no_grad()
     def advance(
         self,
-        context: DraftContext,
+        context: Eagle3Context,
         hidden: Tensor,  # [B, H] output of the step before
         tokens: Tensor,  # [B] drafted by it
         step: int,  # positions beyond the context
     ) -> Tensor:
         """Output [B, H] of one more step. Its key lies behind the stored ones and is overwritten by what comes next."""
-        layer = self.layers[0]
+        layer = self._layer
         positions = [length + step for length in context.lengths]
         source = layer.read(self.embed_tokens(tokens), hidden)
-        stored = layer.keys_values(source[:, None], self._rotation(positions, 1))
-        stored = context.layers[0].write(*stored, positions)
+        keys, values = layer.keys_values(source[:, None], self._rotation(positions, 1))
+        stored = context.layers[0].write(keys, values, positions)
         return self._look_back(hidden, source, stored, positions)
 
     def _look_back(
@@ -149,7 +171,7 @@ class Eagle3Draft(Draft[Eagle3Config]):
         positions: Sequence[int],  # [B]
     ) -> Tensor:
         """The layer's output [B, H] at ``positions``, which see everything up to themselves."""
-        layer = self.layers[0]
+        layer = self._layer
         queries = layer.self_attn.queries(source[:, None], self._rotation(positions, 1))
         ends = torch.tensor(positions, device=hidden.device)[:, None, None, None]
         seen = torch.arange(stored[0].shape[2], device=hidden.device) <= ends  # [B, 1, 1, stored]
@@ -162,9 +184,12 @@ class Eagle3Block:
     """A block of each row, drafted token by token."""
 
     draft: Eagle3Draft
-    context: DraftContext
+    context: Eagle3Context
     hidden: Tensor  # [B, H]
     slot: int = 0
+
+    def confidence(self, previous: Tensor) -> Tensor:
+        raise InputError("An EAGLE-3 draft predicts no acceptance.", "Set the confidence threshold to 0.")
 
     def next_logits(self, previous: Tensor) -> Tensor:
         """Logits [B, V] of the next slot, after ``previous`` [B]."""

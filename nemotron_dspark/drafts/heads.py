@@ -23,11 +23,11 @@ class IndependentSlots(nn.Module):
     def latents(self, hidden: Tensor, embedded: None) -> None:
         return None
 
-    def start(self, hidden: Tensor) -> None:
-        return None
+    def start(self, hidden: Tensor) -> Tensor:
+        return hidden.new_empty(0)
 
-    def step(self, base_logits: Tensor, hidden: Tensor, previous: Tensor, state: None) -> tuple[Tensor, None]:
-        return base_logits, None
+    def step(self, base_logits: Tensor, hidden: Tensor, previous: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return base_logits, state
 
 
 class VanillaHead(nn.Module):
@@ -51,17 +51,17 @@ class VanillaHead(nn.Module):
         """Latent of every slot [..., γ, r]."""
         return embedded
 
-    def start(self, hidden: Tensor) -> Tensor | None:
-        """State before slot 0 of the blocks ``hidden`` [B, γ, H]; None for the heads without one."""
-        return None
+    def start(self, hidden: Tensor) -> Tensor:
+        """State before slot 0 of the blocks ``hidden`` [B, γ, H]; empty for the heads without one."""
+        return hidden.new_empty(0)
 
     def step(
         self,
         base_logits: Tensor,  # [B, V]
         hidden: Tensor,  # [B, H]
         previous: Tensor,  # [B]
-        state: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Logits [B, V] of the next slot and the state after it."""
         return base_logits + self.markov_w2(self.latents(hidden, self.embed(previous, hidden.dtype))), state
 
@@ -103,7 +103,7 @@ class RecurrentHead(VanillaHead):
 
 
 def _advance(
-    joint: tuple[Tensor, Tensor],  # weight [3r, 2r + H] and bias [3r]
+    joint: tuple[Tensor, Tensor | None],  # weight [3r, 2r + H] and bias [3r]
     state: Tensor,  # [..., r]
     embedded: Tensor,  # [..., r]
     hidden: Tensor,  # [..., H]

@@ -14,6 +14,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Linear(nn.Linear):
     """A linear map in its input's type, whatever type its parameters have."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, *self.cast_parameters(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, *self.cast_parameters(input.dtype))
 
     def cast_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in ``dtype``: themselves where it is theirs."""
@@ -135,17 +136,19 @@ class MLP(nn.Module):
 
 
 class _GatedSiLU(torch.autograd.Function):
-    """silu(gate) ⊙ up; the way back computes silu(gate) again, where autograd would keep it: a third of what the widest
-    activations take."""
+    """Compute silu(gate) ⊙ up; the backward computes silu(gate) again.
+
+    Autograd would keep it: a third of what the widest activations take.
+    """
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # [..., SwiGLU size] each
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # [..., SwiGLU size] each
         ctx.save_for_backward(gate, up)
         return functional.silu(gate) * up
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (gate, up) = grads, ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
 
 
@@ -289,47 +292,20 @@ class DraftContext:
 
     lengths: list[int]  # verified positions per row
     layers: list[RaggedKV]
-    projection: "KeyValueProjection | None" = None  # DSpark's; EAGLE-3's single layer has its own
-    hidden: Tensor | None = None  # [B, H] what EAGLE-3 drafts from
 
-    @staticmethod
-    def cat(contexts: Sequence["DraftContext"]) -> "DraftContext":
+    @classmethod
+    def cat(cls, contexts: Sequence[Self]) -> Self:
         """The rows of ``contexts``, of one draft, one after the other."""
         if len(contexts) == 1:
             return contexts[0]
-        hidden = [context.hidden for context in contexts if context.hidden is not None]
-        return DraftContext(
-            [length for context in contexts for length in context.lengths],
-            [RaggedKV.cat(parts) for parts in zip(*(context.layers for context in contexts), strict=True)],
-            contexts[0].projection,
-            torch.cat(hidden) if hidden else None,
-        )
+        lengths = [length for context in contexts for length in context.lengths]
+        layers = [RaggedKV.cat(parts) for parts in zip(*(context.layers for context in contexts), strict=True)]
+        return dataclasses.replace(contexts[0], lengths=lengths, layers=layers)
 
-    def select(self, rows: Sequence[int]) -> "DraftContext":
+    def select(self, rows: Sequence[int]) -> Self:
         """A copy with ``rows`` in that order."""
         lengths = [self.lengths[row] for row in rows]
-        layers = [layer.select(rows, max(lengths)) for layer in self.layers]
-        hidden = None if self.hidden is None else self.hidden[list(rows)]
-        return DraftContext(lengths, layers, self.projection, hidden)
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyValueProjection:
-    """The key and value weights of all layers side by side, so that new positions take one matrix product.
-
-    A copy, made for a context from the weights of that moment: 4·layers·kv_heads·d·H bytes in bf16.
-    """
-
-    weights: Tensor  # [layers, 2·kv_heads·d, H], k_proj over v_proj
-    norms: Tensor  # [layers, 1, d], k_norm
-
-    @staticmethod
-    @torch.no_grad()
-    def of(attentions: Sequence[Attention], dtype: torch.dtype) -> "KeyValueProjection":
-        """Those of ``attentions`` in ``dtype``."""
-        weights = [torch.cat((attention.k_proj.weight, attention.v_proj.weight)) for attention in attentions]
-        norms = [attention.k_norm.weight for attention in attentions]
-        return KeyValueProjection(torch.stack(weights).to(dtype), torch.stack(norms)[:, None].to(dtype))
+        return dataclasses.replace(self, lengths=lengths, layers=[kv.select(rows, max(lengths)) for kv in self.layers])
 
 
 def context_bytes(config: DraftConfig, length: int, itemsize: int) -> int:
