@@ -18,7 +18,7 @@ from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
-from nemotron_dspark.training.objective import LossWeights, Objective
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 from nemotron_dspark.training.source import SampleLike
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     )
     draft = DSparkDraft(config)
     draft.set_embeddings(torch.randn(asked.vocabulary, asked.hidden), torch.randn(asked.vocabulary, asked.hidden) / 32)
-    objective = Objective(draft.train(), LossWeights())
+    objective = DSparkObjective(draft.train(), LossWeights())
     sample = Case(asked.length, asked.hidden, asked.vocabulary)
     anchors = draw_anchors(sample.loss_mask, asked.anchors, seed=0, epoch=0, sample_id=0)
     batch = collate([sample], [anchors], config.block_size)

@@ -47,8 +47,8 @@ from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.batches import collate
-from nemotron_dspark.training.loop import train
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from nemotron_dspark.training.trainer import Trainer
 
 
 class Unrotated(Int4):
@@ -145,7 +145,7 @@ def train_and_measure(
     embeddings = read_embedding_and_head(folder, spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
     with tempfile.TemporaryDirectory() as run:
-        train(training, draft, settings, Path(run))
+        Trainer(training, draft, settings, Path(run)).run()
     tau, blocks = accepted_length(draft, held, LossWeights.of(settings, draft))
     return {"accepted_length": tau, "blocks": blocks}
 

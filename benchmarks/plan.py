@@ -149,9 +149,9 @@ def cache_stage(name: str, folder: Path) -> None:
 
 
 def train_stage(name: str, folder: Path) -> None:
-    from nemotron_dspark.training.run import train_run
+    from nemotron_dspark import stages
 
-    train_run(str(folder / name), folder / f"{name}-cache", folder / f"{name}-run", settings(name, folder))
+    stages.train(settings(name, folder), folder / f"{name}-run", cache=folder / f"{name}-cache")
 
 
 STAGES = {"cache": cache_stage, "train": train_stage}

@@ -28,7 +28,7 @@ from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.tap_search import Ridge, search
 from nemotron_dspark.training.metrics import read_metrics
-from nemotron_dspark.training.run import train_run
+from nemotron_dspark.training.run import train
 
 COLUMNS = ("tau", "greedy", "sampled")
 
@@ -92,7 +92,7 @@ def _train_and_measure(target, config, data, work, prompts, taps, seed, steps) -
     training = config.train.model_copy(update={"max_steps": steps, "seed": seed})
     run = work / "run"
     shutil.rmtree(run, ignore_errors=True)
-    report = train_run(config.target.name, cache, run, config.model_copy(update={"train": training}))
+    report = train(config.model_copy(update={"train": training}), run, cache=cache)
     draft = load_draft(Path(report.draft_folder), target)
     tau = statistics.mean(row["tau"] for row in read_metrics(run)[-5:])
     lengths = {

@@ -7,7 +7,7 @@ caller that holds a loaded target gives it as ``target`` and saves the loading; 
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,10 @@ from nemotron_dspark.evaluation.measure import prompt_ids
 from nemotron_dspark.evaluation.report import EvalReport
 from nemotron_dspark.targets import Target, proofs
 from nemotron_dspark.targets.taps import chosen_taps
-from nemotron_dspark.training.loop import Watcher
-from nemotron_dspark.training.ranks import ALONE, Ranks
-from nemotron_dspark.training.run import TrainReport, train_run
+from nemotron_dspark.training.callbacks import Callback
+from nemotron_dspark.training.distributed import SINGLE, DistContext
+from nemotron_dspark.training.run import TrainReport
+from nemotron_dspark.training.run import train as train_draft
 
 if TYPE_CHECKING:
     from nemotron_dspark.serving.background import Server
@@ -101,13 +102,13 @@ def train(
     cache: Path | str | None = None,
     data: Path | str | None = None,
     resume: bool = True,
-    watcher: Watcher | None = None,
-    ranks: Ranks = ALONE,
+    callbacks: Sequence[Callback] = (),
+    context: DistContext = SINGLE,
 ) -> TrainReport:
     """Train a draft in the run folder ``out`` (``runs/<target>``), on a ``cache`` or on the conversations in ``data``.
 
-    The same call goes on where an earlier one stopped. With ``data`` the target runs beside the training, as
-    ``config.cache.mode`` says.
+    The same call goes on where an earlier one stopped; ``callbacks`` follow it. With ``data`` the target runs beside
+    the training, as ``config.cache.mode`` says.
 
     Raises:
         InputError: target, cache or data, configuration and run folder do not fit together; or ``resume`` is False and
@@ -116,15 +117,14 @@ def train(
         EnvironmentFault: no such device, or the disk is full.
     """
     check_source(config, cache, data)
-    return train_run(
-        config.target.named,
-        Path(cache) if cache is not None else None,
-        Path(out) if out is not None else run_folder(config),
+    return train_draft(
         config,
-        conversations=Path(data) if data is not None else None,
+        Path(out) if out is not None else run_folder(config),
+        cache=Path(cache) if cache is not None else None,
+        data=Path(data) if data is not None else None,
         resume=resume,
-        watcher=watcher,
-        ranks=ranks,
+        callbacks=callbacks,
+        context=context,
     )
 
 

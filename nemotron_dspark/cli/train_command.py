@@ -40,16 +40,24 @@ def train(
 
         check_source(config, cache, data)
         train_on_cache(config, cache, out or run_folder(config), shell.note)
-    from nemotron_dspark.training.ranks import joined
+    from nemotron_dspark.training.distributed import init_distributed
 
-    with joined() as ranks:
+    with init_distributed() as context:
         config = read_config()
         from nemotron_dspark import stages
         from nemotron_dspark.training.display import Display
 
-        with Display() if ranks.first else contextlib.nullcontext() as watcher:
-            report = stages.train(config, out, cache=cache, data=data, resume=not fresh, watcher=watcher, ranks=ranks)
-    return report if ranks.first else None
+        with Display() if context.is_main else contextlib.nullcontext() as display:
+            report = stages.train(
+                config,
+                out,
+                cache=cache,
+                data=data,
+                resume=not fresh,
+                callbacks=[display] if display else [],
+                context=context,
+            )
+    return report if context.is_main else None
 
 
 def _show(report: "TrainReport") -> None:

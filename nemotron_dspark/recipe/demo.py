@@ -24,9 +24,9 @@ from nemotron_dspark.recipe.corpus import HELD_OUT, MODULES, passages, sources
 from nemotron_dspark.recipe.demo_target import TargetTraining, train_target
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Target
-from nemotron_dspark.training.loop import Watcher
+from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.metrics import StepMetrics
-from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.schedule import SampleSchedule
 
 STAGES = ("target", "answers", "cache", "train", "eval", "serve")
 _SMALL_TENSORS = ("answers", "eval", "serve")  # decoding a tiny model: a second thread would only be waited for
@@ -139,20 +139,20 @@ def new_run_dir(parent: Path) -> Path:
     return next(folder for folder in candidates if not folder.exists())
 
 
-class _Steps(Watcher):
+class _Steps(Callback):
     """Training steps as demo progress."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self._text = "training"
 
-    def begin(self, plan: Plan, first_step: int) -> None:
-        self._total = plan.total_steps
+    def on_begin(self, schedule: SampleSchedule, first_step: int) -> None:
+        self._total = schedule.total_steps
 
-    def forward(self, step: int, done: int) -> None:
+    def on_micro_batch(self, step: int, done: int) -> None:
         self._progress.update(self._text, step + 1, self._total)
 
-    def metrics(self, metrics: StepMetrics) -> None:
+    def on_metrics(self, metrics: StepMetrics) -> None:
         self._text = f"loss {metrics.loss:.3f}, tau {metrics.tau:.2f}"
 
 
@@ -237,7 +237,7 @@ def _train(run_dir: Path, config: RunConfig, budget: Budget, progress: Progress)
     seconds = stages.train(with_steps(_CALIBRATION_STEPS), trial, cache=cache).seconds
     shutil.rmtree(trial)
     steps = max(10, int(budget.train_seconds / (seconds / _CALIBRATION_STEPS)))
-    report = stages.train(with_steps(steps), run, cache=cache, watcher=_Steps(progress))
+    report = stages.train(with_steps(steps), run, cache=cache, callbacks=[_Steps(progress)])
     progress.note(f"{report.parameters / 1e6:.1f} M trained parameters, {report.steps} steps")
     return run
 

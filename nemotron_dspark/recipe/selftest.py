@@ -36,7 +36,7 @@ from nemotron_dspark.files import json_line, read_json, sha256
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Captured, Target
 from nemotron_dspark.targets.proofs import prove, run_proofs
-from nemotron_dspark.training.loop import Watcher
+from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.metrics import StepMetrics
 
 TAPS = (1, 4)
@@ -282,14 +282,14 @@ def _train_resume(bench: _Bench) -> str:
     class Interrupted(Exception):
         pass
 
-    class Stop(Watcher):
-        def metrics(self, metrics: StepMetrics) -> None:
+    class Stop(Callback):
+        def on_metrics(self, metrics: StepMetrics) -> None:
             if metrics.step >= 4:
                 raise Interrupted
 
     run = bench.folder / "resumed-run"
     with contextlib.suppress(Interrupted):
-        stages.train(bench.config(), run, cache=bench.folder / "cache", watcher=Stop())
+        stages.train(bench.config(), run, cache=bench.folder / "cache", callbacks=[Stop()])
     report = stages.train(bench.config(), run, cache=bench.folder / "cache")
     _require(report.resumed_from == 3, f"Training went on from step {report.resumed_from}, not 3")
     whole, resumed = (load_file(folder / "draft" / "model.safetensors") for folder in (bench.folder / "run", run))

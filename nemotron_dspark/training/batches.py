@@ -1,4 +1,4 @@
-"""From samples to the batches of each optimiser step: a function of the seed and the step, nothing else."""
+"""From samples to the micro-batches of each optimiser step: a function of the seed and the step, nothing else."""
 
 import collections
 import dataclasses
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.training.anchors import counted_slots, draw_anchors
-from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import SampleLike, Source
 
 _CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ _CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Samples of one forward, padded on the right, with their blocks."""
+    """A micro-batch: samples padded on the right, with their blocks."""
 
     input_ids: Tensor  # int64 [B, S]
     taps: Tensor  # [B, S, T·H]
@@ -78,10 +78,10 @@ def collate(
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Makes the batch of a forward from the ids of its samples."""
+    """Makes a micro-batch from the ids of its samples."""
 
     source: Source
-    plan: Plan
+    schedule: SampleSchedule
     seed: int
     num_anchors: int
     block_size: int
@@ -90,9 +90,9 @@ class Loader:
 
     def __call__(self, step: int, ids: np.ndarray) -> Batch:
         samples = self.source.samples(ids.tolist(), step)
-        visit = self.plan.visit(step)
+        epoch = self.schedule.sample_epoch(step)
         anchors = [
-            draw_anchors(sample.loss_mask, self.num_anchors, seed=self.seed, epoch=visit, sample_id=sample_id)
+            draw_anchors(sample.loss_mask, self.num_anchors, seed=self.seed, epoch=epoch, sample_id=sample_id)
             for sample_id, sample in zip(ids.tolist(), samples, strict=True)
         ]
         batch = collate(samples, anchors, self.block_size, with_last=self.with_last)
@@ -100,15 +100,15 @@ class Loader:
 
 
 def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequence[Any] = ()) -> Iterator[Batch]:
-    """Every forward's batch from ``first_step`` to the end of the plan, read ahead by a thread.
+    """Every micro-batch from ``first_step`` to the end of the schedule, read ahead by a thread.
 
     Ends early once ``stopped`` has an element, also while it waits for a batch.
     """
-    plan = load.plan
+    schedule = load.schedule
     wanted = (
         (step, ids)
-        for step in range(first_step, plan.total_steps)
-        for ids in plan.micro_batches(step, config, load.source.lengths)
+        for step in range(first_step, schedule.total_steps)
+        for ids in schedule.micro_batches(step, config, load.source.lengths)
     )
     return _ahead(load, wanted, stopped)
 

@@ -1,11 +1,11 @@
 """Checkpoints that are whole or absent: ``checkpoints/step-N/`` under a temporary name, then renamed.
 
-In each: ``draft/`` (a slim copy that `DSparkDraft.load` reads), ``optimiser.safetensors``, ``state.json`` (the step and
-the sums of the metrics since their last line) and ``manifest.json`` with every file's checksum, written last.
+In each: ``draft/`` (a slim copy with fp32 parameters, which `Draft.load` reads), ``optimiser.safetensors`` (AdamW's two
+moments), ``state.json`` (`TrainState`) and ``manifest.json`` with every file's checksum, written last.
 
-All tensors are whole, also those that several processes trained in parts: the first one gathers and writes them, any
-number of processes reads them. (torch.distributed.checkpoint would write the parts; its own format is pickle, and its
-safetensors are another set of files for every number of processes.)
+All tensors are full ones: rank 0 gathers and writes what is sharded, any number of processes reads it.
+(torch.distributed.checkpoint would write the shards; its own format is pickle, and its safetensors are another set of
+files for every number of processes.)
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,43 +22,44 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nemotron_dspark import files
-from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.dspark import DSparkDraft, write_draft
+from nemotron_dspark.drafts.dspark import Draft, write_draft
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.training.step_sums import StepSums
+from nemotron_dspark.training.metrics import StepSums
 
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
-RUN_FILE = "run.json"  # of the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class TrainState:
     """How far a run is. Order and anchors follow from the step, so this is all there is besides tensors."""
 
     step: int  # optimiser steps done
     tokens: int  # tokens seen
     seconds: float  # spent training, over all resumptions
-    sums: StepSums  # of the steps since the last line of metrics
+    sums: StepSums  # of the metrics since their last line
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"sums": self.sums.to_json()}
 
 
 def save_checkpoint(
     folder: Path,
-    config: DraftConfig,
-    weights: Mapping[str, Tensor],
-    optimiser_tensors: Mapping[str, Tensor],
-    progress: Progress,
+    config: Any,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    state: TrainState,
     keep: int,
 ) -> Path:
     """Write ``folder/step-N`` whole and remove all but the newest ``keep``; returns its path."""
-    final = step_folder(folder, progress.step)
+    final = step_folder(folder, state.step)
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write_draft(temporary / "draft", config, weights)
-        content = save({name: tensor.cpu().contiguous() for name, tensor in optimiser_tensors.items()})
+        write_draft(temporary / "draft", config, parameters)
+        content = save({name: tensor.cpu().contiguous() for name, tensor in moments.items()})
         files.write_whole(temporary / "optimiser.safetensors", lambda file: file.write(content))
-        files.write_json(temporary / "state.json", vars(progress) | {"sums": progress.sums.to_json()})
+        files.write_json(temporary / "state.json", state.to_json())
         written = sorted(path for path in temporary.rglob("*") if path.is_file())
         sums = {str(path.relative_to(temporary)): files.sha256(path) for path in written}
         files.write_json(temporary / MANIFEST, {"sha256": sums})
@@ -71,19 +73,19 @@ def save_checkpoint(
     return final
 
 
-def checkpoint_bytes(trained: int, weight_bytes: int) -> int:
-    """Weights and two fp32 moments of ``trained`` parameters, and fp32 masters unless the weights are fp32."""
-    return (weight_bytes + 8 + (4 if weight_bytes < 4 else 0)) * trained
+def checkpoint_bytes(trained: int) -> int:
+    """Bytes of a checkpoint of ``trained`` parameters: each in fp32, with two fp32 moments."""
+    return 12 * trained
 
 
-def expected_disk(draft: DSparkDraft, checkpoints: int) -> int:
+def expected_disk(draft: Draft, checkpoints: int) -> int:
     """Bytes of so many checkpoints and of the finished draft, which has the target's embedding and head."""
     trained = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
-    width = draft.dtype.itemsize
-    return checkpoints * checkpoint_bytes(trained, width) + width * (trained + 2 * draft.lm_head.weight.numel())
+    finished = draft.compute_dtype.itemsize * (trained + 2 * draft.lm_head.weight.numel())
+    return checkpoints * checkpoint_bytes(trained) + finished
 
 
-def check_space(run_folder: Path, draft: DSparkDraft, keep: int) -> None:
+def check_space(run_folder: Path, draft: Draft, keep: int) -> None:
     """`EnvironmentFault` when the disk cannot hold the checkpoints that are still to come and the finished draft.
 
     ``keep`` of them stay and one more is being written.
@@ -126,30 +128,30 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """Raises `InputError` for a checkpoint that an older version wrote, whose sums had no names."""
+def read_state(checkpoint: Path) -> TrainState:
+    """The state in a whole checkpoint; `InputError` for one of an earlier version."""
     values = files.read_json(checkpoint / "state.json")
     if "sums" not in values:
         raise InputError(
-            f"{checkpoint} was written by an older version of nds, whose checkpoints this one does not read.",
-            f"Finish that run with the version that its {RUN_FILE} names, or give a new folder to --out.",
+            f"{checkpoint} was written by an earlier version, which kept other tensors.",
+            "Finish that run with the version that began it, or train into another --out.",
         )
-    return Progress(values["step"], values["tokens"], values["seconds"], StepSums.from_json(values["sums"]))
+    return TrainState(**values | {"sums": StepSums.from_json(values["sums"])})
 
 
-def restore_weights(checkpoint: Path, draft: DSparkDraft) -> dict[str, Tensor]:
-    """Load the checkpoint's weights into ``draft`` in place; returns the optimiser's tensors."""
+def restore_parameters(checkpoint: Path, draft: Draft) -> dict[str, Tensor]:
+    """Load the checkpoint's parameters into ``draft`` in place; returns the optimiser's moments."""
     try:
-        saved = DSparkDraft.load(checkpoint / "draft")
-        tensors = load_file(checkpoint / "optimiser.safetensors")
+        saved = type(draft).load(checkpoint / "draft")
+        moments = load_file(checkpoint / "optimiser.safetensors")
     except SafetensorError as error:
         raise InputError(
             f"{checkpoint} is damaged: {error}.", "Delete this checkpoint; the one before is used."
         ) from None
     if {**saved.config.to_json(), "dtype": ""} != {**draft.config.to_json(), "dtype": ""}:
         raise InputError(f"{checkpoint} holds a draft of another shape.", "Train into another --out.")
-    weights = saved.trainable_parameters()
+    parameters = saved.trainable_parameters()
     with torch.no_grad():
         for name, parameter in draft.trainable_parameters().items():
-            parameter.copy_(weights[name])
-    return tensors
+            parameter.copy_(parameters[name])
+    return moments

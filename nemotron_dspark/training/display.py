@@ -1,4 +1,4 @@
-"""What a person sees while a draft trains: one live line on a terminal, a plain line per window elsewhere."""
+"""What a person sees while a draft trains: one live line on a terminal, elsewhere a line for each of the metrics."""
 
 import math
 import time
@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from nemotron_dspark.training.loop import Watcher
+from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.metrics import StepMetrics
-from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.schedule import SampleSchedule
 
 
-class Display(Watcher):
-    """A `Watcher` on stderr. A context manager: the live line ends with it."""
+class Display(Callback):
+    """A callback that prints on stderr. A context manager: the live line ends with it."""
 
     def __init__(self, console: Console | None = None):
         self._console = console or Console(stderr=True, highlight=False)
@@ -40,41 +40,42 @@ class Display(Watcher):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
 
-    def begin(self, plan: Plan, first_step: int) -> None:
-        self._plan, self._first, self._started = plan, first_step, time.monotonic()
+    def on_begin(self, schedule: SampleSchedule, first_step: int) -> None:
+        self._schedule, self._first, self._started = schedule, first_step, time.monotonic()
         if self._before is not None:
             self._progress.remove_task(self._before)
-        total = plan.total_steps * plan.accumulation
+        total = schedule.total_steps * schedule.accumulation
         self._task = self._progress.add_task(
             "",
             total=total,
-            completed=first_step * plan.accumulation,
+            completed=first_step * schedule.accumulation,
             step=self._step(first_step),
             left="…",
             numbers="",
             beside=self._beside,
         )
         if first_step:
-            self.note(f"Going on from step {first_step} of {plan.total_steps}.")
+            self.on_message(f"Going on from step {first_step} of {schedule.total_steps}.")
 
-    def forward(self, step: int, done: int) -> None:
-        finished = step * self._plan.accumulation + done
-        here = finished - self._first * self._plan.accumulation
-        remaining = self._plan.total_steps * self._plan.accumulation - finished
+    def on_micro_batch(self, step: int, done: int) -> None:
+        finished = step * self._schedule.accumulation + done
+        here = finished - self._first * self._schedule.accumulation
+        remaining = self._schedule.total_steps * self._schedule.accumulation - finished
         left = (time.monotonic() - self._started) / here * remaining
-        self._progress.update(self._task, completed=finished, step=self._step(step), left=_duration(left))
+        if self._task is not None:
+            self._progress.update(self._task, completed=finished, step=self._step(step), left=_duration(left))
 
-    def metrics(self, metrics: StepMetrics) -> None:
+    def on_metrics(self, metrics: StepMetrics) -> None:
         numbers = [f"loss {metrics.loss:.3f}"]
         if metrics.tau is not None:
             numbers.append(f"tau {metrics.tau:.2f}")
         numbers += [f"lr {metrics.lr:.1e}", f"{_count(metrics.tokens_per_second)} tok/s"]
-        if self._console.is_terminal:
+        if self._console.is_terminal and self._task is not None:
             self._progress.update(self._task, numbers="  ".join(numbers))
         else:
             self._console.print(f"step {self._step(metrics.step)}  {'  '.join(numbers)}", soft_wrap=True)
 
-    def working(self, text: str) -> None:
+    def on_status(self, text: str) -> None:
         self._beside = text
         if self._task is not None:
             self._progress.update(self._task, beside=escape(text))
@@ -83,11 +84,11 @@ class Display(Watcher):
         else:
             self._before = self._progress.add_task("", total=None, step="-", left="…", numbers="", beside=escape(text))
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self._console.print(escape(text), soft_wrap=True)
 
     def _step(self, step: int) -> str:
-        return f"{step}/{self._plan.total_steps}"
+        return f"{step}/{self._schedule.total_steps}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,19 +1,16 @@
-"""What a run reports: sums over a window of steps, one JSON line per window, and TensorBoard where it is installed."""
+"""What a run reports: sums over steps by name, a JSON line for every few of them, TensorBoard where it is installed."""
 
 import dataclasses
 import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from nemotron_dspark import files
-from nemotron_dspark.training.objective import LossWeights
-from nemotron_dspark.training.step_sums import StepSums
 
 FILE = "metrics.jsonl"
 
@@ -36,67 +33,80 @@ class StepMetrics:
     memory_mb: float  # highest so far: device memory on CUDA, else resident memory
 
 
-class Window:
-    """Sums since the last line. Its `sums` go into a checkpoint, so that a resumed run writes the same lines."""
+@dataclasses.dataclass
+class StepSums:
+    """What a micro-batch, a step, or several steps add up to; averages are made of it when a line is written."""
+
+    loss: Tensor  # Σ of the weighted terms, as each of the next three a scalar
+    weight: Tensor  # Σ w over slots
+    ce: Tensor
+    l1: Tensor
+    confidence: Tensor
+    blocks: Tensor  # blocks with at least one slot that carries loss
+    tau: Tensor  # sum over them of the expected tokens per round
+    tokens: Tensor  # of the samples, without padding
+    counted: Tensor  # [γ] slots that carry loss
+    accepted: Tensor  # [γ] sum of their acceptance rates
+
+    @staticmethod
+    def zeros(block_size: int, device: torch.device | str = "cpu") -> "StepSums":
+        return StepSums.from_tensor(torch.zeros(8 + 2 * block_size, dtype=torch.float64, device=device))
+
+    @staticmethod
+    def from_tensor(values: Tensor) -> "StepSums":
+        """The inverse of `to_tensor`."""
+        counted, accepted = values[8:].chunk(2)
+        return StepSums(*values[:8].unbind(), counted, accepted)
+
+    def to_tensor(self) -> Tensor:
+        """All sums in one vector, fp64 [8 + 2γ], to be reduced over processes."""
+        *scalars, counted, accepted = (getattr(self, field.name).double() for field in dataclasses.fields(self))
+        return torch.cat((torch.stack(scalars), counted, accepted))
+
+    def __add__(self, other: "StepSums") -> "StepSums":
+        return StepSums.from_tensor(self.to_tensor() + other.to_tensor())
+
+    def to_json(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name).tolist() for field in dataclasses.fields(self)}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "StepSums":
+        return StepSums(**{name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+
+class MetricAccumulator:
+    """Sums over the steps since the last line; a checkpoint has them, so that a resumed run writes the same lines."""
 
     def __init__(self, sums: StepSums):
         self.sums = sums
         self._started = time.monotonic()
-        self._tokens = 0
+        self._tokens = 0.0  # of this process's life: a rate
 
-    def add(self, sums: StepSums, tokens: int) -> None:
-        self.sums += sums
-        self._tokens += tokens
+    def add(self, sums: StepSums) -> None:
+        self.sums = self.sums + sums
+        self._tokens += float(sums.tokens)
 
-    def summary(self, weights: LossWeights, *, step: int, epoch: int, lr: float, grad_norm: float) -> StepMetrics:
-        sums = self.sums
-        measured = weights.needs_target
+    def summary(
+        self, *, acceptance: bool, confidence: bool, step: int, epoch: int, lr: float, grad_norm: float
+    ) -> StepMetrics:
+        """The averages; ``acceptance`` and ``confidence`` say whether the objective measures them."""
+        sums = {name: getattr(self.sums, name).tolist() for name in vars(self.sums)}
+        loss, ce, l1, bce = (_ratio(sums[name], sums["weight"]) for name in ("loss", "ce", "l1", "confidence"))
+        rates = [_ratio(*pair) for pair in zip(sums["accepted"], sums["counted"], strict=True)]
         return StepMetrics(
             step,
             epoch,
-            _ratio(sums.loss, sums.weight),
-            _ratio(sums.ce, sums.weight),
-            _ratio(sums.l1, sums.weight) if measured else None,
-            _ratio(sums.confidence, sums.weight) if weights.confidence else None,
-            [_ratio(*pair) for pair in zip(sums.accepted, sums.slots, strict=True)] if measured else None,
-            _ratio(sums.tau, sums.blocks) if measured else None,
+            loss,
+            ce,
+            l1 if acceptance else None,
+            bce if confidence else None,
+            rates if acceptance else None,
+            _ratio(sums["tau"], sums["blocks"]) if acceptance else None,
             lr,
             grad_norm,
             self._tokens / max(time.monotonic() - self._started, 1e-9),
             _memory_mb(),
         )
-
-
-class MetricsLog:
-    """``metrics.jsonl`` and TensorBoard events in a run's folder."""
-
-    def __init__(self, run_folder: Path, resumed_step: int):
-        self._path = run_folder / FILE
-        self._drop_after(resumed_step)
-        self._events = run_folder / "tensorboard"
-        with files.disk_errors(self._events):
-            self._board = _tensorboard(self._events, resumed_step)
-
-    def write(self, metrics: StepMetrics) -> None:
-        with files.disk_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
-        if self._board is None:
-            return
-        with files.disk_errors(self._events):
-            for key, value in dataclasses.asdict(metrics).items():
-                for name, number in _scalars(key, value):
-                    self._board.add_scalar(name, number, metrics.step)
-            self._board.flush()
-
-    def close(self) -> None:
-        if self._board is not None:
-            with files.disk_errors(self._events):
-                self._board.close()
-
-    def _drop_after(self, step: int) -> None:
-        """Keep the lines up to the checkpoint the run goes on from; the steps after it are done again."""
-        kept = [json.dumps(line) for line in read_metrics(self._path.parent) if line["step"] <= step]
-        files.write_text(self._path, "".join(line + "\n" for line in kept))
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -113,24 +123,8 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _tensorboard(folder: Path, resumed_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=resumed_step + 1)
-
-
-def _scalars(key: str, value: Any) -> list[tuple[str, float]]:
-    if value is None or key == "step":
-        return []
-    if isinstance(value, list):
-        return [(f"{key}/{slot}", number) for slot, number in enumerate(value)]
-    return [(key, value)]
-
-
-def _ratio(total: Tensor, count: Tensor) -> float:
-    return float(total) / float(count) if count else 0.0
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else 0.0
 
 
 def _memory_mb() -> float:

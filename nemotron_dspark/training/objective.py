@@ -1,7 +1,7 @@
 """DeepSpec's objective: cross-entropy to the text, L1 to the target's distribution, and a calibrated confidence.
 
 With w_k = exp(-k/γ_decay) for the slots that count and 0 for all others, every term is Σ w·term / (Σ w + 1e-6) over the
-slots of one optimiser step, however it is cut into forwards and processes:
+slots of one optimiser step, however it is cut into micro-batches and processes:
 
     CE   = -log p(token)                 p: the draft's distribution in the slot
     L1   = Σ_v |p_v - q_v|               q: the target's, softmax(logits of its last hidden state); this is 2 x TV
@@ -12,18 +12,19 @@ slots of one optimiser step, however it is cut into forwards and processes:
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
 from nemotron_dspark.training.fused import slot_losses
-from nemotron_dspark.training.step_sums import StepSums
+from nemotron_dspark.training.metrics import StepSums
 
 EPSILON = 1e-6
 
@@ -48,53 +49,49 @@ class LossWeights:
         return self.l1 > 0 or self.confidence > 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """What one forward adds to the loss of its step. All but ``total`` is detached."""
+class Loss(NamedTuple):  # a tuple, so that FSDP finds the tensor to be differentiated
+    """What one micro-batch adds to the loss of its step. All but ``total`` is detached."""
 
     total: Tensor  # Σ w·(α_ce·CE + α_l1·L1 + α_conf·BCE), to be differentiated
-    weight: Tensor  # Σ w
-    ce: Tensor  # Σ w·CE
-    l1: Tensor  # Σ w·L1
-    confidence: Tensor  # Σ w·BCE
-    counted: Tensor  # [γ] slots that count
-    accepted: Tensor  # [γ] sum of their acceptance rates
-    blocks: Tensor  # blocks with at least one slot that counts
-    tau: Tensor  # sum over them of 1 + Σ_k Π_{j≤k} acceptance_j, the expected tokens per round
+    sums: StepSums
 
     @property
     def value(self) -> Tensor:
-        """The loss where this forward is the whole step."""
-        return self.total / (self.weight + EPSILON)
-
-    @property
-    def sums(self) -> StepSums:
-        return StepSums(
-            loss=self.total.detach(),
-            weight=self.weight,
-            ce=self.ce,
-            l1=self.l1,
-            confidence=self.confidence,
-            blocks=self.blocks,
-            tau=self.tau,
-            slots=self.counted,
-            accepted=self.accepted,
-        )
+        """The loss where this micro-batch is the whole step."""
+        return self.total / (self.sums.weight + EPSILON)
 
 
 class Objective(nn.Module):
-    """A draft and its loss in one module: sharded weights are whole in a module's forward, and the loss needs some."""
+    """A draft and its loss as one module: in its forward sharded parameters are full, and the loss needs some."""
+
+    needs_target: bool  # the loss reads the target's last hidden states, and so measures acceptance
+    measures_confidence: bool
+
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of one micro-batch."""
+        raise NotImplementedError
+
+
+class DSparkObjective(Objective):
+    """The objective of a DSpark draft."""
 
     def __init__(self, draft: DSparkDraft, weights: LossWeights):
         super().__init__()
         self.draft = draft
         self.weights = weights
+        self.needs_target = weights.needs_target
+        self.measures_confidence = weights.confidence > 0
 
-    def forward(self, batch: Batch) -> tuple[Tensor, StepSums]:
-        """`Loss.total` and `Loss.sums` of ``batch``."""
+    def forward(self, batch: Batch) -> Loss:
         hidden = self.draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-        loss = dspark_loss(self.draft, hidden, batch, self.weights)
-        return loss.total, loss.sums
+        return dspark_loss(self.draft, hidden, batch, self.weights)
+
+
+def objective_for(draft: Draft, config: TrainConfig) -> Objective:
+    """The objective of a draft of its kind."""
+    if isinstance(draft, DSparkDraft):
+        return DSparkObjective(draft, LossWeights.of(config, draft))
+    raise TypeError(f"there is no objective for {type(draft).__name__}")
 
 
 def dspark_loss(
@@ -103,7 +100,7 @@ def dspark_loss(
     batch: Batch,
     weights: LossWeights,
 ) -> Loss:
-    """The part of one forward. Slots that do not count are left out before the vocabulary is touched.
+    """The loss of one micro-batch. Slots that do not count are left out before the vocabulary is touched.
 
     Raises:
         InputError: a term needs the target's last hidden states and ``batch`` has none.
@@ -161,17 +158,19 @@ def dspark_loss(
         accepted = rates.sum(dim=(0, 1))
         reached = batch.counted[..., 0]
         tau = ((1 + rates.cumprod(dim=-1).sum(dim=-1)) * reached).sum()
-    return Loss(
-        total + weights.confidence * confidence_sum,
-        weight.sum(),
-        ce_sum.detach(),
-        l1_sum.detach(),
-        confidence_sum.detach(),
-        batch.counted.sum(dim=(0, 1)),
-        accepted,
-        batch.counted[..., 0].sum(),
-        tau,
+    sums = StepSums(
+        loss=total.detach() + weights.confidence * confidence_sum.detach(),
+        weight=weight.sum(),
+        ce=ce_sum.detach(),
+        l1=l1_sum.detach(),
+        confidence=confidence_sum.detach(),
+        blocks=batch.counted[..., 0].sum(),
+        tau=tau,
+        tokens=torch.full((), batch.tokens, device=hidden.device),
+        counted=batch.counted.sum(dim=(0, 1)),
+        accepted=accepted,
     )
+    return Loss(total + weights.confidence * confidence_sum, sums)
 
 
 def _previous_tokens(batch: Batch) -> Tensor:

@@ -25,24 +25,24 @@ REPORT = "samples.json"
 
 
 class OnlineSource(Source):
-    """Runs the target over the samples of each forward, in the thread that reads ahead."""
+    """Runs the target over the samples of each micro-batch, in the thread that reads ahead."""
 
     def __init__(
         self,
         tokens: TokenStore,
         target: TargetConfig,
         taps: tuple[int, ...],
-        working: Callable[[str], None] = lambda text: None,
+        on_status: Callable[[str], None] = lambda text: None,
     ):
         self.lengths = tokens.lengths
         self._tokens = tokens
         self._config = target
         self._taps = taps
-        self._working = working
+        self._on_status = on_status
         self._busy = threading.Lock()
 
     def open(self, step: int) -> None:
-        self._target = proven_target(self._config, self._taps, self._working)
+        self._target = proven_target(self._config, self._taps, self._on_status)
 
     def samples(self, ids: Sequence[int], step: int) -> list[Sample]:
         tokens = [self._tokens[sample_id] for sample_id in ids]
@@ -107,12 +107,12 @@ def tokenised(
     return TokenStore(folder)
 
 
-def proven_target(config: TargetConfig, taps: tuple[int, ...], working: Callable[[str], None]) -> Target:
+def proven_target(config: TargetConfig, taps: tuple[int, ...], on_status: Callable[[str], None]) -> Target:
     """Load the target and prove it right, unless ``config`` says not to."""
-    working("loading the target")
+    on_status("loading the target")
     target = Target.of(config)
     if config.proofs:
-        working("proving the target")
+        on_status("proving the target")
         proofs.prove(target, taps)
-    working("")
+    on_status("")
     return target

@@ -1,10 +1,7 @@
-"""AdamW on fp32 masters of the weights, a linear warm-up and a cosine to zero.
+"""AdamW on fp32 parameters, a linear warm-up and a cosine to zero.
 
-Where the weights are fp32 already they are their own masters. Gradients of several forwards add up in fp32: summed in
-bf16, the small ones of a long accumulation would be lost. Once a step the sums of all processes are added up.
-
-Sharded weights (`sharding.shard`) are fp32 parts of the masters, whatever type their forward is in. What is kept of
-them is put together, so a checkpoint is the same file however the run was spread.
+Parameters are fp32 whatever the draft computes in: its modules cast them where they are used, so that gradients arrive,
+and add up over micro-batches, in fp32. Once a step their sums over all processes are taken.
 """
 
 import math
@@ -15,8 +12,10 @@ from torch import Tensor, nn
 
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.training.ranks import ALONE, Ranks
-from nemotron_dspark.training.sharding import is_sharded, spread, whole
+from nemotron_dspark.training.distributed import SINGLE, DistContext
+from nemotron_dspark.training.sharding import distribute_like, full_tensor, is_dtensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -27,113 +26,75 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-class MasterAdamW:
-    """AdamW over named parameters of any float type, replicated or sharded; ``dtype`` is that of their forward."""
+class Optimiser:
+    """AdamW over named fp32 parameters, replicated or sharded, whose state is saved by name as full tensors."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, dtype: torch.dtype | None = None):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig):
         self._parameters = dict(parameters)
-        self._sharded = any(is_sharded(parameter) for parameter in self._parameters.values())
-        self._dtype = dtype or next(iter(self._parameters.values())).dtype
-        self._separate = any(parameter.dtype != torch.float32 for parameter in self._parameters.values())
-        self._masters = {
-            name: nn.Parameter(parameter.detach().float().clone()) if self._separate else parameter
-            for name, parameter in self._parameters.items()
-        }
         device = next(iter(self._parameters.values())).device
-        self._optimiser = torch.optim.AdamW(
-            self._masters.values(),
+        self._adamw = torch.optim.AdamW(
+            self._parameters.values(),
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
 
-    def accumulate(self) -> None:
-        """Move the gradients of one forward to the masters; needed after every backward."""
-        if not self._separate:
-            return
-        for name, parameter in self._parameters.items():
-            if parameter.grad is None:
-                continue
-            master = self._masters[name]
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad.add_(parameter.grad)
-            parameter.grad = None
-
-    def normalise(self, divisor: float, ranks: Ranks = ALONE) -> None:
-        """Make the gradients those of all ranks, divided by ``divisor``."""
-        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
-        if self._sharded:
-            divisor /= ranks.size  # their mean over the ranks is what a backward left
+    def normalise(self, divisor: float, context: DistContext = SINGLE) -> None:
+        """All-reduce the gradients and divide them by ``divisor``."""
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        if any(is_dtensor(parameter) for parameter in self._parameters.values()):
+            divisor /= context.world_size  # the backward has left their mean over the ranks
         else:
-            ranks.add_up(gradients)
+            context.all_reduce_gradients(gradients)
         for gradient in gradients:
             gradient.div_(divisor)
 
     def clip(self, max_norm: float) -> float:
         """Scale all gradients down to a common norm of at most ``max_norm``; returns the norm before."""
-        return float(whole(nn.utils.clip_grad_norm_(self._masters.values(), max_norm)))
+        return float(full_tensor(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)))
 
     def step(self, lr: float) -> None:
-        for group in self._optimiser.param_groups:
+        """Update the parameters at rate ``lr`` and drop the gradients."""
+        for group in self._adamw.param_groups:
             group["lr"] = lr
-        self._optimiser.step()
-        self._optimiser.zero_grad()
-        if self._separate:
-            self._copy_to_weights()
+        self._adamw.step()
+        self._adamw.zero_grad()
 
-    def weights(self, *, wanted: bool = True) -> dict[str, Tensor]:
-        """The weights of a forward by name, whole; all ranks call it, and those with ``wanted`` get them."""
-        return _kept(self._parameters.items(), wanted, self._dtype)
+    def parameters(self, *, wanted: bool = True) -> dict[str, Tensor]:
+        """The full parameters by name; all ranks call it, those with ``wanted`` get them."""
+        return _gathered(self._parameters.items(), wanted)
 
-    def tensors(self, *, wanted: bool = True) -> dict[str, Tensor]:
-        """Moments, and masters where the forward is not in fp32, by name: what a checkpoint keeps. As for `weights`."""
-        kept: list[tuple[str, Tensor]] = []
-        for name, master in self._masters.items():
-            state = self._optimiser.state.get(master, {})
-            kept += [(f"{key}.{name}", state[key]) for key in ("exp_avg", "exp_avg_sq") if key in state]
-            if self._dtype != torch.float32:
-                kept.append((f"master.{name}", master))
-        return _kept(kept, wanted)
+    def moments(self, *, wanted: bool = True) -> dict[str, Tensor]:
+        """AdamW's full moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; as for `parameters`."""
+        states = ((name, self._adamw.state.get(parameter, {})) for name, parameter in self._parameters.items())
+        kept = ((f"{key}.{name}", state[key]) for name, state in states for key in MOMENTS if key in state)
+        return _gathered(kept, wanted)
 
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take back what `tensors` gave after ``steps`` steps; `InputError` when it is of another draft."""
-        masters = {f"master.{name}" for name in self._masters if self._dtype != torch.float32}
-        # A weight that no loss term reaches has no moments.
-        moments = {f"{key}.{name}" for name in self._masters for key in ("exp_avg", "exp_avg_sq")}
-        if {name for name in tensors if name.startswith("master.")} != masters or not set(tensors) <= moments | masters:
+    def restore(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        """Take back what `moments` gave after ``steps`` steps; `InputError` when it is of another draft."""
+        known = {f"{key}.{name}" for name in self._parameters for key in MOMENTS}
+        if not set(moments) <= known:
             raise InputError(
-                "The checkpoint's optimiser state is not that of this draft and precision.", "Train into another --out."
+                "The checkpoint's optimiser state is not that of this draft, or an earlier version wrote it.",
+                "Train into another --out.",
             )
-        state = {
+        state = {  # a parameter that no loss term reaches has no moments
             index: {
                 "step": torch.tensor(float(steps)),
-                "exp_avg": spread(tensors[f"exp_avg.{name}"], master),
-                "exp_avg_sq": spread(tensors[f"exp_avg_sq.{name}"], master),
+                **{key: distribute_like(moments[f"{key}.{name}"], parameter) for key in MOMENTS},
             }
-            for index, (name, master) in enumerate(self._masters.items())
-            if f"exp_avg.{name}" in tensors
+            for index, (name, parameter) in enumerate(self._parameters.items())
+            if f"exp_avg.{name}" in moments
         }
-        self._optimiser.load_state_dict({"state": state, "param_groups": self._optimiser.state_dict()["param_groups"]})
-        with torch.no_grad():
-            for name in self._masters if masters else ():
-                self._masters[name].copy_(spread(tensors[f"master.{name}"], self._masters[name]))
-        if self._separate:
-            self._copy_to_weights()
-
-    @torch.no_grad()
-    def _copy_to_weights(self) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._masters[name])
+        self._adamw.load_state_dict({"state": state, "param_groups": self._adamw.state_dict()["param_groups"]})
 
 
-def _kept(tensors: Iterable[tuple[str, Tensor]], wanted: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Each put together, one after the other; those that are put together for it lie on the host."""
+def _gathered(tensors: Iterable[tuple[str, Tensor]], wanted: bool) -> dict[str, Tensor]:
+    """Each full tensor, one after the other; those that had to be gathered are moved to the host."""
     kept = {}
     for name, tensor in tensors:
-        complete = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if wanted:
-            kept[name] = complete.to("cpu" if is_sharded(tensor) else complete.device, dtype or complete.dtype)
+            kept[name] = full.cpu() if is_dtensor(tensor) else full
     return kept

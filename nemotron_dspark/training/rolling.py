@@ -1,8 +1,8 @@
-"""A cache that rolls: while the draft trains on one window of samples, the target computes the next.
+"""A rolling cache: while the draft trains on one segment of the samples, the target captures the next.
 
-A window is an ordinary target cache of the samples that `RollingPlan` gives it. A kill leaves it to be finished, and
-one that is gone can be made again, byte for byte; so a run's weights never depend on what was on the disk. A window
-goes when a checkpoint lies behind it.
+A segment is an ordinary target cache of the samples that `RollingSchedule` gives it. A kill leaves it to be finished,
+and one that is gone can be made again, byte for byte; so a run's weights never depend on what was on the disk. A
+segment goes when a checkpoint lies behind it.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.online import proven_target
-from nemotron_dspark.training.plan import RollingPlan, Window
-from nemotron_dspark.training.ranks import ALONE, Ranks
+from nemotron_dspark.training.schedule import RollingSchedule, Segment
 from nemotron_dspark.training.source import Source
 
-FOLDER = "windows"  # inside the run folder
+FOLDER = "segments"  # inside the run folder
 
 
 class _Stopped(Exception):
-    """Somebody waits no longer."""
+    """The run ends; nothing more is to be made or waited for."""
 
 
 class RollingSource(Source):
-    """Samples out of the window of a step; a thread makes the windows in their order, at most two at a time."""
+    """Samples out of the segment of a step; a thread captures the segments in their order, two on the disk at most."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class RollingSource(Source):
         taps: tuple[int, ...],
         cache: CacheConfig,
         *,
-        note: Callable[[str], None] = lambda text: None,
-        working: Callable[[str], None] = lambda text: None,
+        on_message: Callable[[str], None] = lambda text: None,
+        on_status: Callable[[str], None] = lambda text: None,
     ):
         self.lengths = tokens.lengths
         self._folder = folder
@@ -57,19 +57,19 @@ class RollingSource(Source):
         self._taps = taps
         self._width = spec.hidden_size
         self._cache = cache
-        self._note = note
-        self._working = working
+        self._on_message = on_message
+        self._on_status = on_status
         self._changed = threading.Condition()  # guards everything below
-        self._on_disk: dict[int, Window] = {}  # by first step; finished or being made
+        self._on_disk: dict[int, Segment] = {}  # by first step; finished or being made
         self._ready: dict[int, TargetCache] = {}
         self._failure: BaseException | None = None
         self._stopped = False
         self._producer: threading.Thread | None = None
 
-    def plan(self, config: TrainConfig, ranks: Ranks = ALONE) -> RollingPlan:
-        if ranks.size > 1:
+    def schedule(self, config: TrainConfig, context: DistContext = SINGLE) -> RollingSchedule:
+        if context.world_size > 1:
             raise InputError(
-                f"cache.mode=rolling makes its windows in one process, and there are {ranks.size}.",
+                f"cache.mode=rolling makes its segments in one process, and there are {context.world_size}.",
                 "Start one process, set cache.mode=online, or build a cache once with `nds cache build`.",
             )
         sizes = sample_sizes(
@@ -79,20 +79,20 @@ class RollingSource(Source):
             num_taps=len(self._taps),
             hidden_size=self._width,
         )
-        self._plan = RollingPlan.rolling(
+        self._schedule = RollingSchedule.rolling(
             config,
             sizes,
             budget=int(self._cache.budget_gb * 1e9),
             reuse=self._cache.reuse,
         )
-        return self._plan
+        return self._schedule
 
     def open(self, step: int) -> None:
-        kept = list(self._plan.windows(step))[:2]
+        kept = list(self._schedule.segments(step))[:2]
         self._remove_all_but(kept)
         with files.disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        missing = sum(window.size for window in kept) - _size(self._folder)
+        missing = sum(segment.size for segment in kept) - _size(self._folder)
         free = shutil.disk_usage(self._folder).free
         if free < missing:
             raise EnvironmentFault(
@@ -100,36 +100,36 @@ class RollingSource(Source):
                 f"{files.size_text(free)} free.",
                 "Free some space, give --out on another disk, or lower cache.budget_gb and begin a new run.",
             )
-        self._target = proven_target(self._config, self._taps, self._working)
-        self._producer = threading.Thread(target=self._produce, args=(step,), name="windows")
+        self._target = proven_target(self._config, self._taps, self._on_status)
+        self._producer = threading.Thread(target=self._produce, args=(step,), name="segments")
         self._producer.start()
 
     def samples(self, ids: Sequence[int], step: int) -> list[Sample]:
-        window = self._plan.window(step)
+        segment = self._schedule.segment(step)
         with self._changed:
-            self._changed.wait_for(lambda: window.first_step in self._ready or self._failure or self._stopped)
+            self._changed.wait_for(lambda: segment.first_step in self._ready or self._failure or self._stopped)
             if self._stopped:
                 raise _Stopped
-            if window.first_step not in self._ready:
-                raise self._failure
-            cache = self._ready[window.first_step]
+            if segment.first_step not in self._ready:
+                raise self._failure or RuntimeError("a segment is neither there nor being made")
+            cache = self._ready[segment.first_step]
         try:
-            return [cache[place] for place in np.searchsorted(window.ids, ids).tolist()]
+            return [cache[place] for place in np.searchsorted(segment.ids, ids).tolist()]
         except InputError as error:
-            again = f"Delete {self._path(window)}; the same command makes it again."
+            again = f"Delete {self._path(segment)}; the same command makes it again."
             raise InputError(error.what, again) from None
 
     def saved(self, step: int) -> None:
-        over = step >= self._plan.total_steps
+        over = step >= self._schedule.total_steps
         with self._changed:
-            done = [window for window in self._on_disk.values() if over or window.stop_step <= step]
-            for window in done:
-                self._ready.pop(window.first_step, None)
-        for window in done:
-            _remove(self._path(window))
+            done = [segment for segment in self._on_disk.values() if over or segment.stop_step <= step]
+            for segment in done:
+                self._ready.pop(segment.first_step, None)
+        for segment in done:
+            _remove(self._path(segment))
         with self._changed:  # only now is there room for the next
-            for window in done:
-                del self._on_disk[window.first_step]
+            for segment in done:
+                del self._on_disk[segment.first_step]
             self._changed.notify_all()
         if over:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -143,29 +143,29 @@ class RollingSource(Source):
 
     def _produce(self, step: int) -> None:
         try:
-            for window in self._plan.windows(step):
+            for segment in self._schedule.segments(step):
                 with self._changed:
                     self._changed.wait_for(lambda: len(self._on_disk) < 2 or self._stopped)
-                    self._on_disk[window.first_step] = window
-                cache = self._made(window)
+                    self._on_disk[segment.first_step] = segment
+                cache = self._made(segment)
                 with self._changed:
-                    self._ready[window.first_step] = cache
+                    self._ready[segment.first_step] = cache
                     self._changed.notify_all()
         except _Stopped:
             pass
-        except BaseException as error:  # is raised where the window is waited for
+        except BaseException as error:  # is raised where the segment is waited for
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
 
-    def _made(self, window: Window) -> TargetCache:
-        folder, tokens = self._path(window), Selected(self._tokens, window.ids)
-        steps = f"steps {window.first_step + 1}-{min(window.stop_step, self._plan.total_steps)}"
+    def _made(self, segment: Segment) -> TargetCache:
+        folder, tokens = self._path(segment), Selected(self._tokens, segment.ids)
+        steps = f"steps {segment.first_step + 1}-{min(segment.stop_step, self._schedule.total_steps)}"
 
         def report(progress: BuildProgress) -> None:
             if self._stopped:
                 raise _Stopped
-            self._working(f"target, for {steps}: {progress.tokens / max(progress.total_tokens, 1):.0%}")
+            self._on_status(f"target, for {steps}: {progress.tokens / max(progress.total_tokens, 1):.0%}")
 
         if self._stopped:
             raise _Stopped
@@ -174,7 +174,7 @@ class RollingSource(Source):
             try:
                 return TargetCache(folder)
             except InputError as error:
-                self._note(f"{error.what} It is made again.")
+                self._on_message(f"{error.what} It is made again.")
                 _remove(folder)
         layout = new_layout(
             self._cache,
@@ -188,22 +188,22 @@ class RollingSource(Source):
             check_space(folder, writer.missing_bytes)
             write_states(self._target, tokens, writer, self._cache.batch_tokens, report)
             writer.finish()
-        self._working("")
-        self._note(f"hidden states for {steps}: {len(tokens):,} samples, {files.size_text(window.size)}.")
+        self._on_status("")
+        self._on_message(f"hidden states for {steps}: {len(tokens):,} samples, {files.size_text(segment.size)}.")
         return TargetCache(folder)
 
-    def _path(self, window: Window) -> Path:
-        return self._folder / f"step-{window.first_step:08d}"
+    def _path(self, segment: Segment) -> Path:
+        return self._folder / f"step-{segment.first_step:08d}"
 
-    def _remove_all_but(self, kept: Sequence[Window]) -> None:
-        names = {self._path(window).name for window in kept}
+    def _remove_all_but(self, kept: Sequence[Segment]) -> None:
+        names = {self._path(segment).name for segment in kept}
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
             if path.name not in names:
                 _remove(path)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a window; a kill leaves it whole or under a name that is never looked for."""
+    """Remove a segment; a kill leaves it whole or under a name that is never looked for."""
     gone = folder.with_name(f".{folder.name.removeprefix('.')}")
     if folder != gone:
         shutil.rmtree(gone, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""One training run in one folder: checks that target, draft and data fit, trains, leaves the finished draft.
+"""One training run in one folder: check that target, draft and data fit, train, leave the finished draft.
 
 On a finished cache the target is never loaded; its config, tokenizer, embedding and LM head are all that is read. On
 conversations the target itself runs beside the draft.
@@ -7,6 +7,7 @@ conversations the target itself runs beside the draft.
 import contextlib
 import dataclasses
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.tokens import read_report
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
-from nemotron_dspark.config import RunConfig, TrainConfig
+from nemotron_dspark.config import DraftSection, RunConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
@@ -33,12 +34,13 @@ from nemotron_dspark.targets.target import resolve_dtype
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
+from nemotron_dspark.training.callbacks import Callback, Callbacks
 from nemotron_dspark.training.checkpoints import check_space, expected_disk
-from nemotron_dspark.training.loop import Watcher, train
+from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.metrics import StepMetrics
-from nemotron_dspark.training.ranks import ALONE, Ranks
-from nemotron_dspark.training.sharding import shards
+from nemotron_dspark.training.sharding import uses_fsdp
 from nemotron_dspark.training.source import CacheSource, Source
+from nemotron_dspark.training.trainer import Trainer
 
 _SUMMARIES = {
     "cached": "cached: {samples}, {states} of hidden states are read; the target is not loaded.",
@@ -68,177 +70,212 @@ class TrainReport:
     final: StepMetrics | None  # None: the run was finished before
 
 
-def train_run(
-    target_name: str,
-    cache_folder: Path | None,
-    run_folder: Path,
+def train(
     config: RunConfig,
+    out: Path,
     *,
-    conversations: Path | None = None,
+    cache: Path | None = None,
+    data: Path | None = None,
     resume: bool = True,
-    watcher: Watcher | None = None,
-    ranks: Ranks = ALONE,
+    callbacks: Sequence[Callback] = (),
+    context: DistContext = SINGLE,
 ) -> TrainReport:
-    """Train a draft for ``target_name`` in ``run_folder``, from where an earlier call stopped.
+    """Train a draft for the target that ``config`` names in the run folder ``out``, from where an earlier call stopped.
 
-    Either on ``cache_folder``, or on the file ``conversations``, over which the target runs meanwhile as ``cache.mode``
-    says. Of several ``ranks`` all call it alike; the first prepares what lies in the folder, and writes.
+    Either on ``cache``, or on the conversations in ``data``, over which the target runs meanwhile as ``cache.mode``
+    says. Of several processes all call it alike; rank 0 prepares what lies in the folder, and writes.
 
     Raises:
         InputError: target, cache or data, configuration and run folder do not fit together, or one of them is damaged;
             also when ``resume`` is False and the folder holds a run.
         CheckError: the loss became infinite or NaN, or the loaded target is not right.
-        EnvironmentFault: no such device, the disk is full, or the ranks do not share the folder.
+        EnvironmentFault: no such device, the disk is full, or the processes do not share the folder.
     """
-    run_folder, watcher = Path(run_folder), watcher or Watcher()
-    with ranks.in_turn():
-        if not ranks.first:
+    out, tell = Path(out), Callbacks(callbacks)
+    with context.main_process_first():
+        if not context.is_main:
             resume = True
-            if not (run_folder / folders.RUN_FILE).is_file():
+            if not (out / folders.RUN_FILE).is_file():
                 raise EnvironmentFault(
-                    f"Process {ranks.rank} on {platform.node()} does not see what the first one wrote to {run_folder}.",
+                    f"Process {context.rank} on {platform.node()} does not see what the first one wrote to {out}.",
                     "Give --out on a disk that all machines share.",
                 )
-        run = _prepare(target_name, cache_folder, run_folder, config, conversations, resume, watcher, ranks)
-        if ranks.first:
-            check_space(run_folder, run.draft, config.train.keep_checkpoints)
-    for note in run.notes:
-        watcher.note(f"note: {note}")
-    watcher.note(_summary(run.mode, run.source, run.states, run.draft, config, run_folder))
-    if ranks.size > 1:
-        watcher.note(f"{ranks.size} processes, train.parallel={config.train.parallel}.")
-    embedding, head = run.draft.embed_tokens.weight, run.draft.lm_head.weight
-    with contextlib.closing(run.source):
-        result = train(run.source, run.draft, config.train, run_folder, watcher=watcher, ranks=ranks)
-    draft_folder = run_folder / "draft"
-    if ranks.first:
-        folders.publish(result.checkpoint, embedding, head, draft_folder)
+        run = _Run(config, out, tell, context, resume)
+        states = run.cached(Path(cache)) if cache is not None else run.beside_target(Path(str(data)))
+        draft = run.new_draft()
+        if context.is_main:
+            check_space(out, draft, config.train.keep_checkpoints)
+    for note in states.notes:
+        tell.on_message(f"note: {note}")
+    tell.on_message(states.summary(config, out, expected_disk(draft, config.train.keep_checkpoints + 1)))
+    if context.world_size > 1:
+        tell.on_message(f"{context.world_size} processes, train.parallel={config.train.parallel}.")
+    with contextlib.closing(states.source):
+        trainer = Trainer(states.source, draft, config.train, out, callbacks=callbacks, context=context)
+        result = trainer.run()
+    if context.is_main:
+        folders.export_draft(result.checkpoint, draft, out / "draft")
     return TrainReport(
-        str(run_folder),
-        str(draft_folder),
-        run.mode,
+        str(out),
+        str(out / "draft"),
+        states.mode,
         result.steps,
         result.resumed_from,
-        len(run.source.lengths),
+        len(states.source.lengths),
         result.tokens,
         result.seconds,
-        sum(parameter.numel() for parameter in run.draft.trainable_parameters().values()),
-        tuple(run.notes),
+        sum(parameter.numel() for parameter in draft.trainable_parameters().values()),
+        tuple(states.notes),
         result.last,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    mode: str
+class HiddenStates:
+    """Where a run's hidden states come from."""
+
+    mode: str  # "cached", or what `cache.mode` says
     source: Source
-    states: int  # bytes of all hidden states
-    draft: DSparkDraft
+    size: int  # bytes of all of them
     notes: list[str]
 
+    def summary(self, config: RunConfig, out: Path, written: int) -> str:
+        """What is about to run, and what it takes on the disk; ``written`` bytes are checkpoints and the draft."""
+        tokens = int(self.source.lengths.sum())
+        budget = min(self.size, int(config.cache.budget_gb * 1e9))
+        disk = written + {"cached": 0, "online": 5 * tokens, "rolling": 5 * tokens + budget}[self.mode]
+        fits = self.mode == "rolling" and self.size <= budget
+        text = _SUMMARIES["whole" if fits else self.mode].format(
+            samples=f"{len(self.source.lengths):,} samples, {tokens:,} tokens",
+            states=files.size_text(self.size),
+            budget=files.size_text(budget),
+            reuse=config.cache.reuse,
+        )
+        return f"{text} Expected in {out}: {files.size_text(disk)}."
 
-def _prepare(
-    target_name: str,
-    cache_folder: Path | None,
-    run_folder: Path,
-    config: RunConfig,
-    conversations: Path | None,
-    resume: bool,
-    watcher: Watcher,
-    ranks: Ranks,
-) -> _Run:
-    """Check that everything fits, take the folder, tokenise, and make the draft that is to be trained."""
-    allowed = config.target.trust_remote_code
-    folder = locate(target_name, revision=config.target.revision, weights=True, code=allowed)
-    spec = TargetSpec.from_folder(folder, target_name, trust_remote_code=allowed)
-    trusted = allowed and needs_remote_code(files.read_json(folder / "config.json"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-    cache = TargetCache(cache_folder) if conversations is None else None
-    draft_config, notes = _draft_config(tokenizer, spec, cache, config)
-    device, dtype = resolve_device(config.train, ranks)
-    settings = {
-        "target": target_name,
-        "mode": "cached" if cache is not None else config.cache.mode,
-        "draft": {**draft_config.to_json(), "dtype": str(dtype).removeprefix("torch.")},
-        "train": config.train.model_dump(mode="json", exclude={*folders.FREE_KEYS, "precision"}),
-    }
-    if cache is not None:
-        notes += _check_cache(cache, spec, draft_config, target_name)
-        if ranks.first:
-            check_mask_token(cache, draft_config.mask_token_id)
-        settings["cache"] = fingerprint(cache.folder)
-        source: Source = CacheSource(cache)
-        source.plan(config.train, ranks)  # refuses what does not fit before the folder is touched
-        folders.claim(run_folder, settings, resume)
-        states = sum(cache.layout.shard_sizes)
-    else:
-        wanted = config.target.model_copy(update={"name": target_name})
-        settings["source"] = inputs_of(
-            folder,
-            tokenizer,
-            target_name,
-            resolve_dtype(wanted.dtype, target_device(wanted.device)),
-            conversations,
-            draft_config.target_layer_ids,
+
+class _Run:
+    """What a run is made of, each part checked against the others before anything long starts."""
+
+    def __init__(self, config: RunConfig, out: Path, tell: Callback, context: DistContext, resume: bool):
+        self.config, self.out, self.tell, self.context, self.resume = config, out, tell, context, resume
+        self.name = config.target.named
+        allowed = config.target.trust_remote_code
+        self.folder = locate(self.name, revision=config.target.revision, weights=True, code=allowed)
+        self.spec = TargetSpec.from_folder(self.folder, self.name, trust_remote_code=allowed)
+        trusted = allowed and needs_remote_code(files.read_json(self.folder / "config.json"))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trusted)
+        self.device, self.dtype = resolve_device(config.train, context)
+        self.draft_config: DraftConfig
+
+    def cached(self, folder: Path) -> HiddenStates:
+        """Those of a finished cache; the target is never loaded."""
+        cache = TargetCache(folder)
+        section = self.config.draft
+        if section.taps is None:  # it was built with some; they are the only ones there are
+            section = section.model_copy(update={"taps": list(cache.taps)})
+        notes = [*self._choose_draft(section), *_check_cache(cache, self.spec, self.draft_config, self.name)]
+        if self.context.is_main:
+            check_mask_token(cache, self.draft_config.mask_token_id)
+        source = CacheSource(cache)
+        source.schedule(self.config.train, self.context)  # refuses what does not fit before the folder is touched
+        settings = {**self._settings("cached"), "cache": fingerprint(cache.folder)}
+        self._lock(settings)
+        return self._described("cached", source, sum(cache.layout.shard_sizes), notes, settings, folder)
+
+    def beside_target(self, data: Path) -> HiddenStates:
+        """Those that the target computes beside the training, over conversations that are tokenised first."""
+        config, mode = self.config, self.config.cache.mode
+        notes = self._choose_draft(config.draft)
+        taps = self.draft_config.target_layer_ids
+        dtype = resolve_dtype(config.target.dtype, target_device(config.target.device))
+        made_from = inputs_of(self.folder, self.tokenizer, self.name, dtype, data, taps, config.data)
+        if mode == "rolling":
+            made_from["cache"] = config.cache.model_dump(exclude={"mode"})
+        settings = {**self._settings(mode), "source": made_from}
+        self._lock(settings)
+        tokens = online.tokenised(
+            self.out,
+            data,
+            self.tokenizer,
             config.data,
+            max_positions=self.spec.max_position_embeddings,
+            mask_token_id=self.draft_config.mask_token_id,
+            inputs=made_from,
+            progress=lambda lines: self.tell.on_status(f"tokenising, line {lines:,}"),
         )
-        if config.cache.mode == "rolling":
-            settings["source"]["cache"] = config.cache.model_dump(exclude={"mode"})
-        folders.claim(run_folder, settings, resume)
-        store = online.tokenised(
-            run_folder,
-            conversations,
-            tokenizer,
-            config.data,
-            max_positions=spec.max_position_embeddings,
-            mask_token_id=draft_config.mask_token_id,
-            inputs=settings["source"],
-            progress=lambda lines: watcher.working(f"tokenising, line {lines:,}"),
-        )
-        notes += _notes_on_data(run_folder)
-        taps = draft_config.target_layer_ids
+        notes += _notes_on_data(self.out)
         sizes = sample_sizes(
             config.cache,
-            store.lengths,
-            lambda: store.targets(len(store)),
+            tokens.lengths,
+            lambda: tokens.targets(len(tokens)),
             num_taps=len(taps),
-            hidden_size=spec.hidden_size,
+            hidden_size=self.spec.hidden_size,
         )
-        states = int(sizes.sum())
-        if config.cache.mode == "online":
-            source = online.OnlineSource(store, wanted, taps, watcher.working)
+        source: Source
+        if mode == "online":
+            source = online.OnlineSource(tokens, config.target, taps, self.tell.on_status)
         else:
             source = rolling.RollingSource(
-                run_folder / rolling.FOLDER,
-                store,
-                wanted,
-                spec,
+                self.out / rolling.FOLDER,
+                tokens,
+                config.target,
+                self.spec,
                 taps,
                 config.cache,
-                note=watcher.note,
-                working=watcher.working,
+                on_message=self.tell.on_message,
+                on_status=self.tell.on_status,
             )
-        source.plan(config.train, ranks)
-    if config.draft.confidence_head and not config.train.confidence_alpha:
-        notes.append("the confidence head is not trained: train.confidence_alpha is 0.")
-    if ranks.first:
-        folders.describe(run_folder, settings, config, notes, cache_folder if cache is not None else conversations)
+        source.schedule(config.train, self.context)
+        return self._described(mode, source, int(sizes.sum()), notes, settings, data)
 
-    draft = DSparkDraft(
-        draft_config,
-        seed=config.train.seed,
-        attention=config.train.attention,
-        recompute_layers=config.train.activation_checkpointing,
-    )
-    embeddings = read_embedding_and_head(folder, spec)
-    draft.set_embeddings(embeddings.embedding, embeddings.head)
-    draft = draft.to(dtype)
-    for part in (draft.embed_tokens, draft.lm_head) if shards(config.train, ranks) else (draft,):
-        part.to(device)  # of the others only a part goes there, once they are sharded
-    return _Run(settings["mode"], source, states, draft, notes)
+    def new_draft(self) -> DSparkDraft:
+        """A draft with the target's embeddings, in the type to compute in, on the device to train on."""
+        config = self.config.train
+        draft = DSparkDraft(
+            self.draft_config,
+            seed=config.seed,
+            attention=config.attention,
+            recompute_layers=config.activation_checkpointing,
+        )
+        embeddings = read_embedding_and_head(self.folder, self.spec)
+        draft.set_embeddings(embeddings.embedding, embeddings.head)
+        draft = draft.to(self.dtype)
+        for part in (draft.embed_tokens, draft.lm_head) if uses_fsdp(config, self.context) else (draft,):
+            part.to(self.device)  # of the others only a shard goes there
+        return draft
+
+    def _choose_draft(self, section: DraftSection) -> list[str]:
+        """Fix the draft's config; returns notes on what was assumed."""
+        mask = choose_mask_token(self.tokenizer, self.spec, override=section.mask_token_id)
+        self.draft_config, notes = build_draft_config(
+            self.spec, section, mask_token_id=mask.id, num_anchors=self.config.train.num_anchors
+        )
+        return [*notes, f"mask token {mask.id}: {mask.reason} (draft.mask_token_id sets it)."]
+
+    def _settings(self, mode: str) -> dict[str, Any]:
+        """What the folder's run must have been begun with, too."""
+        return {
+            "target": self.name,
+            "mode": mode,
+            "draft": {**self.draft_config.to_json(), "dtype": str(self.dtype).removeprefix("torch.")},
+            "train": self.config.train.model_dump(mode="json", exclude={*folders.FREE_KEYS, "precision"}),
+        }
+
+    def _lock(self, settings: dict[str, Any]) -> None:
+        folders.lock_run_dir(self.out, settings, self.resume)
+
+    def _described(
+        self, mode: str, source: Source, size: int, notes: list[str], settings: dict[str, Any], read_from: Path
+    ) -> HiddenStates:
+        if self.config.draft.confidence_head and not self.config.train.confidence_alpha:
+            notes = [*notes, "the confidence head is not trained: train.confidence_alpha is 0."]
+        if self.context.is_main:
+            folders.write_run_info(self.out, settings, self.config, notes, read_from)
+        return HiddenStates(mode, source, size, notes)
 
 
-def resolve_device(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[torch.device, torch.dtype]:
+def resolve_device(config: TrainConfig, context: DistContext = SINGLE) -> tuple[torch.device, torch.dtype]:
     """The device and the weights' type that ``config`` means on this machine.
 
     Raises:
@@ -256,32 +293,22 @@ def resolve_device(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[torch.dev
         raise EnvironmentFault(
             f"The device {name!r} cannot be used: {reason}.", "Set train.device to cpu, or leave it at auto."
         ) from None
-    if ranks.size > 1 and device.type == "cuda":
+    if context.world_size > 1 and device.type == "cuda":
         if device.index is not None:
             raise InputError(
-                f"train.device={name} is one GPU, and there are {ranks.size} processes.", "Leave train.device at auto."
+                f"train.device={name} is one GPU, and there are {context.world_size} processes.",
+                "Leave train.device at auto.",
             )
-        if ranks.local >= torch.cuda.device_count():
+        if context.local_rank >= torch.cuda.device_count():
             raise EnvironmentFault(
                 f"{platform.node()} has {torch.cuda.device_count()} GPUs, too few for its processes.",
                 f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}.",
             )
-        device = torch.device("cuda", ranks.local)
+        device = torch.device("cuda", context.local_rank)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
-def _draft_config(
-    tokenizer: Any, spec: TargetSpec, cache: TargetCache | None, config: RunConfig
-) -> tuple[DraftConfig, list[str]]:
-    mask = choose_mask_token(tokenizer, spec, override=config.draft.mask_token_id)
-    section = config.draft
-    if section.taps is None and cache is not None:  # it was built with some; they are the only ones there are
-        section = section.model_copy(update={"taps": list(cache.taps)})
-    draft_config, notes = build_draft_config(spec, section, mask_token_id=mask.id, num_anchors=config.train.num_anchors)
-    return draft_config, [*notes, f"mask token {mask.id}: {mask.reason} (draft.mask_token_id sets it)."]
 
 
 def _check_cache(cache: TargetCache, spec: TargetSpec, draft: DraftConfig, target_name: str) -> list[str]:
@@ -307,19 +334,3 @@ def _notes_on_data(run_folder: Path) -> list[str]:
     tally, notes = read_report(run_folder / online.FOLDER / online.REPORT)
     cut = [f"{tally.cut} samples were cut off at the maximal length."] if tally.cut else []
     return [*notes, *cut, *tally.skipped.sentences()]
-
-
-def _summary(mode: str, source: Source, states: int, draft: DSparkDraft, config: RunConfig, run_folder: Path) -> str:
-    """What is about to run, and what it will take on the disk; ``states`` is the size of all hidden states."""
-    tokens = int(source.lengths.sum())
-    budget = min(states, int(config.cache.budget_gb * 1e9))
-    disk = expected_disk(draft, config.train.keep_checkpoints + 1)
-    disk += {"cached": 0, "online": 5 * tokens, "rolling": 5 * tokens + budget}[mode]
-    whole = mode == "rolling" and states <= budget
-    text = _SUMMARIES["whole" if whole else mode].format(
-        samples=f"{len(source.lengths):,} samples, {tokens:,} tokens",
-        states=files.size_text(states),
-        budget=files.size_text(budget),
-        reuse=config.cache.reuse,
-    )
-    return f"{text} Expected in {run_folder}: {files.size_text(disk)}."

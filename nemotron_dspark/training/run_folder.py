@@ -9,16 +9,15 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from torch import Tensor
 
 from nemotron_dspark import files
 from nemotron_dspark._version import __version__
 from nemotron_dspark.config import RunConfig
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training import online
-from nemotron_dspark.training.checkpoints import RUN_FILE
 
+RUN_FILE = "run.json"
 # Keys of `train` that change neither the order of samples nor a number that is computed, but for its rounding.
 FREE_KEYS = (
     "log_every",
@@ -39,7 +38,7 @@ _CONTENTS = {
 }
 
 
-def claim(run_folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+def lock_run_dir(run_folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """Refuse a folder that holds a run with other settings, or any run when ``resume`` is False."""
     path = run_folder / RUN_FILE
     if not path.is_file():
@@ -70,7 +69,7 @@ def claim(run_folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     )
 
 
-def describe(
+def write_run_info(
     run_folder: Path, settings: Mapping[str, Any], config: RunConfig, notes: Sequence[str], read_from: Path
 ) -> None:
     """Write what was asked, what was assumed, and what it runs with. ``read_from`` is the cache or the conversations.
@@ -88,9 +87,10 @@ def describe(
     files.write_text(run_folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def publish(checkpoint: Path, embedding: Tensor, head: Tensor, folder: Path) -> Path:
-    """Write the last checkpoint's draft with the target's matrices, under a temporary name, and put it in place."""
-    draft = DSparkDraft.load(checkpoint / "draft")
+def export_draft(checkpoint: Path, draft: Draft, folder: Path) -> Path:
+    """Write the checkpoint's parameters, with the embeddings and in the compute type of ``draft``, as a whole draft."""
+    embedding, head = draft.embed_tokens.weight, draft.lm_head.weight
+    draft = type(draft).load(checkpoint / "draft", dtype=draft.compute_dtype)
     draft.set_embeddings(embedding, head)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.training.plan import Plan
-from nemotron_dspark.training.ranks import ALONE, Ranks
+from nemotron_dspark.training.distributed import SINGLE, DistContext
+from nemotron_dspark.training.schedule import SampleSchedule
 
 
 class SampleLike(Protocol):
@@ -34,14 +34,15 @@ class Source:
 
     lengths: np.ndarray  # int [samples], tokens of each
 
-    def plan(self, config: TrainConfig, ranks: Ranks = ALONE) -> Plan:
-        return Plan.of(config, len(self.lengths), ranks)
+    def schedule(self, config: TrainConfig, context: DistContext = SINGLE) -> SampleSchedule:
+        """Which samples each step takes; `InputError` when the batch sizes do not fit."""
+        return SampleSchedule.of(config, len(self.lengths), context)
 
     def open(self, step: int) -> None:
         """Get ready to train from ``step`` on; not called where nothing is left to train."""
 
     def samples(self, ids: Sequence[int], step: int) -> Sequence[SampleLike]:
-        """The samples of one forward of ``step``."""
+        """The samples of one micro-batch of ``step``."""
         raise NotImplementedError
 
     def saved(self, step: int) -> None:

@@ -109,14 +109,16 @@ def test_loss_gradients_and_metrics_are_deepspecs(deepspec_on_cpu, tmp_path, mon
         mine = mine if mine is not None else torch.zeros_like(wanted)
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-6 * max(1.0, float(wanted.abs().max())), msg=name)
 
-    found = {"loss": loss.value.detach(), "ce_loss": loss.ce / loss.weight}
+    found = {"loss": loss.value.detach(), "ce_loss": loss.sums.ce / loss.sums.weight}
     if weights.l1:
-        found["l1_loss"] = loss.l1 / loss.weight
+        found["l1_loss"] = loss.sums.l1 / loss.sums.weight
     if weights.confidence:
-        found["confidence_loss"] = loss.confidence / loss.weight
+        found["confidence_loss"] = loss.sums.confidence / loss.sums.weight
     if weights.needs_target:
-        found["tau_probabilistic"] = loss.tau / loss.blocks
-        found |= {f"accept_rate@{k}": loss.accepted[k] / loss.counted[k] for k in range(draft.config.block_size)}
+        found["tau_probabilistic"] = loss.sums.tau / loss.sums.blocks
+        found |= {
+            f"accept_rate@{k}": loss.sums.accepted[k] / loss.sums.counted[k] for k in range(draft.config.block_size)
+        }
     for name, value in found.items():
         assert float(value) == pytest.approx(reported[f"train/{name}"], rel=1e-6, abs=1e-6), name
 

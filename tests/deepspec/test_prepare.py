@@ -1,4 +1,4 @@
-"""Target-cache preparation: our builder in parts, joined into one in DeepSpec's format."""
+"""Target-cache preparation: our builder in parts, init_distributed into one in DeepSpec's format."""
 
 import dataclasses
 import functools

@@ -12,11 +12,11 @@ from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
-from nemotron_dspark.training import plan
+from nemotron_dspark.training import schedule
 from nemotron_dspark.training.eagle3_objective import eagle3_loss
-from nemotron_dspark.training.loop import train
 from nemotron_dspark.training.optimiser import MasterAdamW, learning_rate
 from nemotron_dspark.training.source import CacheSource
+from nemotron_dspark.training.trainer import Trainer
 
 
 def train_theirs(cfg):
@@ -56,11 +56,11 @@ def test_three_steps_of_deepspecs_loop_give_the_weights_of_ours(make_config, mon
     trainer, before = train_theirs(cfg)
     cache = TargetCache(cfg.data.target_cache_path)
     # More anchors than candidates: both take all of them, so only the order is left to be made the same.
-    monkeypatch.setattr(plan, "epoch_order", lambda count, seed, epoch: order_of_deepspec(count, epoch))
+    monkeypatch.setattr(schedule, "epoch_order", lambda count, seed, epoch: order_of_deepspec(count, epoch))
     draft = DSparkDraft(DraftConfig.from_json(trainer.draft_model.config.to_dict()))
     draft.load_state_dict({name: value.clone() for name, value in before.items()}, assign=True)
     draft.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight)
-    train(CacheSource(cache), draft, settings(cfg), tmp_path / "ours")
+    Trainer(CacheSource(cache), draft, settings(cfg), tmp_path / "ours").run()
     theirs = DSparkDraft.load(Path(cfg.logging.checkpoint_dir) / "step_3")
     ours = DSparkDraft.load(tmp_path / "ours" / "checkpoints" / "step-00000003" / "draft")
     assert_same_weights(ours, theirs, before)

@@ -9,7 +9,7 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.training.batches import Batch
 from nemotron_dspark.training.eagle3_objective import eagle3_loss
-from nemotron_dspark.training.objective import LossWeights, Objective
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 from tests.drafts.test_dspark import HEADS
 from tests.drafts.test_eagle3 import draft as eagle3_draft  # noqa: F401
 
@@ -57,9 +57,9 @@ def test_fp32_parameters_give_the_loss_and_the_gradients_of_bf16_copies(make_dra
     losses = []
     for draft in drafts:
         assert draft.compute_dtype == torch.bfloat16
-        total, sums = Objective(draft.train(), LossWeights(confidence=confidence))(batch_of(draft))
-        total.backward()
-        losses.append(sums.to_tensor())
+        loss = DSparkObjective(draft.train(), LossWeights(confidence=confidence))(batch_of(draft))
+        loss.total.backward()
+        losses.append(loss.sums.to_tensor())
     assert torch.equal(*losses)
     assert_same_gradients(*drafts)
 

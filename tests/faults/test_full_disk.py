@@ -10,9 +10,9 @@ from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.targets import Target
-from nemotron_dspark.training.run import train_run
 from tests.faults.small_disk import NoSmallDisk, SmallDisk
 from tests.kill9 import Child, apart, contents
+from tests.training.runs import train_run
 from tests.training.test_kill import ROLLING, SMALL, result
 from tests.training.test_without_cache import SETTINGS, write_conversations
 

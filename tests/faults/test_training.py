@@ -11,11 +11,11 @@ from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.config import load_config
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.checkpoints import list_checkpoints
-from nemotron_dspark.training.loop import Watcher
-from nemotron_dspark.training.plan import Plan
-from nemotron_dspark.training.run import train_run
+from nemotron_dspark.training.schedule import SampleSchedule
 from tests.flips import flipped
+from tests.training.runs import train_run
 from tests.training.test_kill import ROLLING, SMALL, result
 from tests.training.test_run import SETTINGS, TAPS, samples
 from tests.training.test_without_cache import SETTINGS as WITHOUT_CACHE
@@ -49,16 +49,16 @@ def copy(cache, tmp_path):
 def needed_at(cache, step):
     """A sample that is first read for this step, counted from 0."""
     lengths = TargetCache(cache).lengths
-    plan = Plan.of(CONFIG.train, len(lengths))
+    plan = SampleSchedule.of(CONFIG.train, len(lengths))
     before = {sample for earlier in range(step) for sample in plan.samples(earlier, CONFIG.train).tolist()}
     return next(sample for sample in plan.samples(step, CONFIG.train).tolist() if sample not in before)
 
 
-class Once(Watcher):
+class Once(Callback):
     """Does something when the run begins."""
 
     def __init__(self, action):
-        self.begin = lambda plan, step: action()
+        self.on_begin = lambda schedule, step: action()
 
 
 @pytest.mark.parametrize("fault", ["flipped", "gone", "cut off"])
@@ -80,7 +80,7 @@ def test_a_fault_of_the_cache_costs_no_step_and_the_same_command_goes_on(
             os.truncate(shard, offset + size // 2)
 
     with pytest.raises(InputError, match=rf"{shard.name}: sample \d+") as stopped:
-        train_run(str(tiny_hybrid), copy, tmp_path / "run", CONFIG, watcher=Once(damage))
+        train_run(str(tiny_hybrid), copy, tmp_path / "run", CONFIG, callbacks=[Once(damage)])
     reached = int(stopped.value.what.removeprefix("Training stopped after step ").split(":")[0])
     newest = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")][-1:]
     assert newest == ([f"step-{reached:08d}"] if reached else [])
@@ -104,40 +104,40 @@ def test_a_cache_that_is_damaged_before_is_refused_before_the_first_step(tiny_hy
         train_run(str(tiny_hybrid), copy, tmp_path / "new", CONFIG)
 
 
-class StopAt(Watcher):
+class StopAt(Callback):
     def __init__(self, step):
         self.step, self.notes = step, []
 
-    def forward(self, step, done):
+    def on_micro_batch(self, step, done):
         if step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def note(self, text):
+    def on_message(self, text):
         self.notes.append(text)
 
 
-def test_a_damaged_window_of_a_rolling_cache_is_made_again(tiny_hybrid, tmp_path):
+def test_a_damaged_segment_of_a_rolling_cache_is_made_again(tiny_hybrid, tmp_path):
     data = write_conversations(tmp_path / "data.jsonl")
     config = load_config(assignments=[*WITHOUT_CACHE, *SMALL, *ROLLING])
 
-    def run(name, watcher=None):
-        train_run(str(tiny_hybrid), None, tmp_path / name, config, conversations=data, watcher=watcher)
+    def run(name, *callbacks):
+        train_run(str(tiny_hybrid), None, tmp_path / name, config, conversations=data, callbacks=callbacks)
 
     run("whole")
     with pytest.raises(KeyboardInterrupt):
         run("cut", StopAt(3))
-    window = sorted((tmp_path / "cut" / "windows").iterdir())[0]
-    shard = window / TargetCache(window).layout.shard_files[-1]
+    segment = sorted((tmp_path / "cut" / "segments").iterdir())[0]
+    shard = segment / TargetCache(segment).layout.shard_files[-1]
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(content)
     with pytest.raises(InputError, match=rf"{shard.name}: sample \d+ is not what was written") as stopped:
         run("cut")
-    assert f"Delete {window}; the same command makes it again" in stopped.value.do
-    shutil.rmtree(window)
+    assert f"Delete {segment}; the same command makes it again" in stopped.value.do
+    shutil.rmtree(segment)
     with pytest.raises(KeyboardInterrupt):
         run("cut", StopAt(4))
-    with open(window / "manifest.json", "r+b") as file:
+    with open(segment / "manifest.json", "r+b") as file:
         file.truncate(40)
     watcher = StopAt(None)
     run("cut", watcher)

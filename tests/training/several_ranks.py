@@ -17,22 +17,23 @@ import torch.distributed as dist
 
 from nemotron_dspark import cli
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.training import ranks
-from nemotron_dspark.training.loop import Watcher, train
-from nemotron_dspark.training.plan import Plan
-from nemotron_dspark.training.sharding import is_sharded
+from nemotron_dspark.training import distributed
+from nemotron_dspark.training.callbacks import Callback
+from nemotron_dspark.training.schedule import SampleSchedule
+from nemotron_dspark.training.sharding import is_dtensor
+from nemotron_dspark.training.trainer import Trainer
 from tests.training.conftest import MemoryCache, new_draft, settings
 
 SETTINGS = {"max_steps": 6, "local_batch_size": 1, "global_batch_size": 8, "log_every": 2, "checkpoint_every": 2}
 
 
-class Act(Watcher):
+class Act(Callback):
     """Calls ``act`` in the middle of the fifth step of one rank."""
 
     def __init__(self, act=None):
         self._act = act
 
-    def forward(self, step, done):
+    def on_micro_batch(self, step, done):
         if self._act and (step, done) == (4, 1):
             self._act()
 
@@ -60,7 +61,7 @@ def signalled(number):
 
 
 def one_rank(
-    together: ranks.Ranks,
+    together: distributed.DistContext,
     folder: Path,
     *,
     dtype=torch.float32,
@@ -72,15 +73,14 @@ def one_rank(
 ):
     config, cache = settings(**(SETTINGS | changes)), MemoryCache()
     if fault:
-        third_step = Plan.of(config, len(cache), together).samples(2, config)
+        third_step = SampleSchedule.of(config, len(cache), together).samples(2, config)
         fault(cache, int(third_step[3]))
     # Dense on CUDA too, where these heads are too small for FlexAttention.
-    draft = new_draft(cache=cache, attention="dense", recompute_layers=config.activation_checkpointing).to(
-        device, dtype
-    )
-    train(cache, draft, config, folder, watcher=Act(act if together.rank == acting else None), ranks=together)
+    draft = new_draft(cache=cache, attention="dense", recompute_layers=config.activation_checkpointing)
+    acts = [Act(act if together.rank == acting else None)]
+    Trainer(cache, draft.to(device, dtype), config, folder, callbacks=acts, context=together).run()
     weights = draft.trainable_parameters().values()
-    print(sum((weight.to_local() if is_sharded(weight) else weight).numel() for weight in weights))
+    print(sum((weight.to_local() if is_dtensor(weight) else weight).numel() for weight in weights))
 
 
 def start(size: int, work: Callable[[], None], folder: Path) -> list[dict]:
@@ -143,8 +143,8 @@ def keep_store() -> tuple[int, str]:
 def trained(size: int, folder: Path, **options) -> list[dict]:
     def work() -> None:
         if options.get("act") is stuck:
-            ranks._STEP = datetime.timedelta(seconds=2)
-        with ranks.joined() as together:
+            distributed._STEP = datetime.timedelta(seconds=2)
+        with distributed.init_distributed() as together:
             one_rank(together, folder, **options)
 
     return start(size, work, folder)

@@ -8,7 +8,7 @@ import torch
 
 from nemotron_dspark.training.anchors import counted_slots, draw_anchors
 from nemotron_dspark.training.batches import Loader, batches
-from nemotron_dspark.training.plan import Plan
+from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import CacheSource
 
 
@@ -46,7 +46,7 @@ def test_draw_is_uniform_ascending_and_repeats_itself():
 
 def test_an_epoch_takes_each_sample_once_in_an_order_of_its_own(make_settings):
     config = make_settings(global_batch_size=6, local_batch_size=2, epochs=3, max_steps=None)
-    plan = Plan.of(config, 20)
+    plan = SampleSchedule.of(config, 20)
     assert (plan.steps_per_epoch, plan.total_steps, plan.accumulation) == (3, 9, 3)
     lengths = np.arange(20)[::-1].copy()
     epochs = []
@@ -64,7 +64,7 @@ def test_an_epoch_takes_each_sample_once_in_an_order_of_its_own(make_settings):
 @pytest.mark.parametrize("first_step", [0, 5])
 def test_batches_go_on_at_any_step(make_cache, make_settings, first_step):
     cache, config = make_cache(), make_settings()
-    plan = Plan.of(config, len(cache))
+    plan = SampleSchedule.of(config, len(cache))
 
     def stream(start):
         return list(

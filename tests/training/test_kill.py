@@ -10,8 +10,8 @@ from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.metrics import read_metrics
-from nemotron_dspark.training.run import train_run
 from tests.kill9 import apart, kill_often
+from tests.training.runs import train_run
 from tests.training.test_without_cache import SETTINGS, write_conversations
 
 SMALL = (

@@ -15,8 +15,8 @@ from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.metrics import read_metrics
-from nemotron_dspark.training.run import train_run
 from tests.training import small_cache
+from tests.training.runs import named, train_run
 from tests.training.small_cache import TAPS, samples
 
 SETTINGS = (*small_cache.SETTINGS, "train.local_batch_size=2")
@@ -51,7 +51,7 @@ def test_run_leaves_a_draft_of_the_target_and_explains_itself(tiny_hybrid, cache
     assert described["versions"]["torch"] == torch.__version__
     assert any("rope theta" in note for note in described["notes"])
     assert any("mask token 31" in note for note in described["notes"])
-    assert load_config(file=tmp_path / "run" / "config.yaml") == config()
+    assert load_config(str(tiny_hybrid), file=tmp_path / "run" / "config.yaml") == named(config(), tiny_hybrid)
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [2, 4]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 

@@ -1,4 +1,4 @@
-"""The target beside the draft, in the loop or a window ahead: the same training as on a cache, without the cache."""
+"""The target beside the draft, in the loop or a segment ahead: the same training as on a cache, without the cache."""
 
 import contextlib
 import io
@@ -25,13 +25,14 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from nemotron_dspark.targets import Target, proofs
 from nemotron_dspark.training import run_folder
+from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.display import Display
-from nemotron_dspark.training.loop import Watcher, train
 from nemotron_dspark.training.metrics import read_metrics
-from nemotron_dspark.training.plan import Plan, RollingPlan
 from nemotron_dspark.training.rolling import RollingSource
-from nemotron_dspark.training.run import train_run
+from nemotron_dspark.training.schedule import RollingSchedule, SampleSchedule
 from nemotron_dspark.training.source import CacheSource
+from nemotron_dspark.training.trainer import Trainer
+from tests.training.runs import train_run
 
 SETTINGS = (
     "target.device=cpu",
@@ -90,11 +91,9 @@ def cached_run(tiny_hybrid, cache, tmp_path_factory):
 def run(tiny_hybrid, conversations, tmp_path):
     """Train on conversations: run(folder name, settings)."""
 
-    def run(name="run", *settings, data=conversations, watcher=None, **options):
+    def run(name="run", *settings, data=conversations, **options):
         path = Path(tmp_path, name)
-        return train_run(
-            str(tiny_hybrid), None, path, config(*settings), conversations=data, watcher=watcher, **options
-        )
+        return train_run(str(tiny_hybrid), None, path, config(*settings), conversations=data, **options)
 
     return run
 
@@ -126,7 +125,7 @@ def assert_same_bits(found, expected):
 
 def test_online_training_equals_cached_training(run, cache, cached_run):
     lengths, asked = TargetCache(cache).lengths, config().train
-    forwards = Plan.of(asked, len(lengths)).micro_batches(0, asked, lengths)
+    forwards = SampleSchedule.of(asked, len(lengths)).micro_batches(0, asked, lengths)
     assert len(forwards) == 3
     assert any(len(set(lengths[ids])) > 1 for ids in forwards)  # there is padding
     report = run()
@@ -177,13 +176,13 @@ def test_proofs_come_before_the_first_step(run, monkeypatch):
         assert taps == (1, 4)
         raise CheckError("The target fails a proof.", "Do something.")
 
-    class NoStep(Watcher):
-        def forward(self, step, done):
+    class NoStep(Callback):
+        def on_micro_batch(self, step, done):
             pytest.fail("a step was taken")
 
     monkeypatch.setattr(proofs, "prove", failing)
     with pytest.raises(CheckError, match="fails a proof"):
-        run("run", "target.proofs=true", watcher=NoStep())
+        run("run", "target.proofs=true", callbacks=[NoStep()])
 
 
 def test_other_data_or_another_target_does_not_mix_into_a_run(run, tiny_hybrid, tmp_path, conversations, cache):
@@ -233,7 +232,7 @@ def test_a_stop_is_heard_while_the_loop_waits_for_the_target(make_cache, make_dr
 
     cache = make_cache()
     with pytest.raises(KeyboardInterrupt):
-        train(Blocking(cache), make_draft(cache=cache), make_settings(), tmp_path)
+        Trainer(Blocking(cache), make_draft(cache=cache), make_settings(), tmp_path).run()
     assert Blocking.over == []
     Blocking.released.set()
 
@@ -251,10 +250,10 @@ def test_target_and_draft_on_any_devices(run, cached_run, target, draft):
 def test_a_terminal_shows_what_goes_on_before_and_beside_the_steps():
     shown = io.StringIO()
     with Display(Console(file=shown, force_terminal=True, width=160)) as watcher:
-        watcher.working("loading the target [1]")
-        watcher.begin(Plan(12, 4, 8, 3, rank=0, ranks=1), 0)
-        watcher.forward(0, 1)
-        watcher.working("target, for steps 5-8: 40%")
+        watcher.on_status("loading the target [1]")
+        watcher.on_begin(SampleSchedule(12, 4, 8, 3, rank=0, world_size=1), 0)
+        watcher.on_micro_batch(0, 1)
+        watcher.on_status("target, for steps 5-8: 40%")
     text = shown.getvalue()
     assert "loading the target [1]" in text
     last = text[text.rindex("step 0/8") :]
@@ -331,43 +330,43 @@ def rolling_plan(budget, reuse=2, samples=40, **changes):
     values = {"global_batch_size": 4, "local_batch_size": 2, "epochs": 5} | changes
     sizes = np.random.default_rng(0).integers(1000, 9000, size=samples)
     asked = TrainConfig(**values)
-    return RollingPlan.rolling(asked, sizes, budget=budget, reuse=reuse), asked, sizes
+    return RollingSchedule.rolling(asked, sizes, budget=budget, reuse=reuse), asked, sizes
 
 
-def test_windows_fit_their_budget_and_cover_the_data_as_often_as_asked():
+def test_segments_fit_their_budget_and_cover_the_data_as_often_as_asked():
     plan, asked, sizes = rolling_plan(120_000)
-    windows = list(plan.windows(0))
-    assert plan.total_steps == 5 * 10 == sum(window.steps * window.passes for window in windows)
-    assert [window.first_step for window in windows[1:]] == [window.stop_step for window in windows[:-1]]
-    assert all(sizes[window.ids].sum() == window.size <= 60_000 for window in windows)
-    assert {window.passes for window in windows} == {2, 1}  # two rounds of two epochs, one of one
+    segments = list(plan.segments(0))
+    assert plan.total_steps == 5 * 10 == sum(segment.steps * segment.epochs for segment in segments)
+    assert [segment.first_step for segment in segments[1:]] == [segment.stop_step for segment in segments[:-1]]
+    assert all(sizes[segment.ids].sum() == segment.size <= 60_000 for segment in segments)
+    assert {segment.epochs for segment in segments} == {2, 1}  # two rounds of two epochs, one of one
     taken = np.zeros((5, 40), dtype=int)
     for step in range(plan.total_steps):
         ids = plan.samples(step, asked)
-        assert set(ids.tolist()) <= set(plan.window(step).ids.tolist())
-        taken[plan.visit(step), ids] += 1
-        assert plan.must_save(step + 1) == (plan.window(step).stop_step == step + 1)
+        assert set(ids.tolist()) <= set(plan.segment(step).ids.tolist())
+        taken[plan.sample_epoch(step), ids] += 1
+        assert plan.must_save(step + 1) == (plan.segment(step).stop_step == step + 1)
     assert (taken == 1).all()  # each epoch, each sample once
-    first, other = (set(plan.window(step).ids.tolist()) for step in (0, 20))
+    first, other = (set(plan.segment(step).ids.tolist()) for step in (0, 20))
     assert first != other  # rounds mix the data anew
 
 
 def test_a_budget_that_holds_everything_has_the_steps_of_a_cache():
     rolled, asked, sizes = rolling_plan(10**9, samples=42)
-    plain = Plan.of(asked, 42)
-    assert len(list(rolled.windows(0))) == 1
+    plain = SampleSchedule.of(asked, 42)
+    assert len(list(rolled.segments(0))) == 1
     lengths = sizes // 100
     for step in range(plain.total_steps):
         for one, other in zip(
             rolled.micro_batches(step, asked, lengths), plain.micro_batches(step, asked, lengths), strict=True
         ):
             assert one.tolist() == other.tolist()
-        assert rolled.visit(step) == plain.visit(step)
+        assert rolled.sample_epoch(step) == plain.sample_epoch(step)
 
 
-def test_steps_that_end_early_end_the_last_window():
+def test_steps_that_end_early_end_the_last_segment():
     plan, _, _ = rolling_plan(120_000, max_steps=17)
-    assert list(plan.windows(0))[-1].stop_step >= 17 == plan.total_steps
+    assert list(plan.segments(0))[-1].stop_step >= 17 == plan.total_steps
     assert plan.must_save(17)
 
 
@@ -389,43 +388,43 @@ def test_a_rolling_cache_may_be_compact(run, tiny_hybrid, conversations, tmp_pat
     target = Target.load(str(tiny_hybrid), device="cpu")
     build_cache(target, conversations, tmp_path / "cache", taps=(1, 4), data=asked.data, cache=asked.cache)
     train_run(str(tiny_hybrid), tmp_path / "cache", tmp_path / "cached", asked)
-    told, watcher = [], Watcher()
-    watcher.note = told.append
-    report = run("run", "cache.mode=rolling", "cache.format=compact", "train.max_steps=4", watcher=watcher)
+    told, watcher = [], Callback()
+    watcher.on_message = told.append
+    report = run("run", "cache.mode=rolling", "cache.format=compact", "train.max_steps=4", callbacks=[watcher])
     assert_same_bits(report.run_folder, tmp_path / "cached")
     whole = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
     (said,) = (text for text in told if "of hidden states fit" in text)
     assert 0 < whole - 1000 * float(re.search(r"All ([\d.]+) kB", said).group(1)) < 3000
 
 
-class Disk(Watcher):
+class Disk(Callback):
     """The most bytes of hidden states that were ever there; the first step leaves the target time to run too far."""
 
     def __init__(self, folder):
         self.folder, self.most, self.notes, self.third = folder, 0, [], threading.Event()
 
-    def forward(self, step, done):
+    def on_micro_batch(self, step, done):
         if (step, done) == (0, 1):
             assert not self.third.wait(2)
         self.look()
 
-    def working(self, text):
+    def on_status(self, text):
         self.look()
 
-    def note(self, text):
+    def on_message(self, text):
         self.notes.append(text)
         if sum(note.startswith("hidden states for") for note in self.notes) == 3:
             self.third.set()
 
     def look(self):
         found = 0
-        for path in (self.folder / "windows").rglob("shard*"):
+        for path in (self.folder / "segments").rglob("shard*"):
             with contextlib.suppress(FileNotFoundError):
                 found += path.stat().st_size
         self.most = max(self.most, found)
 
 
-def test_windows_are_replaced_within_the_budget(run, tmp_path, monkeypatch):
+def test_segments_are_replaced_within_the_budget(run, tmp_path, monkeypatch):
     rows, capture = [], Target.capture
 
     def counted(self, input_ids, mask, taps):
@@ -434,37 +433,37 @@ def test_windows_are_replaced_within_the_budget(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Target, "capture", counted)
     disk = Disk(tmp_path / "run")
-    report = run("run", *ROLLING, watcher=disk)
+    report = run("run", *ROLLING, callbacks=[disk])
     assert report.steps == 12
     assert sum(rows) == 2 * 24  # two rounds over the data for three epochs
     made = [note for note in disk.notes if note.startswith("hidden states for steps")]
     assert len(made) >= 4
     assert 300_000 < disk.most <= 600_000
-    assert not (tmp_path / "run" / "windows").exists()
+    assert not (tmp_path / "run" / "segments").exists()
     assert any("at most 600 kB are on the disk" in note for note in disk.notes)
 
 
-def test_a_window_that_is_gone_is_made_again(run, tmp_path):
-    """A damaged checkpoint sends the run back to a window that has been replaced."""
+def test_a_segment_that_is_gone_is_made_again(run, tmp_path):
+    """A damaged checkpoint sends the run back to a segment that has been replaced."""
     run("whole", *ROLLING)
 
-    class Stop(Watcher):
-        def forward(self, step, done):
+    class Stop(Callback):
+        def on_micro_batch(self, step, done):
             if step == 9:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        run("cut", *ROLLING, watcher=Stop())
+        run("cut", *ROLLING, callbacks=[Stop()])
     checkpoints = sorted((tmp_path / "cut" / "checkpoints").iterdir())
     assert checkpoints[-1].name == "step-00000009"
     damaged = checkpoints[-1] / "optimiser.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    shutil.rmtree(tmp_path / "cut" / "windows")
+    shutil.rmtree(tmp_path / "cut" / "segments")
     assert run("cut", *ROLLING).resumed_from == 8
     assert_same_bits(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_a_stop_leaves_a_window_to_be_finished(run, tmp_path, monkeypatch):
+def test_a_stop_leaves_a_segment_to_be_finished(run, tmp_path, monkeypatch):
     run("whole", *ROLLING)
     capture, close, closing, calls = Target.capture, RollingSource.close, threading.Event(), []
 
@@ -503,12 +502,12 @@ def test_a_disk_without_room_is_said_before_the_target_is_loaded(run, monkeypatc
     monkeypatch.setattr(Target, "load", lambda *_, **__: pytest.fail("the target was loaded"))
     usage = shutil.disk_usage
     full = usage("/")._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if Path(path).name == "windows" else usage(path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if Path(path).name == "segments" else usage(path))
     with pytest.raises(EnvironmentFault, match=r"hidden states need .* more, and .* has 1 kB free"):
         run("run", *ROLLING)
 
 
-def test_other_windows_do_not_mix_into_a_run(run):
+def test_other_segments_do_not_mix_into_a_run(run):
     run("run", *ROLLING)
     with pytest.raises(InputError, match=r"cache\.reuse was 2, now it is 3"):
         run("run", *ROLLING, "cache.reuse=3")

@@ -1,4 +1,4 @@
-"""Which samples each optimiser step takes. Counted from 0, a step is all the position a run has."""
+"""Which samples each optimiser step takes. Counted from 0, the step is all the position that a run has."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,43 +9,43 @@ import numpy as np
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.anchors import epoch_order, round_order
-from nemotron_dspark.training.ranks import ALONE, Ranks
+from nemotron_dspark.training.distributed import SINGLE, DistContext
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Every epoch takes all samples once, in an order of its own."""
+class SampleSchedule:
+    """Which samples each step takes: every epoch takes all of them once, in an order of its own."""
 
     num_samples: int
     steps_per_epoch: int  # a rest smaller than one global batch is left out of the epoch
     total_steps: int
-    accumulation: int  # forwards per step and process
+    accumulation: int  # micro-batches per step and process
     rank: int  # of this process
-    ranks: int
+    world_size: int
 
     @staticmethod
-    def of(config: TrainConfig, num_samples: int, ranks: Ranks = ALONE) -> "Plan":
-        """The plan for ``num_samples``; `InputError` when the batch sizes do not fit them or each other."""
-        _check_batch_sizes(config, ranks.size)
+    def of(config: TrainConfig, num_samples: int, context: DistContext = SINGLE) -> "SampleSchedule":
+        """The schedule for ``num_samples``; `InputError` when the batch sizes do not fit them or each other."""
+        _check_batch_sizes(config, context.world_size)
         steps_per_epoch = num_samples // config.global_batch_size
         if not steps_per_epoch:
             raise InputError(
                 f"The data has {num_samples} samples, but one optimiser step takes {config.global_batch_size}.",
                 f"Add data, or set train.global_batch_size to at most {num_samples}.",
             )
-        return Plan(
+        return SampleSchedule(
             num_samples,
             steps_per_epoch,
             config.max_steps or config.epochs * steps_per_epoch,
-            config.global_batch_size // (config.local_batch_size * ranks.size),
-            ranks.rank,
-            ranks.size,
+            config.global_batch_size // (config.local_batch_size * context.world_size),
+            context.rank,
+            context.world_size,
         )
 
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
 
-    def visit(self, step: int) -> int:
+    def sample_epoch(self, step: int) -> int:
         """How many times the samples of ``step`` were taken before; each time draws anchors of its own."""
         return self.epoch(step)
 
@@ -60,58 +60,61 @@ class Plan:
         return cached_order(self.num_samples, config.seed, self.epoch(step))[first : first + size]
 
     def micro_batches(self, step: int, config: TrainConfig, lengths: np.ndarray) -> list[np.ndarray]:
-        """Sample ids of each forward of ``step`` in this process, longest first: little is padded, memory peaks early.
+        """Sample ids of each micro-batch of ``step`` in this process, longest first: memory is at its highest early.
 
         The processes take turns, so that all have about the same length at a time.
         """
         ids = self.samples(step, config)
         by_length = ids[np.argsort(-lengths[ids], kind="stable")]
-        return np.split(by_length, self.accumulation * self.ranks)[self.rank :: self.ranks]
+        return np.split(by_length, self.accumulation * self.world_size)[self.rank :: self.world_size]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Window:
-    """Samples that are on the disk together, and the steps that take them. ``first_step`` tells windows apart."""
+class Segment:
+    """Samples whose hidden states are on the disk at the same time, and the steps that take them.
+
+    ``first_step`` tells segments apart.
+    """
 
     first_step: int
-    steps: int  # of one pass over the samples
-    passes: int
-    first_epoch: int  # of the first pass
+    steps: int  # of one epoch of its samples
+    epochs: int  # that it is used for, one after the other
+    first_epoch: int
     ids: np.ndarray  # int64, ascending
     size: int  # bytes
 
     @property
     def stop_step(self) -> int:
-        return self.first_step + self.steps * self.passes
+        return self.first_step + self.steps * self.epochs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RollingPlan(Plan):
-    """Every round takes all samples once, window after window, and each window for several passes.
+class RollingSchedule(SampleSchedule):
+    """Takes the samples segment by segment, each for several epochs before the next, until all were taken; then anew.
 
-    A window is a number of whole global batches of at most half the budget: while one trains, the next is made. A
-    function of sizes, seed and step alone, so any window can be made again. Where the budget holds all samples there is
-    one window and its steps are those of `Plan`.
+    A segment is a number of whole global batches of at most half the budget: while one trains, the next is made. It is
+    a function of sizes, seed and step alone, so any segment can be made again. Where the budget holds all samples there
+    is one segment and its steps are those of `SampleSchedule`.
     """
 
     sizes: np.ndarray  # int64 [samples], bytes of each
     budget: int  # bytes
-    reuse: int  # passes over a window
+    reuse: int  # epochs that a segment is used for
     epochs: int  # of the whole run
     seed: int
     _batch: int  # samples of one step
-    _rounds: dict[int, list[Window]] = dataclasses.field(default_factory=dict)
+    _rounds: dict[int, list[Segment]] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def rolling(
-        config: TrainConfig, sizes: np.ndarray, *, budget: int, reuse: int, ranks: Ranks = ALONE
-    ) -> "RollingPlan":
-        """The plan for samples of ``sizes`` bytes.
+        config: TrainConfig, sizes: np.ndarray, *, budget: int, reuse: int, context: DistContext = SINGLE
+    ) -> "RollingSchedule":
+        """The schedule for samples of ``sizes`` bytes.
 
         Raises:
             InputError: the batch sizes do not fit the data, or a global batch does not fit into half the budget.
         """
-        plan = Plan.of(config, len(sizes), ranks)
+        plain = SampleSchedule.of(config, len(sizes), context)
         whole = int(sizes.sum()) <= budget
         largest = int(np.sort(sizes)[-config.global_batch_size :].sum())
         if not whole and largest > budget // 2:
@@ -120,9 +123,9 @@ class RollingPlan(Plan):
                 f"cache.budget_gb ({budget / 1e9:g}).",
                 f"Set cache.budget_gb to at least {2.02 * largest / 1e9:.3g}, or lower train.global_batch_size.",
             )
-        epochs = -(-plan.total_steps // plan.steps_per_epoch)
-        return RollingPlan(
-            **vars(plan),
+        epochs = -(-plain.total_steps // plain.steps_per_epoch)
+        return RollingSchedule(
+            **vars(plain),
             sizes=sizes,
             budget=budget,
             reuse=epochs if whole else reuse,
@@ -136,52 +139,52 @@ class RollingPlan(Plan):
         """The budget holds all samples."""
         return int(self.sizes.sum()) <= self.budget
 
-    def window(self, step: int) -> Window:
-        """The window of ``step``."""
-        windows = self._round(step // (self.steps_per_epoch * self.reuse))
-        return next(window for window in windows if step < window.stop_step)
+    def segment(self, step: int) -> Segment:
+        """The segment of ``step``."""
+        segments = self._round(step // (self.steps_per_epoch * self.reuse))
+        return next(segment for segment in segments if step < segment.stop_step)
 
-    def windows(self, step: int) -> Iterator[Window]:
-        """The window of ``step`` and all behind it."""
+    def segments(self, step: int) -> Iterator[Segment]:
+        """The segment of ``step`` and all behind it."""
         while step < self.total_steps:
-            window = self.window(step)
-            yield window
-            step = window.stop_step
+            segment = self.segment(step)
+            yield segment
+            step = segment.stop_step
 
-    def visit(self, step: int) -> int:
-        window = self.window(step)
-        return window.first_epoch + (step - window.first_step) // window.steps
+    def sample_epoch(self, step: int) -> int:
+        segment = self.segment(step)
+        return segment.first_epoch + (step - segment.first_step) // segment.steps
 
     def must_save(self, step: int) -> bool:
-        return super().must_save(step) or step == self.window(step - 1).stop_step
+        return super().must_save(step) or step == self.segment(step - 1).stop_step
 
     def samples(self, step: int, config: TrainConfig) -> np.ndarray:
-        window, size = self.window(step), config.global_batch_size
-        order = cached_order(len(window.ids), self.seed, self.visit(step))
-        first = (step - window.first_step) % window.steps * size
-        return window.ids[order[first : first + size]]
+        segment, size = self.segment(step), config.global_batch_size
+        order = cached_order(len(segment.ids), self.seed, self.sample_epoch(step))
+        first = (step - segment.first_step) % segment.steps * size
+        return segment.ids[order[first : first + size]]
 
-    def _round(self, number: int) -> list[Window]:
+    def _round(self, number: int) -> list[Segment]:
         if number not in self._rounds:
             for old in [known for known in list(self._rounds) if known < number - 1]:
                 self._rounds.pop(old, None)
-            self._rounds[number] = self._windows_of(number)
+            self._rounds[number] = self._segments_of(number)
         return self._rounds[number]
 
-    def _windows_of(self, number: int) -> list[Window]:
+    def _segments_of(self, number: int) -> list[Segment]:
         groups = self._groups(number)
         first_epoch = number * self.reuse
-        passes = min(self.reuse, self.epochs - first_epoch)
-        step, windows = first_epoch * self.steps_per_epoch, []
+        epochs = min(self.reuse, self.epochs - first_epoch)
+        step, segments = first_epoch * self.steps_per_epoch, []
         for ids in groups:
             steps = self.steps_per_epoch if len(groups) == 1 else len(ids) // self._batch
             size = int(self.sizes[ids].sum())
-            windows.append(Window(step, steps, passes, first_epoch, np.sort(ids), size))
-            step = windows[-1].stop_step
-        return windows
+            segments.append(Segment(step, steps, epochs, first_epoch, np.sort(ids), size))
+            step = segments[-1].stop_step
+        return segments
 
     def _groups(self, number: int) -> list[np.ndarray]:
-        """Sample ids of each window: as few windows as fit, as equal as whole steps allow."""
+        """Sample ids of each segment: as few segments as fit, as equal as whole steps allow."""
         if self.whole:
             return [np.arange(self.num_samples)]
         order = round_order(self.num_samples, seed=self.seed, number=number)
@@ -193,19 +196,20 @@ class RollingPlan(Plan):
         return [part.flatten() for part in np.array_split(steps, count)]
 
 
-def _check_batch_sizes(config: TrainConfig, ranks: int) -> None:
+def _check_batch_sizes(config: TrainConfig, processes: int) -> None:
     whole, local = config.global_batch_size, config.local_batch_size
     if whole % local:
         raise InputError(
             f"train.global_batch_size {whole} is not a multiple of train.local_batch_size {local}.",
             "Change one of them.",
         )
-    together = local * ranks
+    together = local * processes
     if whole % together:
         sizes = [size for size in (whole // together * together, (whole // together + 1) * together) if size]
-        counts = [count for count in range(1, ranks) if whole // local % count == 0]
+        counts = [count for count in range(1, processes) if whole // local % count == 0]
         raise InputError(
-            f"train.global_batch_size {whole} is not a multiple of train.local_batch_size {local} x {ranks} processes.",
+            f"train.global_batch_size {whole} is not a multiple of train.local_batch_size {local} x {processes} "
+            "processes.",
             f"Set train.global_batch_size to {' or '.join(map(str, sizes))}, or start "
             f"{' or '.join(map(str, counts[-3:]))} processes.",
         )

@@ -75,9 +75,9 @@ def test_size_of_a_forward_changes_nothing_but_rounding(runs):
     assert_equal(runs, "one, wide", "one")
 
 
-def test_sharded_weights_train_in_bf16_on_fp32_masters_as_whole_ones_do(runs):
+def test_sharded_fp32_parameters_train_in_bf16_as_replicated_ones_do(runs):
     weights = checkpoint(runs[0], "two, bf16, sharded")
-    assert (weights["fc.weight"].dtype, weights["master.fc.weight"].dtype) == (torch.bfloat16, torch.float32)
+    assert weights["fc.weight"].dtype == torch.float32
     assert_equal(runs, "two, bf16, sharded", "two, bf16")
 
 

@@ -1,8 +1,8 @@
-"""The processes of one run, as `torchrun` starts them: who they are, what they agree on, and that they end together.
+"""The processes of a run that `torchrun` starts: ranks, all-reduce, and that all of them end together.
 
-What the loop decides by (sums of metrics, whether to stop) goes over gloo, from host to host, and is asked before every
-forward. So all processes stop at the same step, and one that dies is noticed there by its closed connection, whatever
-the devices are doing. Gradients go over a group of their own: NCCL on CUDA.
+What the trainer decides by (sums of metrics, whether to stop) is all-reduced over gloo, on the host, before every
+micro-batch. So all processes stop at the same step, and one that dies is noticed there by its closed connection,
+whatever the devices are doing. Gradients go over a group of their own: NCCL on CUDA.
 """
 
 import contextlib
@@ -17,91 +17,88 @@ from torch import Tensor
 from nemotron_dspark.errors import EnvironmentFault, NdsError
 
 # A dead process is noticed by its connection; these are for one that is stuck.
-_TURN = datetime.timedelta(days=1)  # the first rank may tokenise for hours
+_MAIN_FIRST = datetime.timedelta(days=1)  # the first rank may tokenise for hours
 _STEP = datetime.timedelta(hours=1)  # load a target, write a checkpoint
 _FAILED = "nds/failed"
 
 
-class Ranks:
-    """This process alone; `_Several` has company."""
+class DistContext:
+    """One process on its own: every collective operation is the identity. `TorchDist` is several of them."""
 
     rank = 0
-    size = 1
-    local = 0  # among those of this machine
+    world_size = 1
+    local_rank = 0  # among the processes of this machine
 
     @property
-    def first(self) -> bool:
-        """The one that prints and writes."""
+    def is_main(self) -> bool:
+        """Rank 0, the process that prints and writes."""
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """``values`` of all ranks added up, fp64 on the host."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum ``values`` over all ranks; fp64 on the host."""
         return values.to("cpu", torch.float64)
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true on any rank."""
-        return flag
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
+    def barrier(self) -> None:
+        """Wait for all ranks."""
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """The first rank goes through the block alone; the others follow when it is through."""
-        if not self.first:
-            self._wait_for_turn()
+    def main_process_first(self) -> Iterator[None]:
+        """Run the block on rank 0 first, and on the others when it has ended there."""
+        if not self.is_main:
+            self._wait_for_main()
         yield
-        if self.first:
-            self._wait_for_turn()
+        if self.is_main:
+            self._wait_for_main()
 
-    def _wait_for_turn(self) -> None: ...
+    def _wait_for_main(self) -> None: ...
 
-    def add_up(self, gradients: Iterable[Tensor]) -> None:
-        """Replace each by its sum over the ranks, which all have them in the same order."""
+    def all_reduce_gradients(self, gradients: Iterable[Tensor]) -> None:
+        """Replace each gradient by its sum over the ranks, which all have them in the same order."""
 
-    def device_group(self, device: torch.device) -> dist.ProcessGroup:
-        """The group that tensors on ``device`` travel in."""
+    def process_group(self, device: torch.device) -> dist.ProcessGroup:
+        """The group for tensors on ``device``: NCCL on CUDA, gloo on a CPU."""
         raise NotImplementedError
 
 
-ALONE = Ranks()
+SINGLE = DistContext()
 
 
-class _Several(Ranks):
-    def __init__(self, rank: int, size: int, local: int):
-        self.rank, self.size, self.local = rank, size, local
+class TorchDist(DistContext):
+    """Several processes under `torchrun`, over torch.distributed."""
+
+    def __init__(self, rank: int, world_size: int, local_rank: int):
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self._groups = {"cpu": dist.new_group(backend="gloo", timeout=_STEP)}
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         total = values.to("cpu", torch.float64, copy=True)
         dist.all_reduce(total, group=self._groups["cpu"])
         return total
 
-    def any(self, flag: bool) -> bool:
-        return self.sum(torch.tensor(float(flag))).item() > 0
+    def barrier(self) -> None:
+        self.all_reduce_sum(torch.zeros(()))
 
-    def wait(self) -> None:
-        self.any(False)
-
-    def _wait_for_turn(self) -> None:
+    def _wait_for_main(self) -> None:
         dist.barrier()
 
-    def add_up(self, gradients: Iterable[Tensor]) -> None:
+    def all_reduce_gradients(self, gradients: Iterable[Tensor]) -> None:
         under_way = [
-            dist.all_reduce(gradient, group=self.device_group(gradient.device), async_op=True) for gradient in gradients
+            dist.all_reduce(gradient, group=self.process_group(gradient.device), async_op=True)
+            for gradient in gradients
         ]
-        for sent in under_way:
-            sent.wait()
+        for work in under_way:
+            if work is not None:
+                work.wait()
 
-    def device_group(self, device: torch.device) -> dist.ProcessGroup:
+    def process_group(self, device: torch.device) -> dist.ProcessGroup:
         if device.type not in self._groups:
             self._groups[device.type] = dist.new_group(backend=dist.get_default_backend_for_device(device))
         return self._groups[device.type]
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
-    """This process and those that `torchrun` started with it, until the block is left; `ALONE` without `torchrun`.
+def init_distributed() -> Iterator[DistContext]:
+    """Join the processes that `torchrun` started, until the block is left; `SINGLE` without `torchrun`.
 
     An error inside ends all of them. It is raised on one rank, to be printed; the others leave with its exit code.
 
@@ -110,14 +107,14 @@ def joined() -> Iterator[Ranks]:
         SystemExit: the error is another rank's.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield ALONE
+        yield SINGLE
         return
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)  # "cuda" means this one from here on
     try:
         store, rank, size = next(dist.rendezvous("env://"))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TURN)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_MAIN_FIRST)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise EnvironmentFault(
@@ -126,7 +123,7 @@ def joined() -> Iterator[Ranks]:
             "NCCL_SOCKET_IFNAME) must be right.",
         ) from None
     try:
-        yield _Several(rank, size, local)
+        yield TorchDist(rank, size, local)
     except Exception as error:
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         code = error.exit_code if isinstance(error, NdsError) else EnvironmentFault.exit_code if lost else 1

@@ -1,0 +1,56 @@
+"""Where a run's metrics go: ``metrics.jsonl`` always, TensorBoard where it is installed."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from nemotron_dspark import files
+from nemotron_dspark.training.callbacks import Callback
+from nemotron_dspark.training.metrics import FILE, StepMetrics, read_metrics
+from nemotron_dspark.training.schedule import SampleSchedule
+
+
+class MetricsLog(Callback):
+    """``metrics.jsonl`` and TensorBoard events in a run's folder."""
+
+    def __init__(self, run_folder: Path):
+        self._folder = run_folder
+        self._events = run_folder / "tensorboard"
+        self._board: Any = None
+
+    def on_begin(self, schedule: SampleSchedule, first_step: int) -> None:
+        # The steps after the checkpoint that the run goes on from are done again, and so are their lines.
+        kept = [json.dumps(line) for line in read_metrics(self._folder) if line["step"] <= first_step]
+        files.write_text(self._folder / FILE, "".join(line + "\n" for line in kept))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        with files.disk_errors(self._events):
+            self._board = SummaryWriter(str(self._events), purge_step=first_step + 1)
+
+    def on_metrics(self, metrics: StepMetrics) -> None:
+        path = self._folder / FILE
+        with files.disk_errors(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+        if self._board is None:
+            return
+        with files.disk_errors(self._events):
+            for key, value in dataclasses.asdict(metrics).items():
+                for name, number in _scalars(key, value):
+                    self._board.add_scalar(name, number, metrics.step)
+            self._board.flush()
+
+    def on_end(self) -> None:
+        if self._board is not None:
+            with files.disk_errors(self._events):
+                self._board.close()
+
+
+def _scalars(key: str, value: Any) -> list[tuple[str, float]]:
+    if value is None or key == "step":
+        return []
+    if isinstance(value, list):
+        return [(f"{key}/{slot}", number) for slot, number in enumerate(value)]
+    return [(key, value)]
