@@ -45,7 +45,7 @@ class StepSums:
     blocks: Tensor  # blocks with at least one slot that carries loss
     tau: Tensor  # sum over them of the expected tokens per round
     tokens: Tensor  # of the samples, without padding
-    counted: Tensor  # [γ] slots that carry loss
+    slots: Tensor  # [γ] slots that carry loss
     accepted: Tensor  # [γ] sum of their acceptance rates
 
     @staticmethod
@@ -55,13 +55,13 @@ class StepSums:
     @staticmethod
     def from_tensor(values: Tensor) -> "StepSums":
         """The inverse of `to_tensor`."""
-        counted, accepted = values[8:].chunk(2)
-        return StepSums(*values[:8].unbind(), counted, accepted)
+        slots, accepted = values[8:].chunk(2)
+        return StepSums(*values[:8].unbind(), slots, accepted)
 
     def to_tensor(self) -> Tensor:
         """All sums in one vector, fp64 [8 + 2γ], to be reduced over processes."""
-        *scalars, counted, accepted = (getattr(self, field.name).double() for field in dataclasses.fields(self))
-        return torch.cat((torch.stack(scalars), counted, accepted))
+        *scalars, slots, accepted = (getattr(self, field.name).double() for field in dataclasses.fields(self))
+        return torch.cat((torch.stack(scalars), slots, accepted))
 
     def __add__(self, other: "StepSums") -> "StepSums":
         return StepSums.from_tensor(self.to_tensor() + other.to_tensor())
@@ -92,7 +92,7 @@ class MetricAccumulator:
         """The averages; ``acceptance`` and ``confidence`` say whether the objective measures them."""
         sums = {name: getattr(self.sums, name).tolist() for name in vars(self.sums)}
         loss, ce, l1, bce = (_ratio(sums[name], sums["weight"]) for name in ("loss", "ce", "l1", "confidence"))
-        rates = [_ratio(*pair) for pair in zip(sums["accepted"], sums["counted"], strict=True)]
+        rates = [_ratio(*pair) for pair in zip(sums["accepted"], sums["slots"], strict=True)]
         return StepMetrics(
             step,
             epoch,

@@ -167,7 +167,7 @@ def dspark_loss(
         blocks=batch.counted[..., 0].sum(),
         tau=tau,
         tokens=torch.full((), batch.tokens, device=hidden.device),
-        counted=batch.counted.sum(dim=(0, 1)),
+        slots=batch.counted.sum(dim=(0, 1)),
         accepted=accepted,
     )
     return Loss(total + weights.confidence * confidence_sum, sums)

@@ -195,7 +195,7 @@ def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, cha
             assert float(loss.sums.l1 / (loss.sums.weight + 1e-6)) == pytest.approx(terms["l1"].item(), rel=1e-9)
             assert float(loss.sums.tau / loss.sums.blocks) == pytest.approx(tau, rel=1e-9)
             assert 1.1 < tau < 4.9
-            assert (loss.sums.accepted / loss.sums.counted.clamp(min=1)).tolist() == pytest.approx(rates, rel=1e-9)
+            assert (loss.sums.accepted / loss.sums.slots.clamp(min=1)).tolist() == pytest.approx(rates, rel=1e-9)
         reached = 0
         for name, parameter in draft.trainable_parameters().items():
             if plain[name] is None:
