@@ -21,7 +21,6 @@ COMMANDS = (
     "config",
     "data",
     "chat",
-    "taps",
     "cache",
     "train",
     "eval",

@@ -160,7 +160,7 @@ def test_a_fault_in_its_code_is_two_sentences(checkpoint, tmp_path):
 def test_every_command_that_loads_a_target_has_the_flag():
     commands = typer.main.get_command(cli.app).commands
     loading = [commands[name] for name in ("inspect", "train", "eval", "serve")]
-    loading += [commands["cache"].commands["build"], commands["taps"].commands["search"], commands["chat"]]
+    loading += [commands["cache"].commands["build"], commands["chat"]]
     loading += [commands["data"].commands["check"], commands["deepspec"].commands["config"], commands["plan"]]
     for command in loading:
         assert "--trust-remote-code" in {text for option in command.params for text in option.opts}, command.name
