@@ -1,7 +1,4 @@
-"""What a machine has: memory, disk, speed. Published figures of the ones people rent or own, or measured here.
-
-Sources are in docs/plan.md. GB and TB are powers of ten.
-"""
+"""What a machine has: memory, disk, speed. Published figures (`configs/machines/`), or measured here."""
 
 import dataclasses
 import difflib
@@ -10,9 +7,12 @@ import shutil
 import time
 from pathlib import Path
 
-from nemotron_dspark.errors import InputError
+import yaml
 
-GB, TB = 1e9, 1e12
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.resources import resource_folder
+
+GB = 1e9
 _MEASURE_SECONDS = 0.4
 
 
@@ -37,43 +37,26 @@ class Machine:
         return 2 if self.gpus else 4
 
 
-# Of the nominal memory and disk a part is the system's: 8 GB of the Spark's 128, a tenth of every disk.
-MACHINES = {
-    "dgx-spark": Machine(
-        "dgx-spark",
-        "DGX Spark",
-        gpus=1,
-        gpu_bytes=120 * GB,
-        host_bytes=0,
-        disk_bytes=3.6 * TB,
-        flops=62e12,
-        bandwidth=273 * GB,
-        unified=True,
-        note="128 GB unified, 273 GB/s; 62 TFLOPS bf16 is what users measured",
-    ),
-    "h100x8": Machine(
-        "h100x8",
-        "8 x H100 SXM",
-        gpus=8,
-        gpu_bytes=80 * GB,
-        host_bytes=2 * TB,
-        disk_bytes=27 * TB,
-        flops=989e12,
-        bandwidth=3350 * GB,
-        note="per GPU 80 GB, 3.35 TB/s, 989 TFLOPS bf16 dense; host and disk of a DGX H100",
-    ),
-    "h200": Machine(
-        "h200",
-        "H200 SXM",
-        gpus=1,
-        gpu_bytes=141 * GB,
-        host_bytes=256 * GB,
-        disk_bytes=3.4 * TB,
-        flops=989e12,
-        bandwidth=4800 * GB,
-        note="141 GB, 4.8 TB/s, 989 TFLOPS bf16 dense; host and disk an eighth of a DGX H200",
-    ),
-}
+def _published() -> dict[str, Machine]:
+    rows = yaml.safe_load((resource_folder("configs") / "machines" / "published.yaml").read_text(encoding="utf-8"))
+    return {
+        name: Machine(
+            name,
+            row["title"],
+            row["gpus"],
+            gpu_bytes=row["gpu_memory"] * GB,
+            host_bytes=row.get("host_memory", 0) * GB,
+            disk_bytes=row["disk"] * GB,
+            flops=row["flops"] * 1e12,
+            bandwidth=row["bandwidth"] * GB,
+            unified="host_memory" not in row,
+            note=row["note"],
+        )
+        for name, row in rows.items()
+    }
+
+
+MACHINES = _published()
 NAMES = (*MACHINES, "cpu", "here")
 
 

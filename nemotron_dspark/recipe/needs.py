@@ -126,10 +126,9 @@ def token_bytes(tokens: int) -> int:
     return 5 * tokens
 
 
-def checkpoint_bytes(shape: Shape, weight_bytes: int) -> int:
-    """12·D with fp32 weights, 14·D with bf16. Headers and checksums take about 120 bytes a tensor in each file."""
-    tensors = shape.tensors * (4 if weight_bytes < 4 else 3)
-    return checkpoints.checkpoint_bytes(shape.trainable, weight_bytes) + 120 * tensors
+def checkpoint_bytes(shape: Shape) -> int:
+    """12·D: parameters and two moments in fp32. Headers and checksums take about 120 bytes a tensor."""
+    return checkpoints.checkpoint_bytes(shape.trainable) + 120 * 3 * shape.tensors
 
 
 def draft_bytes(shape: Shape, weight_bytes: int) -> int:
@@ -214,8 +213,8 @@ def training_bytes(
 ) -> Training:
     """The highest point of training on samples of ``length`` tokens.
 
-    Fixed: 16·D for fp32 weights (weight, gradient, two moments), 20·D for bf16 (and its fp32 master and gradient);
-    the frozen embedding and head; the batches read ahead. On top of it the larger of
+    Fixed: 16·D for parameters, gradients and two moments in fp32, and 2·D more where the draft computes in bf16, which
+    its parameters are cast to; the frozen embedding and head; the batches read ahead. On top of it the larger of
 
     - a forward's saved activations with the objective's chunk or the last layer's gradients (`_saved`, `_objective`);
     - a checkpoint being written: its bytes once more, in main memory, after the gradients were freed.
@@ -231,14 +230,13 @@ def training_bytes(
     top = max(
         _objective(shape, slots, positions, b, gpu=gpu), 3 * b * slots * shape.width + b * shape.hidden * shape.width
     )
-    optimiser = (8 if b == 4 else 12) * trained
-    fixed = 2 * b * trained + optimiser + (4 * trained if b < 4 else 0) + b * frozen
-    if gpu:  # the optimiser's tensors come to main memory, and once more as the file's bytes
-        host = 2 * optimiser + 2 * frozen + READ_AHEAD * batch
+    moments = 8 * trained
+    fixed = 16 * trained + (b * trained if b < 4 else 0) + b * frozen
+    if gpu:  # the moments come to main memory, and once more as the file's bytes
+        host = 2 * moments + 2 * frozen + READ_AHEAD * batch
         made = 4.0 * (trained + frozen)  # in fp32, before it moves to the device
         return Training(fixed + 2 * batch + saved + top, max(host, made), max(READ_AHEAD * batch, made))
-    gradients = 4 * trained
-    writing = optimiser - gradients
+    writing = moments - 4 * trained  # the gradients were freed
     return Training(fixed + READ_AHEAD * batch + max(saved + top, writing), 0.0)
 
 

@@ -233,7 +233,7 @@ class _Case:
             found["cache"] = float(stored)
         if mode.setting:
             found["tokens"] = float(needs.token_bytes(self.workload.tokens))
-        one = needs.checkpoint_bytes(self.shape, self.machine.weight_bytes)
+        one = needs.checkpoint_bytes(self.shape)
         found["checkpoints"] = float((self.config.train.keep_checkpoints + 1) * one)
         found["draft"] = float(needs.draft_bytes(self.shape, self.machine.weight_bytes))
         return found
