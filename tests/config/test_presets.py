@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from nemotron_dspark.cache.format import bytes_per_token as deepspec_bytes
 from nemotron_dspark.config import DraftSection, load_config
 from nemotron_dspark.config.known import KNOWN, known_target, preset_for
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.recipe.describe import cache_bytes_per_token
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 from nemotron_dspark.training.fused import CHUNK_ELEMENTS
@@ -93,7 +93,7 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
         trainable = sum(p.numel() for p in DSparkDraft(draft).trainable_parameters().values())
     embedding = spec.vocab_size * spec.hidden_size
     activations, objective = training_activations(draft), 11 * CHUNK_ELEMENTS + 6 * spec.vocab_size * draft.markov_rank
-    bytes_per_token = cache_bytes_per_token(spec.hidden_size, len(draft.target_layer_ids))
+    bytes_per_token = deepspec_bytes(len(draft.target_layer_ids), spec.hidden_size)
     count = {kind: spec.layers.count(kind) for kind in LayerKind}
     heads, width, state = row.mamba
     for label, texts in {

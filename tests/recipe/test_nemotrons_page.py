@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemotron_dspark.cache.format import bytes_per_token as deepspec_bytes
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.config.known import KNOWN
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.recipe.describe import cache_bytes_per_token
 from nemotron_dspark.targets.spec import TargetSpec
 from tests.recipe.nemotrons import LLAMA_8B, MINI, NEMOTRONS
 
@@ -54,7 +54,7 @@ def drafts_table() -> str:
             f"| {', '.join(names)} | {kinds} | {'all' if len(attention) == spec.num_layers else ', '.join(attention)} "
             f"| {spec.hidden_size}, {spec.num_attention_heads}/{spec.num_key_value_heads} × {spec.head_dim} | {taps} "
             f"| {draft.intermediate_size} | {trainable / 1e9:.3f} billion "
-            f"| {cache_bytes_per_token(spec.hidden_size, len(draft.target_layer_ids)):,} |"
+            f"| {deepspec_bytes(len(draft.target_layer_ids), spec.hidden_size):,} |"
         )
     return "\n".join(rows)
 
