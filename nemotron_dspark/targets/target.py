@@ -255,16 +255,26 @@ def _joined(collected: dict[int, Tensor], taps: Sequence[int], like: Tensor) -> 
     return torch.cat([collected[tap] for tap in taps], dim=-1) if taps else like[..., :0]
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is CUDA when there is one. `EnvironmentFault` when it is absent."""
+def resolve_device(name: str, key: str = "target.device") -> torch.device:
+    """Find the device called ``name``, which the setting ``key`` gave; "auto" is CUDA when there is one, else the CPU.
+
+    Raises:
+        InputError: it is no device's name.
+        EnvironmentFault: it is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"{name!r} is not a device.", "Use cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFault("There is no CUDA device here.", "Use --set target.device=cpu, or install CUDA torch.")
+        raise InputError(f"{name!r} is not a device.", f"Set {key} to cpu, cuda or cuda:N.") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise EnvironmentFault(
+            f"The device {name!r} cannot be used: {reason}.", f"Set {key} to cpu, or leave it at auto."
+        ) from None
     return device
 
 

@@ -29,8 +29,7 @@ from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.families import needs_remote_code
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
-from nemotron_dspark.targets.target import resolve_device as target_device
-from nemotron_dspark.targets.target import resolve_dtype
+from nemotron_dspark.targets.target import resolve_device, resolve_dtype
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
@@ -165,7 +164,7 @@ class _Run:
         self.spec = TargetSpec.from_folder(self.folder, self.name, trust_remote_code=allowed)
         trusted = allowed and needs_remote_code(files.read_json(self.folder / "config.json"))
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trusted)
-        self.device, self.dtype = resolve_device(config.train, context)
+        self.device, self.dtype = training_device(config.train, context)
         self.draft_config: DraftConfig
 
     def cached(self, folder: Path) -> HiddenStates:
@@ -188,7 +187,7 @@ class _Run:
         config, mode = self.config, self.config.cache.mode
         notes = self._choose_draft(config.draft)
         taps = self.draft_config.target_layer_ids
-        dtype = resolve_dtype(config.target.dtype, target_device(config.target.device))
+        dtype = resolve_dtype(config.target.dtype, resolve_device(config.target.device))
         made_from = inputs_of(self.folder, self.tokenizer, self.name, dtype, data, taps, config.data)
         if mode == "rolling":
             made_from["cache"] = config.cache.model_dump(exclude={"mode"})
@@ -275,28 +274,18 @@ class _Run:
         return HiddenStates(mode, source, size, notes)
 
 
-def resolve_device(config: TrainConfig, context: DistContext = SINGLE) -> tuple[torch.device, torch.dtype]:
-    """The device and the weights' type that ``config`` means on this machine.
+def training_device(config: TrainConfig, context: DistContext = SINGLE) -> tuple[torch.device, torch.dtype]:
+    """The device of this process and the type to compute in.
 
     Raises:
-        InputError: one GPU for several processes.
+        InputError: no device's name, or one GPU for several processes.
         EnvironmentFault: the device is not there.
     """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise EnvironmentFault(
-            f"The device {name!r} cannot be used: {reason}.", "Set train.device to cpu, or leave it at auto."
-        ) from None
+    device = resolve_device(config.device, "train.device")
     if context.world_size > 1 and device.type == "cuda":
         if device.index is not None:
             raise InputError(
-                f"train.device={name} is one GPU, and there are {context.world_size} processes.",
+                f"train.device={config.device} is one GPU, and there are {context.world_size} processes.",
                 "Leave train.device at auto.",
             )
         if context.local_rank >= torch.cuda.device_count():

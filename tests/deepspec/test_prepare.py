@@ -158,7 +158,7 @@ def test_an_error_in_a_workers_process_is_the_commands_error(job, monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "spawn", start)
     job = dataclasses.replace(job, parts=2)
     prepare.begin(job)
-    with pytest.raises(EnvironmentFault, match="no CUDA device"):
+    with pytest.raises(EnvironmentFault, match=r"'cuda:[01]' cannot be used"):
         prepare.run_workers(job, 0, ["cuda:0", "cuda:1"], ignore)
 
 
