@@ -2,9 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +98,7 @@ class Loader:
         return batch.pinned() if self.device.type == "cuda" else batch  # copied while the GPU computes
 
 
-def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequence[Any] = ()) -> Iterator[Batch]:
+def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequence[object] = ()) -> Generator[Batch]:
     """Every micro-batch from ``first_step`` to the end of the schedule, read ahead by a thread.
 
     Ends early once ``stopped`` has an element, also while it waits for a batch.
@@ -113,10 +112,12 @@ def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequ
     return _ahead(load, wanted, stopped)
 
 
-def _ahead(load: Loader, wanted: Iterable[tuple], stopped: Sequence[Any], depth: int = 2) -> Iterator[Batch]:
+def _ahead(
+    load: Loader, wanted: Iterable[tuple[int, np.ndarray]], stopped: Sequence[object], depth: int = 2
+) -> Generator[Batch]:
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=_use, initargs=(load.device,))
     try:
-        waiting: collections.deque[Future] = collections.deque()
+        waiting: collections.deque[Future[Batch]] = collections.deque()
         for arguments in wanted:
             waiting.append(pool.submit(load, *arguments))
             if len(waiting) > depth:
@@ -134,7 +135,7 @@ def _use(device: torch.device) -> None:
         torch.cuda.set_device(device)  # a thread begins with the machine's first, whichever its process uses
 
 
-def _done(batch: Future, stopped: Sequence[Any]) -> bool:
+def _done(batch: Future[Batch], stopped: Sequence[object]) -> bool:
     """Wait for ``batch``; False when the run is stopped before."""
     while not wait([batch], timeout=0.2).done:
         if stopped:

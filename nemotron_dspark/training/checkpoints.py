@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nemotron_dspark import files
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.drafts.dspark import Draft, write_draft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.training.metrics import StepSums
@@ -45,7 +46,7 @@ class TrainState:
 
 def save_checkpoint(
     folder: Path,
-    config: Any,
+    config: DraftConfig | Eagle3Config,
     parameters: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     state: TrainState,

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,7 @@ class TorchDist(DistContext):
 
     def __init__(self, rank: int, world_size: int, local_rank: int):
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-        self._groups = {"cpu": dist.new_group(backend="gloo", timeout=_STEP)}
+        self._groups = {"cpu": _new_group("gloo", _STEP)}
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         total = values.to("cpu", torch.float64, copy=True)
@@ -92,8 +93,13 @@ class TorchDist(DistContext):
 
     def process_group(self, device: torch.device) -> dist.ProcessGroup:
         if device.type not in self._groups:
-            self._groups[device.type] = dist.new_group(backend=dist.get_default_backend_for_device(device))
+            self._groups[device.type] = _new_group(dist.get_default_backend_for_device(device))
         return self._groups[device.type]
+
+
+def _new_group(backend: str, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
+    # torch's type also covers processes that are not members; here all are.
+    return cast("dist.ProcessGroup", dist.new_group(backend=backend, timeout=timeout))
 
 
 @contextlib.contextmanager

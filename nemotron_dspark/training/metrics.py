@@ -56,7 +56,8 @@ class StepSums:
     def from_tensor(values: Tensor) -> "StepSums":
         """The inverse of `to_tensor`."""
         slots, accepted = values[8:].chunk(2)
-        return StepSums(*values[:8].unbind(), slots, accepted)
+        parts = (*values[:8].unbind(), slots, accepted)
+        return StepSums(**{field.name: part for field, part in zip(dataclasses.fields(StepSums), parts, strict=True)})
 
     def to_tensor(self) -> Tensor:
         """All sums in one vector, fp64 [8 + 2γ], to be reduced over processes."""

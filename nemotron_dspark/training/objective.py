@@ -64,6 +64,7 @@ class Loss(NamedTuple):  # a tuple, so that FSDP finds the tensor to be differen
 class Objective(nn.Module):
     """A draft and its loss as one module: in its forward sharded parameters are full, and the loss needs some."""
 
+    draft: Draft
     needs_target: bool  # the loss reads the target's last hidden states, and so measures acceptance
     measures_confidence: bool
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.drafts.dspark import SHARED, Draft
 from nemotron_dspark.training.distributed import DistContext
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def shard(objective: nn.Module, draft: Draft, device: torch.device, context: Dis
     mesh = DeviceMesh.from_group(context.process_group(device), device.type)
     for layer in draft.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    frozen = {draft.embed_tokens.weight, draft.lm_head.weight}
+    frozen = {parameter for name, parameter in draft.named_parameters() if name in SHARED}
     fully_shard(objective, mesh=mesh, mp_policy=policy, ignored_params=frozen)
 
 

@@ -1,7 +1,7 @@
 """Where a run's samples come from: a finished cache, or the target itself while the draft trains."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -14,10 +14,14 @@ from nemotron_dspark.training.schedule import SampleSchedule
 class SampleLike(Protocol):
     """What `cache.reader.Sample` holds."""
 
-    input_ids: Tensor  # int64 [S]
-    loss_mask: Tensor  # bool [S]
-    taps: Tensor  # [S, T·H]
-    last: Tensor  # [S, H]
+    @property
+    def input_ids(self) -> Tensor: ...  # int64 [S]
+    @property
+    def loss_mask(self) -> Tensor: ...  # bool [S]
+    @property
+    def taps(self) -> Tensor: ...  # [S, T·H]
+    @property
+    def last(self) -> Tensor: ...  # [S, H]
 
 
 class CacheLike(Protocol):
@@ -26,7 +30,7 @@ class CacheLike(Protocol):
     @property
     def lengths(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, sample_id: int) -> Any: ...
+    def __getitem__(self, sample_id: int) -> SampleLike: ...
 
 
 class Source:

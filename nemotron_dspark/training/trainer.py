@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -205,7 +205,7 @@ class Trainer:
         )
         draft.train()
 
-    def _micro_batches(self, feed: Iterator[Batch], stopped: list[int]) -> Iterator[Batch]:
+    def _micro_batches(self, feed: Generator[Batch], stopped: list[int]) -> Iterator[Batch]:
         """Those of one step in this process, each once all ranks have agreed to go on."""
         for _ in range(self.schedule.accumulation):
             batch, failure = None, None
