@@ -193,7 +193,7 @@ class Layer(nn.Module):
         # Every slot sees the same keys, so the query heads of one key head fold into one longer query.
         queries = attention.queries(normed, rotation).reshape(rows, attention.kv_heads, -1, attention.head_dim)
         attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        attended = attended.view(rows, attention.heads, slots, -1).transpose(1, 2).flatten(2)
+        attended = attended.reshape(rows, attention.heads, slots, -1).transpose(1, 2).flatten(2)
         return self._finish(hidden, attended)
 
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:

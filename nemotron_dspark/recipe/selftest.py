@@ -32,7 +32,7 @@ from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
-from nemotron_dspark.files import json_line, read_json, sha256
+from nemotron_dspark.files import json_line, sha256
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Captured, Target
 from nemotron_dspark.targets.proofs import prove, run_proofs
@@ -389,10 +389,9 @@ def _bridge(bench: _Bench) -> str:
     except EnvironmentFault as error:
         return f"skipped: {error.what}"
     built = config["train"]["trainer_cls"].draft_config(bench.target.spec, config["model"])
-    _require(built.block_size == 4, "DeepSpec reads another block size than was written")
-    ours = read_json(bench.folder / "run" / "draft" / "config.json")
-    lacking = [key for key in ours if not hasattr(built, key)]
-    _require(not lacking, f"The draft config that the bridge builds lacks {lacking}")
+    for key, expected in (("block_size", 4), ("target_layer_ids", [1, 2, 3, 4, 5]), ("hidden_size", 64)):
+        found = getattr(built, key)
+        _require(found == expected, f"The bridge's draft config has {key} {found}, not {expected}")
     return f"DeepSpec {(home.commit or 'of unknown commit')[:7]} reads the config that is written for this target"
 
 

@@ -109,6 +109,38 @@ def test_flex_attention_equals_the_dense_mask(make_draft):
         torch.testing.assert_close(draft(ids, taps, anchors, valid), dense, rtol=0, atol=1e-5)
 
 
+def test_a_block_does_not_depend_on_how_attention_lays_out_its_output(make_draft, monkeypatch):
+    """CUDA's kernels return [B, heads, n, d] with the positions outermost in memory."""
+    draft = make_draft().eval()
+    ids, taps = batch(draft)
+    blocks, attend = [], torch.nn.functional.scaled_dot_product_attention
+    for laid_out in (lambda out: out, lambda out: out.transpose(1, 2).contiguous().transpose(1, 2)):
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda *given, laid_out=laid_out, **named: laid_out(attend(*given, **named)),
+        )
+        context = draft.new_context(rows=2)
+        draft.extend(context, taps[:, :20], [20, 11])
+        with torch.no_grad():
+            blocks.append(draft.begin(context, ids[:, 20]).next_logits(ids[:, 20]))
+    assert torch.equal(*blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_decoding_on_cuda_is_decoding_on_a_cpu(make_draft):
+    blocks = []
+    for device in ("cpu", "cuda"):
+        draft = make_draft().to(device).eval()
+        ids, taps = (tensor.to(device) for tensor in batch(draft))
+        context = draft.new_context(rows=2)
+        draft.extend(context, taps[:, :20], [20, 11])
+        with torch.no_grad():
+            blocks.append(draft.begin(context, ids[:, 20]).next_logits(ids[:, 20]).cpu())
+    torch.testing.assert_close(blocks[1], blocks[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_flex_attention_gradients_equal_the_dense_mask_on_cuda(make_draft):
