@@ -43,8 +43,7 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.recipe.corpus import HELD_OUT, passages, sources
 from nemotron_dspark.recipe.demo import Budget, Progress, answer_prompts
 from nemotron_dspark.resources import resource_folder
-from nemotron_dspark.targets import Target
-from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets import Target, spec_from_folder
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
@@ -136,7 +135,7 @@ def train_and_measure(
     demo: Path, config: RunConfig, training: InMemory, held: InMemory, taps: tuple[int, ...], seed: int
 ) -> dict:
     folder = demo / "target"
-    spec = TargetSpec.from_folder(folder, str(folder))
+    spec = spec_from_folder(folder, str(folder))
     mask = choose_mask_token(transformers.AutoTokenizer.from_pretrained(folder), spec).id
     settings = config.train.model_copy(update={"seed": seed})
     section = config.draft.model_copy(update={"taps": list(taps)})

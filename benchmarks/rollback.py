@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from nemotron_dspark.targets import Target, TargetSpec
+from nemotron_dspark.targets import Target, spec_from_config
 
 BLOCK = 8
 KEPT = (0, 1, 3, 5, 7, 8)
@@ -148,7 +148,7 @@ def measure(config: Any, repetitions: int, prompt: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     _as_trained(model)
-    spec = TargetSpec.from_config(config)
+    spec = spec_from_config(config)
     fast = Target(model, None, spec, Path())
     replay = Target(model, None, dataclasses.replace(spec, model_type="unknown to the project"), Path())
     ids = torch.randint(0, spec.vocab_size, (1, prompt + BLOCK))

@@ -1,4 +1,4 @@
-"""Data flows one way: a room imports only rooms below it, also inside functions; no modules import in a circle."""
+"""Data flows one way: a room imports only rooms below it, and no modules import in a circle, also inside functions."""
 
 import ast
 import graphlib
@@ -34,12 +34,10 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path) for path in PACKAGE.rglob("*.py")}
 
 
-def imports(source: str, module: str, is_package: bool, everywhere: bool = True) -> set[str]:
-    """Modules of this package that ``source`` imports; ``everywhere`` includes imports inside functions."""
-    tree = ast.parse(source)
-    nodes = ast.walk(tree) if everywhere else iter(tree.body)
+def imports(source: str, module: str, is_package: bool) -> set[str]:
+    """Modules of this package that ``source`` imports, also inside functions."""
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -82,8 +80,7 @@ def test_imports_go_down(path):
 
 def test_no_modules_import_in_a_circle():
     graph = {
-        module_name(path): imports(path.read_text(), module_name(path), path.name == "__init__.py", everywhere=False)
-        for path in SOURCES
+        module_name(path): imports(path.read_text(), module_name(path), path.name == "__init__.py") for path in SOURCES
     }
     graph = {name: {other for other in found if other in graph and other != name} for name, found in graph.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the circle

@@ -19,10 +19,7 @@ from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets import Target, TargetState
-from nemotron_dspark.targets.replay import ReplayState
-
-State = TargetState | ReplayState
+from nemotron_dspark.targets import State, Target
 
 
 @dataclasses.dataclass(eq=False)

@@ -11,6 +11,7 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.drafts.config import EAGLE3_TAPS, build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
+from nemotron_dspark.targets import spec_from_folder
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 
@@ -28,7 +29,7 @@ def config_for(run: RunConfig, *, algorithm: str = "dspark", file: str | None = 
 
     target = run.target.named
     folder = locate(target, revision=run.target.revision)
-    spec = TargetSpec.from_folder(folder, target)
+    spec = spec_from_folder(folder, target)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     mask = choose_mask_token(tokenizer, spec, override=run.draft.mask_token_id)
     return config_text(

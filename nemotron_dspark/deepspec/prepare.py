@@ -24,10 +24,9 @@ from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.deepspec.config_file import template_name
 from nemotron_dspark.errors import InputError, NdsError
 from nemotron_dspark.files import fsync_folder, read_json, write_json, write_whole
-from nemotron_dspark.targets import Target
+from nemotron_dspark.targets import Target, spec_from_folder
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.proofs import prove
-from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.taps import check_taps
 
 PARTS = ".parts"
@@ -117,7 +116,7 @@ def begin(job: Job) -> bool:
     if job.out.is_dir() and any(not path.name.startswith(".") for path in job.out.iterdir()):
         raise InputError(f"{job.out} holds other files.", "Choose another folder for --out.")
     folder = locate(job.target, weights=True)
-    check_taps(TargetSpec.from_folder(folder, job.target), job.taps)
+    check_taps(spec_from_folder(folder, job.target), job.taps)
     check_template(job, AutoTokenizer.from_pretrained(folder))
     if (total := sum(map(_lines, job.conversations))) < job.parts:
         raise InputError(

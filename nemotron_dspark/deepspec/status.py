@@ -8,6 +8,7 @@ from typing import Any
 
 from nemotron_dspark.deepspec.checkout import COMMIT, Checkout, find
 from nemotron_dspark.errors import EnvironmentFault
+from nemotron_dspark.targets import spec_from_folder
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
@@ -93,7 +94,7 @@ def status(target: str | None) -> Status:
         home = find()
     except EnvironmentFault:
         home = None
-    spec = TargetSpec.from_folder(locate(target), target) if target else None
+    spec = spec_from_folder(locate(target), target) if target else None
     found = faults(spec, transformers.__version__, kernels=has_kernels(spec)) if spec else []
     return Status(environment(home), target, transformers.__version__, found)
 

@@ -16,6 +16,7 @@ from nemotron_dspark.deepspec.builders import dspark_config, eagle3_config
 from nemotron_dspark.deepspec.checkout import deepspec_module
 from nemotron_dspark.deepspec.templates import register_templates
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets import spec_from_config, spec_from_folder
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.weights import read_embedding_and_head
@@ -43,7 +44,7 @@ class _FromCheckpoint:
         """
         name = self.args.model.target_model_name_or_path
         folder = locate(name, weights=True)
-        spec = TargetSpec.from_folder(folder, name)
+        spec = spec_from_folder(folder, name)
         fit.check_cache(self.args, spec)
         draft = self._build_draft_model(target_config=spec, model_args=self.args.model)
         draft = draft.to(device=self.device, dtype=self.precision_dtype)
@@ -78,4 +79,4 @@ def _spec(target_config: Any) -> TargetSpec:
     """DeepSpec hands its hook a transformers config; our `build_models` a spec."""
     if target_config is None:
         raise InputError("There is no target config.", "Set model.target_model_name_or_path.")
-    return target_config if isinstance(target_config, TargetSpec) else TargetSpec.from_config(target_config)
+    return target_config if isinstance(target_config, TargetSpec) else spec_from_config(target_config)

@@ -20,6 +20,7 @@ from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError, first_line
 from nemotron_dspark.files import read_json
+from nemotron_dspark.targets import spec_from_folder
 from nemotron_dspark.targets.families import needs_remote_code
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
@@ -94,7 +95,7 @@ class _Inspection:
         if not isinstance(self.values, dict):
             raise InputError(f"{self.folder / 'config.json'} is not a JSON object.", "Restore it from the checkpoint.")
         self.trusted = allowed and needs_remote_code(self.values)
-        self.spec = TargetSpec.from_folder(self.folder, self.name, trust_remote_code=self.trusted)
+        self.spec = spec_from_folder(self.folder, self.name, trust_remote_code=self.trusted)
         self.warnings: list[str] = []
 
     def describe(self) -> Description:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nemotron_dspark.targets.recurrent import (
     LayerStates,
+    NewRecurrent,
     advance_window,
     convolve,
     install_block_forward,
@@ -154,7 +155,7 @@ def prepare(
     limit: Sequence[float] | None,
     project: Project = _in_proj,
     gated_norm: GatedNorm = _norm,
-) -> Callable[[torch.device, torch.dtype], Mamba2States] | None:
+) -> NewRecurrent | None:
     """Let ``mixers``, by layer id, run on a `TargetState`; how to make their states, None if there are no mixers.
 
     ``limit`` is the config's lower and upper bound of the step size, None for [0, inf]. It holds for blocks of any
@@ -178,7 +179,7 @@ def even_chunk(size: int, length: int) -> int:
     return -(-length // -(-length // min(size, _CHUNK)))
 
 
-def chunked_mixers(model: Any) -> list[Any]:
+def _chunked_mixers(model: torch.nn.Module) -> list[Any]:
     """Mamba-2 mixers of ``model`` whose scan of whole sequences is transformers' own, not a kernel's."""
     kernels = any(importlib.util.find_spec(name) for name in ("mamba_ssm", "kernels"))
     if kernels and next(model.parameters()).device.type != "cpu":
@@ -187,11 +188,13 @@ def chunked_mixers(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def even_chunks(mixers: Sequence[Any], length: int) -> Iterator[None]:
-    """Let ``mixers`` scan ``length`` tokens in equal chunks; transformers would fill the last one up to its full size.
+def even_chunks(model: torch.nn.Module, length: int) -> Iterator[None]:
+    """Let the Mamba-2 mixers of ``model`` scan ``length`` tokens in equal chunks.
 
-    Any chunk gives the same states up to rounding. In the middle of the usual lengths filling up costs a fifth.
+    transformers would fill the last one up to its full size, in the middle of the usual lengths at the cost of a fifth.
+    Any chunk gives the same states up to rounding.
     """
+    mixers = _chunked_mixers(model)
     sizes = [mixer.chunk_size for mixer in mixers]
     try:
         for mixer, size in zip(mixers, sizes, strict=True):

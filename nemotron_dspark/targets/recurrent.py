@@ -7,13 +7,16 @@ layers together by the accepted prefix, whose length may differ from row to row.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.targets.state import Recurrent
+
+NewRecurrent: TypeAlias = Callable[[torch.device, torch.dtype], Recurrent]  # the states of one row before any token
 
 
 @dataclasses.dataclass
@@ -121,7 +124,7 @@ def mixers_of(model: Any, spec: TargetSpec, kind: LayerKind, name: str) -> dict[
 
 def install_block_forward(
     mixers: dict[int, Any], kind: type[LayerStates], block_forward: Callable[[Any, Tensor, Any, int], Tensor]
-) -> Callable[[torch.device, torch.dtype], Any] | None:
+) -> NewRecurrent | None:
     """Let ``mixers``, by layer id, run ``block_forward(mixer, hidden, states, layer)`` on a state with ``kind``.
 
     Given any other cache a mixer runs its own forward. Returns how to make the states of a row without tokens, None if

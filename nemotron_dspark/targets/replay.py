@@ -6,32 +6,34 @@ to know nothing of the model's layers. The rollback proof tells whether the mode
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-Forward = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]  # ids [1, m], positions [1, m], cache
+from nemotron_dspark.targets.state import Forward
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 class ReplayState:
-    """Committed tokens of B rows, each with a cache of the model's own; the interface of `TargetState`."""
+    """A `State` of which every row has a cache of the model's own."""
 
-    def __init__(self, lengths: Sequence[int], taps: tuple[int, ...], caches: Sequence[Any], forward: Forward):
+    def __init__(self, lengths: Sequence[int], caches: Sequence["Cache"], forward: Forward):
         self.lengths = list(lengths)
-        self.taps = taps
         self.block: int | None = None
         self._caches = list(caches)
-        self._forward = forward  # final-norm hidden states [1, m, H] and taps [1, m, T·H]
-        self._seen: list[tuple[Tensor, Any]] = []  # per row: the block's ids [1, m], the cache that holds it
+        self._forward = forward
+        self._seen: list[tuple[Tensor, Cache]] = []  # per row: the block's ids [1, m], the cache that holds it
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
 
     def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, m, H] and taps [B, m, T·H] of a block ``ids`` [B, m] behind each row; commits nothing."""
+        self.block = ids.shape[1]
         self._seen, results = [], []
         for row, length, cache in zip(ids.split(1), self.lengths, self._caches, strict=True):
             grown = copy.deepcopy(cache)
@@ -51,20 +53,18 @@ class ReplayState:
         self._seen, self.block = [], None
 
     def select(self, rows: Sequence[int]) -> "ReplayState":
-        """A state of ``rows`` in that order; a copy, so the old one stays usable."""
         caches = [copy.deepcopy(self._caches[row]) for row in rows]
-        return ReplayState([self.lengths[row] for row in rows], self.taps, caches, self._forward)
+        return ReplayState([self.lengths[row] for row in rows], caches, self._forward)
 
     @staticmethod
     def cat(states: Sequence["ReplayState"]) -> "ReplayState":
-        """The rows of ``states`` one after the other."""
         first = states[0]
         if len(states) == 1:
             return first
         lengths = [length for state in states for length in state.lengths]
         caches = [cache for state in states for cache in state._caches]
-        return ReplayState(lengths, first.taps, caches, first._forward)
+        return ReplayState(lengths, caches, first._forward)
 
-    def _step(self, ids: Tensor, length: int, cache: Any) -> tuple[Tensor, Tensor]:
+    def _step(self, ids: Tensor, length: int, cache: "Cache") -> tuple[Tensor, Tensor]:
         positions = torch.arange(length, length + ids.shape[1], device=ids.device)[None]
         return self._forward(ids, positions, cache)

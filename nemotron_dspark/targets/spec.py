@@ -1,20 +1,17 @@
 """What a target is, from its config alone: layers, dimensions, and where its parts lie.
 
-A family is one module in `targets/families/` that fills a `TargetSpec` from a config; nothing else in the project asks
-what family a target belongs to.
+`targets/families` fills it, by the target's type; nothing else in the project asks what family a target belongs to.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import read_json
 
 
 class LayerKind(Enum):
@@ -51,6 +48,16 @@ class WeightNames:
     head: str  # module path of the LM head
     embedding_tensors: tuple[str, ...]  # names a checkpoint may give the embedding, most usual first
     head_tensors: tuple[str, ...]  # likewise for the LM head
+
+
+DECODER_NAMES = WeightNames(  # as Llama has them, and most since
+    layers="model.layers",
+    final_norm="model.norm",
+    embedding="model.embed_tokens",
+    head="lm_head",
+    embedding_tensors=("model.embed_tokens.weight",),
+    head_tensors=("lm_head.weight",),
+)
 
 
 def finish_logits(logits: Tensor, multiplier: float, softcap: float | None) -> Tensor:
@@ -95,28 +102,6 @@ class TargetSpec:
     def finish_logits(self, logits: Tensor) -> Tensor:
         """The target's logits [..., V] from the bare output of its LM head."""
         return finish_logits(logits, self.logit_multiplier, self.logit_softcap)
-
-    @staticmethod
-    def from_config(config: Any, name: str = "") -> "TargetSpec":
-        """Spec of a `transformers` config object or of a parsed ``config.json``.
-
-        Raises:
-            InputError: the model type has no family here, or a field the family needs is missing or impossible.
-        """
-        from nemotron_dspark.targets.families import family_of  # the registry imports this module
-
-        values = config if isinstance(config, Mapping) else config.to_dict()
-        return family_of(values).spec(values, name or str(values.get("_name_or_path") or "target"))
-
-    @staticmethod
-    def from_folder(folder: Path, name: str = "", *, trust_remote_code: bool = False) -> "TargetSpec":
-        """Spec of a folder that holds at least a ``config.json``; code in it runs only when that is trusted."""
-        from nemotron_dspark.targets.families import general, needs_remote_code
-
-        values = read_json(Path(folder) / "config.json")
-        if trust_remote_code and isinstance(values, dict) and needs_remote_code(values):
-            return general.remote_spec(Path(folder), name or str(folder))
-        return TargetSpec.from_config(values, name or str(folder))
 
 
 def require(config: Mapping[str, Any], *keys: str) -> Any:

@@ -5,8 +5,8 @@ ones, where nobody reads them until the length says so; recurrent layers record 
 moves the lengths and advances the recurrent states; anything not committed is forgotten by not being counted.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,21 +31,52 @@ class Recurrent(Protocol):
         ...
 
 
-class TargetState:
+# ids [B, m], positions [B, m] and a cache -> final-norm hidden states [B, m, H] and taps [B, m, T·H]
+Forward: TypeAlias = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+
+
+class State(Protocol):
     """Committed tokens of B rows. Made by `Target.prefill`, changed only by `Target.verify` and `Target.commit`."""
+
+    lengths: list[int]  # committed tokens per row
+    block: int | None  # length of the block that waits for a commit
+
+    @property
+    def rows(self) -> int: ...
+
+    def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, m, H] and taps [B, m, T·H] of a block ``ids`` [B, m] behind each row; commits nothing."""
+        ...
+
+    def commit(self, kept: Sequence[int]) -> None:
+        """Keep the first ``kept[b]`` tokens of the block last run in each row and forget the rest."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """A state of ``rows`` in that order; a copy, so the old one stays usable."""
+        ...
+
+    @staticmethod
+    def cat(states: Sequence[Any]) -> Any:
+        """The rows of ``states``, all of one class, one after the other."""
+        ...
+
+
+class TargetState:
+    """A `State` of keys and values by layer and of recurrent states; the model takes it for its cache."""
 
     def __init__(
         self,
         lengths: Sequence[int],
-        taps: tuple[int, ...],
         attention: dict[int, RaggedKV],
         recurrent: Recurrent | None,
+        forward: Forward,
     ):
-        self.lengths = list(lengths)  # committed tokens per row
-        self.taps = taps
+        self.lengths = list(lengths)
         self.attention = attention  # by layer id
         self.recurrent = recurrent
-        self.block: int | None = None  # length of the block that waits for a commit
+        self.block: int | None = None
+        self._forward = forward
 
     @property
     def rows(self) -> int:
@@ -76,6 +107,10 @@ class TargetState:
             seen &= stored > positions - window
         return seen[:, None]
 
+    def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.block = ids.shape[1]
+        return self._forward(ids, self.positions(self.block, ids.device), self)
+
     def commit(self, kept: Sequence[int]) -> None:
         if self.recurrent is not None:
             self.recurrent.commit(kept)
@@ -83,22 +118,20 @@ class TargetState:
         self.block = None
 
     def select(self, rows: Sequence[int]) -> "TargetState":
-        """A state of ``rows`` in that order; a copy, so the old one stays usable."""
         lengths = [self.lengths[row] for row in rows]
         attention = {layer: kv.select(rows, max(lengths)) for layer, kv in self.attention.items()}
         recurrent = self.recurrent.select(rows) if self.recurrent is not None else None
-        return TargetState(lengths, self.taps, attention, recurrent)
+        return TargetState(lengths, attention, recurrent, self._forward)
 
     @staticmethod
     def cat(states: Sequence["TargetState"]) -> "TargetState":
-        """The rows of ``states`` one after the other."""
         first = states[0]
         if len(states) == 1:
             return first
         recurrent = [state.recurrent for state in states]
         return TargetState(
             [length for state in states for length in state.lengths],
-            first.taps,
             {layer: RaggedKV.cat([state.attention[layer] for state in states]) for layer in first.attention},
             first.recurrent.cat(recurrent) if first.recurrent is not None else None,
+            first._forward,
         )

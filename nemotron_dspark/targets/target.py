@@ -12,13 +12,12 @@ from torch import Tensor
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 from nemotron_dspark.files import read_json
-from nemotron_dspark.targets import mamba2
-from nemotron_dspark.targets.families import FAMILIES, needs_remote_code
+from nemotron_dspark.targets.families import family_for, needs_remote_code, spec_from_folder
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.replay import ReplayState
 from nemotron_dspark.targets.spec import TargetSpec
-from nemotron_dspark.targets.state import TargetState
+from nemotron_dspark.targets.state import State, TargetState
 
 PREFILL_BLOCK = 256  # tokens of one prefill step: bounds the memory of the quadratic scan and of the attention mask
 
@@ -51,9 +50,8 @@ class Target:
         self._base = model.get_submodule(spec.names.layers.rpartition(".")[0])
         self._layers = model.get_submodule(spec.names.layers)
         self.head = model.get_submodule(spec.names.head)
-        self._family = FAMILIES.get(spec.model_type)  # None: the general path
-        self._new_recurrent = self._family.prepare(model, spec) if self._family else None
-        self._scans = mamba2.chunked_mixers(model)
+        self._family = family_for(spec)
+        self._new_recurrent = self._family.prepare(model, spec)
 
     @staticmethod
     def load(
@@ -78,19 +76,18 @@ class Target:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = locate(str(name), revision=revision, weights=True, code=trust_remote_code)
-        spec = TargetSpec.from_folder(folder, str(name), trust_remote_code=trust_remote_code)
+        spec = spec_from_folder(folder, str(name), trust_remote_code=trust_remote_code)
         # A type that transformers knows is built by transformers, whatever code its checkpoint brings.
         trusted = trust_remote_code and needs_remote_code(read_json(folder / "config.json"))
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
-        attention = getattr(FAMILIES.get(spec.model_type), "ATTENTION", None)  # None: SDPA where the model has it
         # Code of the checkpoint's own may raise anything.
         faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=kind if kind == "auto" else getattr(torch, kind),
-                attn_implementation=attention,
+                attn_implementation=family_for(spec).attention,  # None: SDPA where the model has it
                 trust_remote_code=trusted,
                 output_loading_info=True,
             )
@@ -144,12 +141,12 @@ class Target:
         Tap i is the raw output of layer i, -1 what enters layer 0; ``last`` is after the final norm.
         """
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(self.device).long()
-        with self._tapped(taps) as collected, mamba2.even_chunks(self._scans, input_ids.shape[1]):
+        with self._tapped(taps) as collected, self._family.capture_context(self.model, input_ids.shape[1]):
             output = self._base(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
         return Captured(_joined(collected, taps, output.last_hidden_state), output.last_hidden_state)
 
     @torch.no_grad()
-    def prefill(self, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[TargetState | ReplayState, Verified]:
+    def prefill(self, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[State, Verified]:
         """A state of one row that has committed ``ids``, and what the target says after the last of them.
 
         Returns:
@@ -160,19 +157,19 @@ class Target:
         state = self._new_state(tuple(taps))
         tokens = torch.as_tensor(ids, dtype=torch.long, device=self.device)[None]
         seen = []
-        for piece in tokens.split(PREFILL_BLOCK if self._family else len(ids), dim=1):
-            hidden, tapped = self._block(state, piece)
-            state.commit([piece.shape[1]])
+        for part in tokens.split(len(ids) if self._family.replays else PREFILL_BLOCK, dim=1):
+            hidden, tapped = state.run(part)
+            state.commit([part.shape[1]])
             seen.append(tapped)
         return state, Verified(self.logits(hidden[:, -1:]), torch.cat(seen, dim=1))
 
     @torch.no_grad()
-    def verify(self, state: TargetState | ReplayState, ids: Tensor) -> Verified:
+    def verify(self, state: State, ids: Tensor) -> Verified:
         """What the target says of ``ids`` [B, m] behind each row's committed tokens. Nothing is committed."""
-        hidden, tapped = self._block(state, ids.to(self.device))
+        hidden, tapped = state.run(ids.to(self.device))
         return Verified(self.logits(hidden), tapped)
 
-    def commit(self, state: TargetState | ReplayState, kept: Sequence[int]) -> None:
+    def commit(self, state: State, kept: Sequence[int]) -> None:
         """Keep the first ``kept[b]`` tokens of the block last verified in each row and forget the rest, exactly."""
         block = state.block
         if block is None or len(kept) != state.rows or min(kept) < 0 or max(kept) > block:
@@ -180,33 +177,25 @@ class Target:
         with torch.no_grad():
             state.commit(kept)
 
-    def _block(self, state: TargetState | ReplayState, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Final-norm hidden states [B, m, H] and taps [B, m, T·H] of a block behind ``state``."""
-        block = ids.shape[1]
-        state.block = block
-        if isinstance(state, ReplayState):
-            return state.run(ids)
-        mask = self._family.block_mask(self.model, state, block)
-        return self._forward(ids, state.positions(block, ids.device), state, state.taps, mask)
-
-    def _forward(
-        self, ids: Tensor, positions: Tensor, cache: Any, taps: Sequence[int], mask: Any = None
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, ids: Tensor, positions: Tensor, cache: Any, *, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Final-norm hidden states [B, m, H] and taps [B, m, T·H] of a block ``ids`` [B, m] behind ``cache``."""
+        mask = self._family.block_mask(self.model, cache, ids.shape[1])
         with self._tapped(taps) as collected:
             output = self._base(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
         return output.last_hidden_state, _joined(collected, taps, output.last_hidden_state)
 
-    def _new_state(self, taps: tuple[int, ...]) -> TargetState | ReplayState:
-        if self._family is None:
+    def _new_state(self, taps: tuple[int, ...]) -> State:
+        """The state of one row before any token."""
+        forward = functools.partial(self._forward, taps=taps)
+        if self._family.replays:
             from transformers import DynamicCache
 
-            forward = functools.partial(self._forward, taps=taps)
-            return ReplayState([0], taps, [DynamicCache(config=self.model.config)], forward)
+            return ReplayState([0], [DynamicCache(config=self.model.config)], forward)
         attention = {layer: RaggedKV() for layer, kind in enumerate(self.spec.layers) if kind.attends}
         recurrent = self._new_recurrent(self.device, self.dtype) if self._new_recurrent else None
-        return TargetState([0], taps, attention, recurrent)
+        return TargetState([0], attention, recurrent, forward)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from nemotron_dspark.config import DraftSection, RunConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.targets import spec_from_folder
 from nemotron_dspark.targets.families import needs_remote_code
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
@@ -161,7 +162,7 @@ class _Run:
         self.name = config.target.named
         allowed = config.target.trust_remote_code
         self.folder = locate(self.name, revision=config.target.revision, weights=True, code=allowed)
-        self.spec = TargetSpec.from_folder(self.folder, self.name, trust_remote_code=allowed)
+        self.spec = spec_from_folder(self.folder, self.name, trust_remote_code=allowed)
         trusted = allowed and needs_remote_code(files.read_json(self.folder / "config.json"))
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trusted)
         self.device, self.dtype = training_device(config.train, context)

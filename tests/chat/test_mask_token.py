@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets import spec_from_config
 
 
 def make(added, template="{{ messages }}", words=0, **roles):
@@ -18,7 +18,7 @@ def make(added, template="{{ messages }}", words=0, **roles):
 
 
 def spec(vocab_size):
-    return TargetSpec.from_config(tiny.decoder_config("llama", vocab_size=vocab_size), "target")
+    return spec_from_config(tiny.decoder_config("llama", vocab_size=vocab_size), "target")
 
 
 def nemotron(template="{{ messages }}"):

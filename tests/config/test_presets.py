@@ -11,7 +11,8 @@ from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.targets import spec_from_config
+from nemotron_dspark.targets.spec import LayerKind
 from nemotron_dspark.training.fused import CHUNK_ELEMENTS
 from tests.recipe.nemotrons import NEMOTRONS
 
@@ -84,7 +85,7 @@ def training_activations(draft, length=4096, anchors=512) -> int:
 def test_a_preset_is_a_page_with_the_right_figures(path):
     row, said, known = shape_of(path), page(path), known_target(load_config(file=path).target.name)
     assert tuple(said) == LABELS
-    spec = TargetSpec.from_config(row.config())
+    spec = spec_from_config(row.config())
     draft, _ = build_draft_config(spec, DraftSection(), mask_token_id=990)
 
     import torch
@@ -137,7 +138,7 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_what_a_preset_sets_of_the_draft_is_what_the_target_would_give_anyway(path):
     """The values stand there to be read and changed; they must not drift away from the rules."""
-    spec = TargetSpec.from_config(shape_of(path).config())
+    spec = spec_from_config(shape_of(path).config())
     preset = load_config(file=path).draft
     worked, notes = build_draft_config(spec, preset, mask_token_id=preset.mask_token_id)
     plain, _ = build_draft_config(spec, DraftSection(), mask_token_id=990)

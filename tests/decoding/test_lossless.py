@@ -13,7 +13,7 @@ from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target, TargetSpec
+from nemotron_dspark.targets import Target, spec_from_config
 
 GAMMA = 5
 NEW_TOKENS = 16
@@ -157,7 +157,7 @@ def small_target() -> Target:
     config.eos_token_id = None
     model = tiny.random_model(config, seed=4, spread=4.0)
     model.generation_config.eos_token_id = None
-    return Target(model, None, TargetSpec.from_config(config, "small"), ".")
+    return Target(model, None, spec_from_config(config, "small"), ".")
 
 
 def exact_distribution(target: Target, prompt: list[int], sampling: Sampling, length: int) -> dict[tuple, float]:
@@ -276,7 +276,7 @@ def test_a_stop_token_ends_the_answer_inside_a_block(target, prompts, plain):
 def test_a_draft_for_another_target_is_refused(target, change, named):
     other = tiny.nemotron_h_config(**{"pattern": "M*-M-*-M", "vocab_size": 384, "hidden_size": 64, **change})
     config, _ = build_draft_config(
-        TargetSpec.from_config(other, "other"), DraftSection(num_layers=1, taps=[0]), mask_token_id=5
+        spec_from_config(other, "other"), DraftSection(num_layers=1, taps=[0]), mask_token_id=5
     )
     with pytest.raises(InputError, match=named):
         Decoder(target, DSparkDraft(config))

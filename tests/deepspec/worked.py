@@ -2,7 +2,7 @@
 
 from nemotron_dspark.config import load_config
 from nemotron_dspark.deepspec.config_file import config_text
-from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets import spec_from_config
 from tests.recipe.nemotrons import NEMOTRONS
 
 WORKED = {
@@ -15,7 +15,7 @@ WORKED = {
 
 def spec_of(file):
     row = next(row for row in NEMOTRONS if row.repository == WORKED[file][0])
-    return TargetSpec.from_config(row.config(), row.repository)
+    return spec_from_config(row.config(), row.repository)
 
 
 def text_of(file):

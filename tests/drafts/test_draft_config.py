@@ -8,7 +8,7 @@ from nemotron_dspark.config import DraftSection
 from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.tiny import decoder_config, nemotron_h_config
-from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets import spec_from_config
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_value_no_draft_can_have_is_named_without_a_file_too(make_config):
 
 
 def test_nemotron_draft_follows_the_defaults():
-    spec = TargetSpec.from_config(nemotron_h_config(pattern="M-*-M-*-M-*-", hidden_size=64), "tiny")
+    spec = spec_from_config(nemotron_h_config(pattern="M-*-M-*-M-*-", hidden_size=64), "tiny")
     config, notes = build_draft_config(spec, DraftSection(), mask_token_id=9)
     assert (config.hidden_size, config.vocab_size, config.head_dim) == (64, 384, 16)
     assert config.intermediate_size == 256  # two thirds of 256 is 171, rounded up to 256
@@ -81,16 +81,16 @@ def test_nemotron_draft_follows_the_defaults():
 
 
 def test_published_sizes_of_nemotron_drafts():
-    plain = TargetSpec.from_config(nemotron_h_config(intermediate_size=21504), "8B")
+    plain = spec_from_config(nemotron_h_config(intermediate_size=21504), "8B")
     assert build_draft_config(plain, DraftSection(), mask_token_id=9)[0].intermediate_size == 14336
-    moe = TargetSpec.from_config(nemotron_h_config(pattern="MEM*EMEM*E", hidden_size=2688, head_dim=128), "Nano")
+    moe = spec_from_config(nemotron_h_config(pattern="MEM*EMEM*E", hidden_size=2688, head_dim=128), "Nano")
     config, _ = build_draft_config(moe, DraftSection(), mask_token_id=9)
     assert config.intermediate_size == 6144
     assert config.head_dim == 128
 
 
 def test_gated_target_gives_its_own_width_and_theta():
-    spec = TargetSpec.from_config(decoder_config("qwen3"), "qwen")
+    spec = spec_from_config(decoder_config("qwen3"), "qwen")
     config, _ = build_draft_config(spec, DraftSection(markov_rank=0), mask_token_id=9)
     assert config.intermediate_size == spec.intermediate_size
     assert config.rope_theta == spec.rope_theta
@@ -98,7 +98,7 @@ def test_gated_target_gives_its_own_width_and_theta():
 
 
 def test_section_wins_over_defaults():
-    spec = TargetSpec.from_config(nemotron_h_config(), "tiny")
+    spec = spec_from_config(nemotron_h_config(), "tiny")
     section = DraftSection(taps=[0, 3], intermediate_size=100, rope_theta=5e5, block_size=3, num_layers=1)
     config, notes = build_draft_config(spec, section, mask_token_id=9)
     assert config.target_layer_ids == (0, 3)
@@ -109,8 +109,8 @@ def test_section_wins_over_defaults():
 
 
 def test_draft_of_another_target_is_refused():
-    spec = TargetSpec.from_config(nemotron_h_config(), "tiny")
+    spec = spec_from_config(nemotron_h_config(), "tiny")
     config, _ = build_draft_config(spec, DraftSection(), mask_token_id=9)
     config.check_target(spec)
     with pytest.raises(InputError, match="vocabulary is 384, that of other is 500"):
-        config.check_target(TargetSpec.from_config(nemotron_h_config(vocab_size=500), "other"))
+        config.check_target(spec_from_config(nemotron_h_config(vocab_size=500), "other"))

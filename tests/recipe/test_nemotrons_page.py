@@ -11,6 +11,7 @@ from nemotron_dspark.config import DraftSection
 from nemotron_dspark.config.known import KNOWN
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.targets import spec_from_config
 from nemotron_dspark.targets.spec import TargetSpec
 from tests.recipe.nemotrons import LLAMA_8B, MINI, NEMOTRONS
 
@@ -37,7 +38,7 @@ def drafts_table() -> str:
     configs = [(row.name, row.config()) for row in NEMOTRONS]
     configs += [("Llama-3.1-Nemotron-Nano-8B-v1", LLAMA_8B), ("Nemotron-Mini-4B-Instruct", MINI)]
     for name, config in configs:
-        spec = TargetSpec.from_config(config, name)
+        spec = spec_from_config(config, name)
         shapes.setdefault((spec.layers, spec.hidden_size, spec.intermediate_size), ([], spec))[0].append(name)
     rows = [
         "| target | layers | attention layers | hidden, heads | taps | SwiGLU | trainable | cache bytes a token |",

@@ -7,7 +7,7 @@ import torch
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target, TargetSpec
+from nemotron_dspark.targets import Target, TargetSpec, spec_from_config
 from tests.targets.tiny_families import TINY, VOCAB
 
 SIZES = {
@@ -21,7 +21,7 @@ SIZES = {
 
 
 def spec_of(model_type: str, **values: Any) -> TargetSpec:
-    return TargetSpec.from_config({"model_type": model_type, **SIZES, **values})
+    return spec_from_config({"model_type": model_type, **SIZES, **values})
 
 
 def test_minitron_as_published():
@@ -63,7 +63,7 @@ def test_a_default_that_matters_is_said():
 def test_a_missing_size_is_named(key):
     values = {name: value for name, value in SIZES.items() if name != key}
     with pytest.raises(InputError, match=key):
-        TargetSpec.from_config({"model_type": "mistral", **values})
+        spec_from_config({"model_type": "mistral", **values})
 
 
 def test_a_config_that_transformers_refuses_is_two_sentences():

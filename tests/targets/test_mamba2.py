@@ -7,7 +7,7 @@ import torch
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target, TargetSpec
+from nemotron_dspark.targets import Target, spec_from_config
 from nemotron_dspark.targets.proofs import run_proofs
 from tests.targets.tiny_families import VOCAB, bamba, falcon_h1, granitemoehybrid, zamba2
 
@@ -21,7 +21,7 @@ def target_of(config, weights_of: Target | None = None, dtype: torch.dtype = tor
     model = tiny.random_model(config)
     if weights_of is not None:
         model.load_state_dict(weights_of.model.state_dict())
-    return Target(model.to(dtype), None, TargetSpec.from_config(config), Path())
+    return Target(model.to(dtype), None, spec_from_config(config), Path())
 
 
 def ids_of(seed: int, count: int) -> list[int]:
@@ -146,7 +146,7 @@ def test_layers_by_the_names_on_the_hub_and_by_transformers_own(config, layout):
     for key in ("layer_types", "layers_block_type"):
         if saved.get(key):
             saved[key] = [spelt.get(kind, kind) for kind in saved[key]]
-    assert TargetSpec.from_config(saved).layout == TargetSpec.from_config(config()).layout == layout
+    assert spec_from_config(saved).layout == spec_from_config(config()).layout == layout
 
 
 @pytest.mark.parametrize(
@@ -161,4 +161,4 @@ def test_layers_by_the_names_on_the_hub_and_by_transformers_own(config, layout):
 def test_a_config_whose_layers_contradict_each_other_is_refused(family, changes, message):
     config = FAMILIES[family]().to_dict() | changes
     with pytest.raises(InputError, match=message):
-        TargetSpec.from_config(config)
+        spec_from_config(config)

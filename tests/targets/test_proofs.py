@@ -11,10 +11,11 @@ import torch
 
 from nemotron_dspark.errors import CheckError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target, TargetState, proofs
+from nemotron_dspark.targets import Target, proofs
 from nemotron_dspark.targets.mamba2 import Mamba2States
 from nemotron_dspark.targets.proofs import PROOFS, prove, run_proofs
 from nemotron_dspark.targets.replay import ReplayState
+from nemotron_dspark.targets.state import TargetState
 from tests.targets.tiny_families import TINY, VOCAB, WINDOW
 
 HYBRIDS = ("nemotron_h", "granitemoehybrid")

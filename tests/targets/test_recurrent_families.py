@@ -5,7 +5,7 @@ import torch
 
 from nemotron_dspark.errors import CheckError, InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import LayerKind, Target, TargetSpec
+from nemotron_dspark.targets import LayerKind, Target, spec_from_config, spec_from_folder
 from nemotron_dspark.targets.families import FAMILIES
 from nemotron_dspark.targets.proofs import prove
 from tests.targets import tiny_families
@@ -76,7 +76,7 @@ JAMBA_52B = {
 
 
 def test_qwen3_next_as_published():
-    spec = TargetSpec.from_config(QWEN3_NEXT_80B)
+    spec = spec_from_config(QWEN3_NEXT_80B)
     assert spec.layout == "GGGD" * 12
     assert (spec.mlp, spec.intermediate_size) == ("moe", None)
     assert (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim) == (16, 2, 256)
@@ -85,14 +85,14 @@ def test_qwen3_next_as_published():
 
 def test_lfm2_as_published():
     """Attention by number, the MLP's width under another name and before its adjustment, tied without saying so."""
-    spec = TargetSpec.from_config(LFM2_1B)
+    spec = spec_from_config(LFM2_1B)
     assert spec.layout == "CCDCCDCCDCDCDCDC"
     assert (spec.mlp, spec.intermediate_size, spec.tie_word_embeddings) == ("gated", 8192, True)
     assert (spec.rope_theta, spec.norm_eps, spec.head_dim) == (1e6, 1e-5, 64)
 
 
 def test_jamba_as_published():
-    spec = TargetSpec.from_config(JAMBA_52B)
+    spec = spec_from_config(JAMBA_52B)
     assert spec.layout == "mmmmDmmm" * 4
     assert (spec.mlp, spec.intermediate_size, spec.rope_theta) == ("gated", 14336, None)
 
@@ -109,7 +109,7 @@ def test_the_mlp_of_lfm2_is_as_wide_as_the_model_builds_it(model_type, changes):
     config = tiny_families.lfm2(model_type, **changes)
     with torch.device("meta"):
         built = tiny.AutoModelForCausalLM.from_config(config)
-    assert TargetSpec.from_config(config).intermediate_size == built.model.layers[0].feed_forward.w1.out_features
+    assert spec_from_config(config).intermediate_size == built.model.layers[0].feed_forward.w1.out_features
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_the_mlp_of_lfm2_is_as_wide_as_the_model_builds_it(model_type, changes):
     ],
 )
 def test_qwen3_next_says_whether_a_layer_has_an_mlp(changes, mlp):
-    spec = TargetSpec.from_config(QWEN3_NEXT_80B | changes)
+    spec = spec_from_config(QWEN3_NEXT_80B | changes)
     assert (spec.mlp, spec.intermediate_size) == (mlp, 5120 if mlp == "gated" else None)
 
 
@@ -189,4 +189,4 @@ def test_a_target_without_attention_is_refused(tmp_path):
 
     MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"'mamba'.* states no num_attention_heads"):
-        TargetSpec.from_folder(tmp_path)
+        spec_from_folder(tmp_path)

@@ -10,6 +10,7 @@ from nemotron_dspark.config import DraftSection, load_config
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.tiny import decoder_config, nemotron_h_config
+from nemotron_dspark.targets import spec_from_config
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.taps import attention_taps, check_taps, chosen_taps, default_taps, even_taps
 
@@ -18,11 +19,11 @@ LAYOUT_30B = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
 
 def hybrid(pattern: str) -> TargetSpec:
-    return TargetSpec.from_config(nemotron_h_config(pattern).to_dict())
+    return spec_from_config(nemotron_h_config(pattern).to_dict())
 
 
 def decoder(layers: int) -> TargetSpec:
-    return TargetSpec.from_config(decoder_config("llama", num_layers=layers).to_dict())
+    return spec_from_config(decoder_config("llama", num_layers=layers).to_dict())
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import torch
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target, TargetState
+from nemotron_dspark.targets import Target
 from nemotron_dspark.targets import target as target_module
+from nemotron_dspark.targets.state import TargetState
 
 GAMMA = 7
 TOLERANCE = 1e-5

@@ -1,76 +1,43 @@
-"""One small module per family, found by ``model_type``: a new one is a file and a line here. Others are `general`."""
+"""The families of targets by ``model_type``: a new one is a row here. Types without one take the general path."""
 
 import difflib
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-
-import torch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import read_json
 from nemotron_dspark.targets.families import (
     bamba,
+    decoders,
     falcon_h1,
-    gemma2,
-    gemma3_text,
     general,
-    gpt_oss,
     granitemoehybrid,
     jamba,
     lfm2,
-    llama,
-    mistral,
-    nemotron,
     nemotron_h,
-    qwen3,
-    qwen3_moe,
     qwen3_next,
     zamba2,
 )
+from nemotron_dspark.targets.families.family import Family
 from nemotron_dspark.targets.spec import TargetSpec
-from nemotron_dspark.targets.state import Recurrent, TargetState
 
-NewRecurrent = Callable[[torch.device, torch.dtype], Recurrent]  # the states of one row before any token
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-
-class Family(Protocol):
-    """What a family module provides. Where SDPA would be wrong, also ``ATTENTION``: the implementation to load."""
-
-    @staticmethod
-    def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
-        """Spec from a parsed ``config.json``."""
-        ...
-
-    @staticmethod
-    def prepare(model: Any, spec: TargetSpec) -> NewRecurrent | None:
-        """Make a loaded model ready for `TargetState`; how to make the recurrent states, None without such layers."""
-        ...
-
-    @staticmethod
-    def block_mask(model: Any, state: TargetState, block: int) -> Any:
-        """The model's ``attention_mask`` argument for the next ``block`` tokens behind ``state``."""
-        ...
-
-
-FAMILIES: dict[str, Any] = {
-    "nemotron_h": nemotron_h,
-    "nemotron": nemotron,
-    "llama": llama,
-    "mistral": mistral,
-    "qwen3": qwen3,
-    "qwen3_moe": qwen3_moe,
-    "gemma2": gemma2,
-    "gemma3_text": gemma3_text,
-    "gpt_oss": gpt_oss,
-    "lfm2": lfm2,
-    "lfm2_moe": lfm2,
-    "granitemoehybrid": granitemoehybrid,
-    "bamba": bamba,
-    "falcon_h1": falcon_h1,
-    "zamba2": zamba2,
-    "qwen3_next": qwen3_next,
-    "qwen3_5_text": qwen3_next,
-    "qwen3_5_moe_text": qwen3_next,
-    "jamba": jamba,
+FAMILIES: dict[str, Family] = {
+    "nemotron_h": nemotron_h.FAMILY,
+    **decoders.FAMILIES,
+    "lfm2": lfm2.FAMILY,
+    "lfm2_moe": lfm2.FAMILY,
+    "granitemoehybrid": granitemoehybrid.FAMILY,
+    "bamba": bamba.FAMILY,
+    "falcon_h1": falcon_h1.FAMILY,
+    "zamba2": zamba2.FAMILY,
+    "qwen3_next": qwen3_next.FAMILY,
+    "qwen3_5_text": qwen3_next.FAMILY,
+    "qwen3_5_moe_text": qwen3_next.FAMILY,
+    "jamba": jamba.FAMILY,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it
@@ -78,30 +45,52 @@ REMOTE = {  # known, and why only the checkpoint's own code builds it
 }
 
 
+def spec_from_config(config: "Mapping[str, Any] | PreTrainedConfig", name: str = "") -> TargetSpec:
+    """Spec of a `transformers` config object or of a parsed ``config.json``.
+
+    Raises:
+        InputError: the type is not supported, or a field that its family needs is missing or impossible.
+    """
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    return _family_of(values).spec(values, name or str(values.get("_name_or_path") or "target"))
+
+
+def spec_from_folder(folder: Path, name: str = "", *, trust_remote_code: bool = False) -> TargetSpec:
+    """Spec of a folder that holds at least a ``config.json``; code in it runs only when that is trusted."""
+    values = read_json(Path(folder) / "config.json")
+    if trust_remote_code and isinstance(values, dict) and needs_remote_code(values):
+        return general.remote_spec(Path(folder), name or str(folder))
+    return spec_from_config(values, name or str(folder))
+
+
+def family_for(spec: TargetSpec) -> Family:
+    """The family of a target: the general path for a type without one of its own."""
+    return FAMILIES.get(spec.model_type, general.FAMILY)
+
+
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
     """True when neither this project nor transformers has the model's code and the checkpoint brings it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     model_type = config.get("model_type")
     if model_type in REMOTE:
         return True
-    known = model_type in FAMILIES or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known = model_type in FAMILIES or model_type in _transformers_types()
     return not known and "AutoModelForCausalLM" in (config.get("auto_map") or {})
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family module for a parsed config: `general` for a type that only transformers knows.
-
-    Raises:
-        InputError: transformers does not know the type either, or its model is code that comes with the checkpoint.
-    """
+def _transformers_types() -> Mapping[str, str]:
+    """The types that transformers has a causal language model for."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a parsed config; `InputError` when nothing here or in transformers builds its model."""
     model_type = config.get("model_type")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in REMOTE:
-        return general
+    if model_type in _transformers_types() and model_type not in REMOTE:
+        return general.FAMILY
     if model_type is None:
         raise InputError("The target's config.json has no model_type.", "Restore it from the checkpoint's repository.")
     if needs_remote_code(config):

@@ -9,10 +9,9 @@ from typing import Any
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.families import hybrids
-from nemotron_dspark.targets.families.hybrids import block_mask, prepare
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
+from nemotron_dspark.targets.mamba2 import even_chunks
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
-
-__all__ = ["block_mask", "prepare", "spec"]
 
 
 def _layers(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
@@ -28,7 +27,7 @@ def _layers(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
 
 def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     theta, assumed = hybrids.rope_theta(config)
-    return hybrids.spec(
+    return hybrids.hybrid_spec(
         config,
         name,
         layers=_layers(config),
@@ -37,3 +36,6 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
         rope_theta=theta,
         assumed=assumed,
     )
+
+
+FAMILY = Family(spec, hybrids.prepare_mamba2, mask_beside_recurrence, capture_context=even_chunks)

@@ -1,27 +1,16 @@
-"""What ordinary decoders share: every layer is attention followed by an MLP. A family module says what differs.
+"""Ordinary decoders: every layer is attention followed by an MLP; the table below says what else is special about each.
 
 Config files leave out what equals their type's default, so the spec is made of the values that transformers itself
 would build the model with; only the sizes must be in the file.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from nemotron_dspark.errors import InputError, first_line
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
-from nemotron_dspark.targets.state import TargetState
-
-NAMES = WeightNames(
-    layers="model.layers",
-    final_norm="model.norm",
-    embedding="model.embed_tokens",
-    head="lm_head",
-    embedding_tensors=("model.embed_tokens.weight",),
-    head_tensors=("lm_head.weight",),
-)
+from nemotron_dspark.targets.families.family import Family, mask_by_layer_type
+from nemotron_dspark.targets.spec import DECODER_NAMES, LayerKind, TargetSpec, require
 
 
 def decoder_spec(
@@ -60,7 +49,7 @@ def decoder_spec(
         rope_theta=float(rope["rope_theta"]),
         max_position_embeddings=positions,
         tie_word_embeddings=bool(built["tie_word_embeddings"]),
-        names=NAMES,
+        names=DECODER_NAMES,
         logit_softcap=built.get("final_logit_softcapping"),
         assumed=tuple(notes),
     )
@@ -80,27 +69,32 @@ def as_built(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         ) from None
 
 
-def nothing_to_prepare(model: Any, spec: TargetSpec) -> None:
-    """`Family.prepare` of a model without recurrent layers."""
+def qwen3_moe_spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+    """Experts in every layer, or in some, the others being gated MLPs."""
+    everywhere = not config.get("mlp_only_layers") and int(config.get("decoder_sparse_step", 1)) == 1
+    return decoder_spec(config, name, mlp="moe" if everywhere else "gated")
 
 
-def one_mask(model: Any, state: TargetState, block: int) -> Tensor:
-    """`Family.block_mask` of a model whose layers all see as far as each other."""
-    return _argument(model, state.mask(block, model.device, getattr(model.config, "sliding_window", None)))
+def gemma3_spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+    """The rope theta is that of the layers that see everything; those with a window have another."""
+    rope = as_built(config, name)["rope_parameters"]
+    wide, near = (rope[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention"))
+    note = f"rope theta {wide:g}: of the layers that see everything; those with a window use {near:g}."
+    return decoder_spec(config, name, assumed=(note,))
 
 
-def mask_by_layer_type(model: Any, state: TargetState, block: int) -> dict[str, Tensor]:
-    """`Family.block_mask` of a model whose forward takes one mask for each kind of attention layer."""
-    windows = {"full_attention": None, "sliding_attention": getattr(model.config, "sliding_window", None)}
-    return {
-        kind: _argument(model, state.mask(block, model.device, windows[kind]))
-        for kind in sorted(set(model.config.layer_types))
-    }
-
-
-def _argument(model: Any, mask: Tensor) -> Tensor:
-    """``mask`` as the model's attention reads it: eager attention adds it to the scores."""
-    if model.config._attn_implementation != "eager":
-        return mask
-    hidden = torch.finfo(model.dtype).min
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, hidden)
+FAMILIES = {
+    "llama": Family(decoder_spec),
+    # Where the config gives a window, every layer sees only that far.
+    "mistral": Family(decoder_spec),
+    # LayerNorm with 1 + weight, rope on half of each head: the draft, a Qwen3 of the same sizes, has neither.
+    "nemotron": Family(functools.partial(decoder_spec, mlp="plain")),
+    # With `use_sliding_window` the later layers see only a window.
+    "qwen3": Family(decoder_spec, block_mask=mask_by_layer_type),
+    "qwen3_moe": Family(qwen3_moe_spec),
+    # Soft caps on the scores need eager attention: transformers 5.15 would run SDPA, which leaves them out, in silence.
+    "gemma2": Family(decoder_spec, block_mask=mask_by_layer_type, attention="eager"),
+    "gemma3_text": Family(gemma3_spec, block_mask=mask_by_layer_type),
+    # An attention sink per head, which SDPA does not have.
+    "gpt_oss": Family(functools.partial(decoder_spec, mlp="moe"), block_mask=mask_by_layer_type, attention="eager"),
+}

@@ -8,23 +8,24 @@ the gate or after.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_dspark.targets import mamba2
 from nemotron_dspark.targets.families import hybrids
-from nemotron_dspark.targets.families.hybrids import block_mask
-from nemotron_dspark.targets.recurrent import mixers_of
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
+from nemotron_dspark.targets.recurrent import NewRecurrent, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
 
-__all__ = ["block_mask", "prepare", "spec"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     theta, assumed = hybrids.rope_theta(config)
-    return hybrids.spec(
+    return hybrids.hybrid_spec(
         config,
         name,
         layers=(LayerKind.PARALLEL,) * int(require(config, "num_hidden_layers")),
@@ -36,7 +37,7 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     )
 
 
-def prepare(model: Any, spec: TargetSpec) -> Any:
+def prepare(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
     """Make a loaded model ready for `TargetState`; how to make its Mamba-2 states.
 
     The step size keeps the config's ``time_step_limit``, also for a single token, where transformers does not clamp.
@@ -51,3 +52,6 @@ def _project(mixer: Any, hidden: Tensor) -> Tensor:
 
 def _gated_norm(mixer: Any, y: Tensor, gate: Tensor) -> Tensor:
     return mixer.norm(y, gate) if mixer.mamba_rms_norm else y * F.silu(gate)
+
+
+FAMILY = Family(spec, prepare, mask_beside_recurrence, capture_context=mamba2.even_chunks)

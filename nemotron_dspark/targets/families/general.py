@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from nemotron_dspark.errors import InputError, first_line
+from nemotron_dspark.targets.families.family import Family, no_mask
+from nemotron_dspark.targets.mamba2 import even_chunks
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames
 
 _DO = "Support for this type needs a family module (docs/targets.md tells how to write one)."
@@ -108,3 +110,6 @@ def _names(model: nn.Module, name: str) -> WeightNames:
         embedding_tensors=(f"{embedding_path}.weight",),
         head_tensors=(f"{head_path}.weight",),
     )
+
+
+FAMILY = Family(spec, block_mask=no_mask, replays=True, capture_context=even_chunks)

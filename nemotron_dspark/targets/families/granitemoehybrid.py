@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemotron_dspark.targets.families import hybrids
-from nemotron_dspark.targets.families.hybrids import block_mask, prepare
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
+from nemotron_dspark.targets.mamba2 import even_chunks
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
-
-__all__ = ["block_mask", "prepare", "spec"]
 
 _KINDS = {
     "mamba": LayerKind.MAMBA2,
@@ -25,7 +24,7 @@ _KINDS = {
 def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     experts = int(config.get("num_local_experts", 8) or 0)  # transformers' default; dense ones say 0
     theta, assumed = hybrids.rope_theta(config) if config.get("position_embedding_type") == "rope" else (None, ())
-    return hybrids.spec(
+    return hybrids.hybrid_spec(
         config,
         name,
         layers=hybrids.listed_layers(config, _KINDS, "layer_types", "layers_block_type"),
@@ -36,3 +35,6 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
         logit_multiplier=1.0 / float(config.get("logits_scaling") or 1.0),
         assumed=assumed,
     )
+
+
+FAMILY = Family(spec, hybrids.prepare_mamba2, mask_beside_recurrence, capture_context=even_chunks)

@@ -1,25 +1,16 @@
-"""What the Mamba-2 families besides Nemotron-H share: every layer also has an MLP, and masks go by kind of layer."""
+"""What the hybrids besides Nemotron-H share: every layer also has an MLP, and masks go by kind of layer."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import mamba2
-from nemotron_dspark.targets.recurrent import mixers_of
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
-from nemotron_dspark.targets.state import TargetState
+from nemotron_dspark.targets.recurrent import NewRecurrent, mixers_of
+from nemotron_dspark.targets.spec import DECODER_NAMES, LayerKind, TargetSpec, require
 
-
-def names(final_norm: str) -> WeightNames:
-    """Llama's names, but for the norm before the LM head."""
-    return WeightNames(
-        layers="model.layers",
-        final_norm=f"model.{final_norm}",
-        embedding="model.embed_tokens",
-        head="lm_head",
-        embedding_tensors=("model.embed_tokens.weight",),
-        head_tensors=("lm_head.weight",),
-    )
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def listed_layers(config: Mapping[str, Any], kinds: Mapping[str, LayerKind], *keys: str) -> tuple[LayerKind, ...]:
@@ -51,7 +42,7 @@ def rope_theta(config: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
     return 10000.0, ("rope theta 10000: the config gives none and that is the transformers default.",)
 
 
-def spec(
+def hybrid_spec(
     config: Mapping[str, Any],
     name: str,
     *,
@@ -62,35 +53,32 @@ def spec(
     """A spec with the fields that all these configs spell alike; ``special`` overrides any of them."""
     heads = int(require(config, "num_attention_heads"))
     hidden = int(require(config, "hidden_size"))
-    values = {
-        "name": name,
-        "model_type": config["model_type"],
-        "layers": tuple(layers),
-        "hidden_size": hidden,
-        "vocab_size": int(require(config, "vocab_size")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
-        "head_dim": int(config.get("head_dim") or hidden // heads),
-        "mlp": "gated",
-        "intermediate_size": config.get("intermediate_size"),
-        "norm_eps": float(require(config, "rms_norm_eps", "norm_eps")),
-        "rope_theta": None,
-        "max_position_embeddings": int(require(config, "max_position_embeddings")),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "names": names(final_norm),
-    }
-    return TargetSpec(**(values | special))
+    spec = TargetSpec(
+        name=name,
+        model_type=config["model_type"],
+        layers=tuple(layers),
+        hidden_size=hidden,
+        vocab_size=int(require(config, "vocab_size")),
+        num_attention_heads=heads,
+        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        mlp="gated",
+        intermediate_size=config.get("intermediate_size"),
+        norm_eps=float(special.pop("norm_eps", None) or require(config, "rms_norm_eps", "norm_eps")),
+        rope_theta=None,
+        max_position_embeddings=int(
+            special.pop("max_position_embeddings", None) or require(config, "max_position_embeddings")
+        ),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        names=dataclasses.replace(DECODER_NAMES, final_norm=f"model.{final_norm}"),
+    )
+    return dataclasses.replace(spec, **special)
 
 
-def prepare(model: Any, spec: TargetSpec) -> Any:
-    """Make a loaded model ready for `TargetState`; how to make its Mamba-2 states, None if it has no such layer.
+def prepare_mamba2(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
+    """`Family.prepare` of a model whose Mamba-2 layers, if it has any, call their mixer ``mamba``.
 
     The step size keeps the config's ``time_step_limit``, also for a single token, where transformers does not clamp.
     """
     mixers = mixers_of(model, spec, LayerKind.MAMBA2, "mamba")
     return mamba2.prepare(mixers, model.config.time_step_limit)
-
-
-def block_mask(model: Any, state: TargetState, block: int) -> Any:
-    """The ``attention_mask`` argument for the next ``block`` tokens behind ``state``; Mamba-2 layers need none."""
-    return {"full_attention": state.mask(block, model.device), "linear_attention": None}

@@ -5,23 +5,24 @@ even when its cache holds a state; here every block goes through `targets.mamba1
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.targets import mamba1
 from nemotron_dspark.targets.families import hybrids
 from nemotron_dspark.targets.families.decoders import as_built
-from nemotron_dspark.targets.families.hybrids import block_mask
-from nemotron_dspark.targets.recurrent import install_block_forward, mixers_of
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
+from nemotron_dspark.targets.recurrent import NewRecurrent, install_block_forward, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
 
-__all__ = ["block_mask", "prepare", "spec"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     built = as_built(config, name)
     period, offset = int(built["attn_layer_period"]), int(built["attn_layer_offset"])
     layers = range(int(require(config, "num_hidden_layers")))
-    return hybrids.spec(
+    return hybrids.hybrid_spec(
         config,
         name,
         layers=[LayerKind.DECODER if layer % period == offset else LayerKind.MAMBA1 for layer in layers],
@@ -33,7 +34,10 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     )
 
 
-def prepare(model: Any, spec: TargetSpec) -> Any:
+def prepare(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
     """Make a loaded model ready for `TargetState`; how to make its Mamba-1 states."""
     mixers = mixers_of(model, spec, LayerKind.MAMBA1, "mamba")
     return install_block_forward(mixers, mamba1.Mamba1States, mamba1.block_forward)
+
+
+FAMILY = Family(spec, prepare, mask_beside_recurrence)

@@ -5,14 +5,17 @@ The last norm is called ``embedding_norm``. Checkpoints say which layers attend 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.targets import shortconv
 from nemotron_dspark.targets.families import hybrids
 from nemotron_dspark.targets.families.decoders import as_built
-from nemotron_dspark.targets.recurrent import install_block_forward, mixers_of
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
+from nemotron_dspark.targets.recurrent import NewRecurrent, install_block_forward, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
-from nemotron_dspark.targets.state import TargetState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KINDS = {"conv": LayerKind.CONV, "full_attention": LayerKind.DECODER}
 
@@ -30,7 +33,7 @@ def _mlp_width(built: Mapping[str, Any]) -> int:
 def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     built = as_built(config, name)
     dense = int(built.get("num_dense_layers", built["num_hidden_layers"]))
-    return hybrids.spec(
+    return hybrids.hybrid_spec(
         config,
         name,
         layers=hybrids.listed_layers(built, _KINDS, "layer_types"),
@@ -42,12 +45,10 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     )
 
 
-def prepare(model: Any, spec: TargetSpec) -> Any:
+def prepare(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
     """Make a loaded model ready for `TargetState`; how to make the states of its convolutions."""
     mixers = mixers_of(model, spec, LayerKind.CONV, "conv")
     return install_block_forward(mixers, shortconv.ConvStates, shortconv.block_forward)
 
 
-def block_mask(model: Any, state: TargetState, block: int) -> Any:
-    """The ``attention_mask`` argument for the next ``block`` tokens behind ``state``; convolutions need none."""
-    return {"full_attention": state.mask(block, model.device), "conv": None}
+FAMILY = Family(spec, prepare, mask_beside_recurrence)

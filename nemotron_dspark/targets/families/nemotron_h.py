@@ -1,13 +1,16 @@
 """Nemotron-H, Nano v2, Nemotron 3: every layer is one mixer, Mamba-2, attention without rope, MLP or experts."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import mamba2
-from nemotron_dspark.targets.recurrent import mixers_of
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
+from nemotron_dspark.targets.recurrent import NewRecurrent, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames, require
-from nemotron_dspark.targets.state import TargetState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAMES = WeightNames(
     layers="model.layers",
@@ -84,7 +87,7 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     )
 
 
-def prepare(model: Any, spec: TargetSpec) -> Any:
+def prepare(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
     """Make a loaded model ready for `TargetState`; how to make its Mamba-2 states.
 
     The step size keeps the limits that the config states, [0, inf] in every published one. transformers clamps it at
@@ -95,6 +98,4 @@ def prepare(model: Any, spec: TargetSpec) -> Any:
     return mamba2.prepare(mixers, model.config.time_step_limit)
 
 
-def block_mask(model: Any, state: TargetState, block: int) -> Any:
-    """The ``attention_mask`` argument for the next ``block`` tokens behind ``state``; Mamba layers need none."""
-    return {"full_attention": state.mask(block, model.device), "linear_attention": None}
+FAMILY = Family(spec, prepare, mask_beside_recurrence, capture_context=mamba2.even_chunks)

@@ -5,16 +5,17 @@ heads: the other half gates the output. Rope turns a quarter of each head. The n
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.targets import delta
 from nemotron_dspark.targets.families import hybrids
 from nemotron_dspark.targets.families.decoders import as_built
-from nemotron_dspark.targets.families.hybrids import block_mask
-from nemotron_dspark.targets.recurrent import install_block_forward, mixers_of
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
+from nemotron_dspark.targets.recurrent import NewRecurrent, install_block_forward, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
-__all__ = ["block_mask", "prepare", "spec"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KINDS = {"linear_attention": LayerKind.DELTA, "full_attention": LayerKind.DECODER}
 
@@ -31,7 +32,7 @@ def _has_dense_layer(built: Mapping[str, Any]) -> bool:
 def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     built = as_built(config, name)
     dense = _has_dense_layer(built)
-    return hybrids.spec(
+    return hybrids.hybrid_spec(
         config,
         name,
         layers=hybrids.listed_layers(built, _KINDS, "layer_types"),
@@ -44,7 +45,10 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     )
 
 
-def prepare(model: Any, spec: TargetSpec) -> Any:
+def prepare(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
     """Make a loaded model ready for `TargetState`; how to make the states of its delta nets."""
     mixers = mixers_of(model, spec, LayerKind.DELTA, "linear_attn")
     return install_block_forward(mixers, delta.DeltaStates, delta.block_forward)
+
+
+FAMILY = Family(spec, prepare, mask_beside_recurrence)

@@ -6,14 +6,16 @@ channels. Rope only with ``use_mem_rope``. Embedding and LM head are one tensor 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.targets import mamba2
 from nemotron_dspark.targets.families import hybrids
-from nemotron_dspark.targets.families.hybrids import block_mask
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
+from nemotron_dspark.targets.recurrent import NewRecurrent
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
 
-__all__ = ["block_mask", "prepare", "spec"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KINDS = {
     "mamba": LayerKind.MAMBA2,
@@ -25,7 +27,7 @@ _KINDS = {
 def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     theta, assumed = hybrids.rope_theta(config) if config.get("use_mem_rope") else (None, ())
     hidden = int(require(config, "hidden_size"))
-    return hybrids.spec(
+    return hybrids.hybrid_spec(
         config,
         name,
         layers=hybrids.listed_layers(config, _KINDS, "layers_block_type", "layer_types"),
@@ -39,7 +41,7 @@ def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
     )
 
 
-def prepare(model: Any, spec: TargetSpec) -> Any:
+def prepare(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
     """Make a loaded model ready for `TargetState`; how to make its Mamba-2 states.
 
     The step size keeps the config's ``time_step_limit``, none where there is none. transformers clamps it at
@@ -52,3 +54,6 @@ def prepare(model: Any, spec: TargetSpec) -> Any:
         for index, kind in enumerate(spec.layers)
     }
     return mamba2.prepare(mixers, getattr(model.config, "time_step_limit", None))
+
+
+FAMILY = Family(spec, prepare, mask_beside_recurrence, capture_context=mamba2.even_chunks)

@@ -1,7 +1,0 @@
-"""Llama, and what is built like it: Llama-3.1-Nemotron-Nano among them."""
-
-from nemotron_dspark.targets.families.decoders import decoder_spec as spec
-from nemotron_dspark.targets.families.decoders import nothing_to_prepare as prepare
-from nemotron_dspark.targets.families.decoders import one_mask as block_mask
-
-__all__ = ["block_mask", "prepare", "spec"]
