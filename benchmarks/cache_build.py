@@ -39,12 +39,14 @@ import torch
 
 from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.cache.format import DeepSpecLayout
+from nemotron_dspark.cache.layout import WORK
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.cli.shell import quiet_libraries
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.data.conversations import Skipped
 from nemotron_dspark.data.samples import read_samples
-from nemotron_dspark.processes import Child
+from nemotron_dspark.files import locked
+from nemotron_dspark.processes import process_pool, share
 from nemotron_dspark.targets import Target
 
 PATTERN, HIDDEN, TAPS = "M-M-*-M-M-*-", 256, (1, 5, 9)
@@ -131,7 +133,7 @@ def plain_loop(target: Target, conversations: Path, count: int, folder: Path) ->
     samples = list(itertools.islice((item.tokens for item in found if not isinstance(item, Skipped)), count))
     lengths = [len(sample.input_ids) for sample in samples]
     layout = DeepSpecLayout.of(lengths, taps=TAPS, hidden_size=HIDDEN, shard_bytes=CACHE.shard_bytes)
-    with CacheWriter(folder, layout) as writer:
+    with locked(folder / WORK), CacheWriter(folder, layout) as writer:
         for first in range(0, len(samples), PLAIN_ROWS):
             rows = samples[first : first + PLAIN_ROWS]
             ids = torch.zeros(len(rows), max(lengths[first : first + PLAIN_ROWS]), dtype=torch.long)
@@ -186,12 +188,16 @@ def ready_helper(folder: str, ready: Path) -> Target:
     return target
 
 
-def second_ideal(pipe: Any, folder: str, shape: tuple[int, int]) -> None:
+@functools.cache
+def second_ideal() -> Ideal:
+    """Of the process that a pool runs this in."""
     quiet_libraries()
-    ideal = Ideal(bare(Target.load(folder)), (shape,))
-    pipe.send(None)
-    while True:
-        pipe.send(ideal(pipe.recv()))
+    folder, shape = share()
+    return Ideal(bare(Target.load(folder)), (shape,))
+
+
+def second_seconds(tokens: int) -> tuple[float, float]:
+    return second_ideal()(tokens)
 
 
 def measure(folder: Path, tokens: int, repetitions: int) -> dict[str, Any]:
@@ -222,12 +228,12 @@ def measure(folder: Path, tokens: int, repetitions: int) -> dict[str, Any]:
     def alone() -> tuple[float, float]:
         return ideal(tokens // 4)
 
-    with Child("of the second ideal", second_ideal, str(where), ideal.shape) as second:
-        second.receive()
+    with process_pool(1, (str(where), ideal.shape)) as second:
+        second.submit(second_seconds, 1).result()
 
         def both() -> tuple[float, float]:
-            second.send(tokens // 8)
-            mine, other = ideal(tokens // 8), second.receive()
+            running = second.submit(second_seconds, tokens // 8)
+            mine, other = ideal(tokens // 8), running.result()
             return max(mine[0], other[0]) / 2, (mine[1] + other[1]) / 2
 
         for repetition in range(repetitions):

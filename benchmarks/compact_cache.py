@@ -31,10 +31,10 @@ from torch import Tensor
 from nemotron_dspark import files
 from nemotron_dspark.cache import quantise
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.cache.compact import has_target
 from nemotron_dspark.cache.format import bytes_per_token
 from nemotron_dspark.cache.quantise import Int4
 from nemotron_dspark.cache.reader import Sample, TargetCache
+from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig, load_config
@@ -76,7 +76,7 @@ class InMemory:
         taps, last = (_roundtrip(kind, cache.hidden_size) for kind in way)
         self._samples = []
         for sample in cache:
-            used = torch.from_numpy(has_target(sample.loss_mask.numpy()))
+            used = predicts_loss_token(sample.loss_mask).nonzero()[:, 0]
             kept = torch.zeros_like(sample.last)
             kept[used] = last(sample.last[used])
             states = taps(sample.taps.view(-1, cache.hidden_size)).view_as(sample.taps)
@@ -154,7 +154,7 @@ def size_ratio(cache: TargetCache, way: Way) -> float:
     tokens, width = int(cache.lengths.sum()), cache.hidden_size
     whole = bytes_per_token(len(cache.taps), width)
     taps, last = (2 * width if kind is None else kind(width).state_bytes for kind in way)
-    kept = sum(int(has_target(cache.loss_mask(number)).sum()) for number in range(len(cache)))
+    kept = sum(int(predicts_loss_token(cache.loss_mask(number)).sum()) for number in range(len(cache)))
     return (5 + 16 * len(cache) / tokens + len(cache.taps) * taps + last * kept / tokens) / whole
 
 

@@ -10,9 +10,12 @@ class NdsError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, do: str):
-        super().__init__(f"{what} {do}")
+        super().__init__(what, do)  # as they were given: a process pool hands errors over pickled
         self.what = what
         self.do = do
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.do}"
 
 
 class CheckError(NdsError):

@@ -1,107 +1,57 @@
-"""Processes that work for this one: started fresh, spoken to over a pipe, and never left behind.
-
-An error in a child is raised where its messages are received. A child ends when its parent does, however that ended.
-"""
+"""Pools of processes that work for this one: started fresh, and never left behind, however this one ends."""
 
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any, Self
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
-from nemotron_dspark.errors import EnvironmentFault, NdsError
+from nemotron_dspark.errors import EnvironmentFault
 
 START = multiprocessing.get_context("spawn")  # a fork would inherit locks that threads hold, and CUDA's state
-_GRACE = 5.0  # seconds to end by itself
 
 
-class Child:
-    """A process that runs ``work(pipe, *arguments)``; use as a context manager. All of that must be picklable.
+_shared: Any = None  # in a process of a pool: what all its tasks use
 
-    ``work`` needs no care for the end: to read from, or write to, a pipe that the parent has closed ends it.
+
+def process_pool(workers: int, shared: Any = None) -> ProcessPoolExecutor:
+    """A pool whose ``workers`` end when this process does. Each is sent ``shared`` once, and its tasks `share` it.
+
+    An `NdsError` that a task raises is raised by its future.
     """
+    # A terminal sends its signals to all processes of a command, and this one decides what they mean. In a pool of
+    # several SIGTERM must work: that is how the executor ends the others when one has died.
+    ignored = (signal.SIGINT, signal.SIGTERM) if workers == 1 else (signal.SIGINT,)
+    return ProcessPoolExecutor(workers, mp_context=START, initializer=_begin, initargs=(ignored, shared))
 
-    def __init__(self, name: str, work: Callable[..., None], *arguments: Any):
-        self._name = name
-        self._pipe, theirs = START.Pipe()
-        self._process = START.Process(target=_run, args=(work, theirs, arguments), name=name, daemon=True)
-        self._process.start()
-        theirs.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def send(self, message: Any) -> None:
-        """Raises what `receive` raises when the child has ended."""
-        try:
-            self._pipe.send(message)
-        except OSError:
-            while True:  # its error comes behind the messages it sent before
-                self.receive()
-
-    def receive(self) -> Any:
-        """The child's next message.
-
-        Raises:
-            NdsError: the child raised it, or it died.
-            RuntimeError: it failed in another way; its traceback is the message.
-        """
-        try:
-            message = self._pipe.recv()
-        except (EOFError, OSError):
-            raise self._died() from None
-        if isinstance(message, _Failure):
-            raise message.kind(*message.arguments)
-        return message
-
-    def kill(self) -> None:
-        """End the process at once; whoever receives is told."""
-        self._process.kill()
-
-    def close(self) -> None:
-        """End the process; it is asked first, by closing its pipe."""
-        self._pipe.close()
-        self._process.join(_GRACE)
-        self._process.kill()
-        self._process.join()
-
-    def _died(self) -> EnvironmentFault:
-        self._process.join(_GRACE)
-        code = self._process.exitcode or 0
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return EnvironmentFault(
-            f"The process {self._name} ended {how}.",
+@contextlib.contextmanager
+def deaths_named(work: str) -> Iterator[None]:
+    """Turn the death of a pool's process into an `EnvironmentFault` that says what its ``work`` was."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise EnvironmentFault(
+            f"A process that {work} was killed.",
             "Everything written before is kept, the same command goes on; if memory was short, use fewer processes.",
-        )
+        ) from None
 
 
-class _Failure:
-    """What a child raised."""
-
-    def __init__(self, error: Exception):
-        known = isinstance(error, NdsError)
-        self.kind = type(error) if known else RuntimeError
-        self.arguments = (error.what, error.do) if known else ("".join(traceback.format_exception(error)),)
+def share() -> Any:
+    """What the pool was made with, in a task of it."""
+    return _shared
 
 
-def _run(work: Callable[..., None], pipe: Connection, arguments: tuple) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all its processes: the parent decides
+def _begin(ignored: tuple[signal.Signals, ...], shared: Any) -> None:
+    global _shared
+    _shared = shared
+    for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        work(pipe, *arguments)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            pipe.send(_Failure(error))
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_dspark.cache.build import BuildProgress, BuildReport, helping_targets
+from nemotron_dspark.cache.build import BuildProgress, BuildReport, helper_loads
 from nemotron_dspark.cache.build import build_cache as write_cache
 from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token
 from nemotron_dspark.config import RunConfig
@@ -78,7 +78,7 @@ def build_cache(
         EnvironmentFault: the disk is or would be full, or a process died.
     """
     target = target or load_target(config)
-    helpers = helping_targets(config.target, target.device, processes)
+    helpers = helper_loads(config.target, target.device, processes)
     taps = chosen_taps(target.spec, config.draft)
     mask = choose_mask_token(target.tokenizer, target.spec, override=config.draft.mask_token_id)
     report = write_cache(
@@ -90,7 +90,7 @@ def build_cache(
         cache=config.cache,
         mask_token_id=mask.id,
         helpers=helpers,
-        progress=on_progress,
+        on_progress=on_progress or (lambda progress: None),
     )
     return CacheReport(report, taps, mask)
 

@@ -1,4 +1,4 @@
-"""Children are heard, their errors are raised here, and none outlives its parent."""
+"""Errors of a pool's processes are raised here, and none outlives its parent."""
 
 import multiprocessing
 import os
@@ -8,53 +8,44 @@ import time
 import pytest
 
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.processes import Child
+from nemotron_dspark.processes import deaths_named, process_pool, share
 
 
-def answer(pipe, factor):
-    while True:
-        number = pipe.recv()
-        if number == 0:
-            raise InputError("Zero was sent.", "Send another number.")
-        if number < 0:
-            os.kill(os.getpid(), -number)
-        pipe.send(factor / number if number != 1 else 1 // 0)
+def answer(number):
+    if number == 0:
+        raise InputError("Zero was sent.", "Send another number.")
+    if number < 0:
+        os.kill(os.getpid(), -number)
+    return share() / number if number != 1 else 1 // 0
 
 
-def test_an_error_of_a_child_is_raised_where_it_is_received():
-    with Child("that divides", answer, 6) as child:
-        child.send(3)
-        assert child.receive() == 2
-        child.send(0)
-        with pytest.raises(InputError, match="Zero was sent"):
-            child.receive()
-    with Child("that divides", answer, 6) as child:
-        child.send(1)
-        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-            child.receive()
+def test_an_error_of_a_process_is_raised_by_its_future():
+    with process_pool(1, 6) as pool:
+        assert pool.submit(answer, 3).result() == 2
+        with pytest.raises(InputError, match=r"Zero was sent\. Send another number\.") as caught:
+            pool.submit(answer, 0).result()
+        assert (caught.value.what, caught.value.do) == ("Zero was sent.", "Send another number.")
+        with pytest.raises(ZeroDivisionError):
+            pool.submit(answer, 1).result()
 
 
-def test_a_child_that_dies_is_an_error_that_says_how():
-    with Child("that divides", answer, 6) as child:
-        child.send(-signal.SIGKILL)
-        with pytest.raises(EnvironmentFault, match="that divides ended by SIGKILL"):
-            child.receive()
-        with pytest.raises(EnvironmentFault, match="that divides ended by SIGKILL"):
-            child.send(3)
-
-
-def idle(pipe):
-    pipe.send(os.getpid())
-    time.sleep(600)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_is_killed_is_an_error_that_says_what_it_did(workers):
+    with process_pool(workers, 6) as pool:
+        assert pool.submit(answer, 3).result() == 2
+        dying = pool.submit(answer, -signal.SIGKILL)
+        with pytest.raises(EnvironmentFault, match="process that divides was killed"), deaths_named("divides"):
+            dying.result()
 
 
 def parent(ours):
-    child = Child("that idles", idle)
-    ours.send(child.receive())
+    pool = process_pool(1)
+    ours.send(pool.submit(os.getpid).result())
+    pool.submit(time.sleep, 600)
     time.sleep(600)
 
 
-def test_a_child_ends_when_its_parent_is_killed():
+def test_a_process_ends_when_its_parent_is_killed():
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=parent, args=(theirs,))

@@ -1,62 +1,41 @@
-"""Conversations in, target cache out: tokenise, lay out, run the target, write; all of it at the same time.
+"""Conversations in, target cache out, in two passes: tokenise everything, then run the target over it.
 
-Everything but the hidden states follows from the tokenised lengths: which samples share a forward, and where every byte
-lies. So whoever computes a batch writes it to its final place, and a build that was killed anywhere goes on with the
-samples it has not written, with any number of processes, and ends in the same bytes.
+The first gives the samples' lengths, and everything but the hidden states follows from those: which samples share a
+forward, where every byte lies, and how many there will be. So the disk is checked before the target is loaded, and a
+build that was killed anywhere goes on with the samples it has not written, with any number of processes, and ends in
+the same bytes.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from nemotron_dspark._version import __version__
-from nemotron_dspark.cache.capture import CapturesStates
+from nemotron_dspark.cache.capture import CapturesStates, TargetFacts
+from nemotron_dspark.cache.capture_all import BuildProgress, LoadTarget, capture_all
 from nemotron_dspark.cache.compact import QUANTISATION
 from nemotron_dspark.cache.formats import new_layout
-from nemotron_dspark.cache.layout import MANIFEST, WORK, Layout
+from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.cache.tokens import (
-    GrowingTokens,
-    Stored,
-    Tokens,
-    TokenStore,
-    check_no_mask_token,
-    read_report,
-    tokenise,
-)
-from nemotron_dspark.cache.work import LayOut, LoadTarget, Work, share
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.format import recognise
 from nemotron_dspark.config.run import CacheConfig, DataConfig, TargetConfig
 from nemotron_dspark.data.conversations import SkipTally
-from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.files import read_json, sha256, write_json
+from nemotron_dspark.data.tokens import read_report, tokenise
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import check_space, locked, read_json, sha256
 from nemotron_dspark.targets import Target
 
 REPORT = "build.json"
 _SPARE_BYTES = 16 * 1024**2  # index, checksums and the file system's own needs
-_ESTIMATE = 0.9  # of a size that is estimated from the first conversations: one that is short of less may begin
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildProgress:
-    """How far a build is; ``stage`` is "tokenise" (samples = lines read) or "capture". Totals are 0 until known."""
-
-    stage: str
-    samples: int
-    total_samples: int
-    tokens: int
-    total_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +58,7 @@ class BuildReport:
 
 
 def build_cache(
-    target: CapturesStates,
+    target: TargetFacts,
     conversations_file: Path | str,
     out_folder: Path | str,
     *,
@@ -87,103 +66,62 @@ def build_cache(
     data: DataConfig | None = None,
     cache: CacheConfig | None = None,
     mask_token_id: int | None = None,
+    load: LoadTarget | None = None,
     helpers: Sequence[LoadTarget] = (),
-    progress: Callable[[BuildProgress], None] | None = None,
+    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
 ) -> BuildReport:
     """Write the cache of ``conversations_file`` under ``target`` to ``out_folder``, or finish one that was interrupted.
 
-    A finished cache of the same inputs is left as it is. With ``mask_token_id``, data that contains it is refused. Each
-    of ``helpers`` loads the same target in a process of its own, to compute a share of it. Processes are started for
-    them, and to tokenise large files: a script must not build when it is merely imported.
+    A finished cache of the same inputs is left as it is. ``target`` is loaded already, or by ``load``, which is called
+    when all samples are tokenised and their hidden states fit on the disk. Each of ``helpers`` loads the same target in
+    a process of its own, to compute a share. Processes are started for them, and to tokenise large files: a script must
+    not build when it is merely imported. With ``mask_token_id``, data that contains it is refused.
 
     Raises:
         InputError: unusable data, or a folder that holds something else or was built from other inputs.
-        EnvironmentFault: not enough free space (estimated before the target runs, known when tokenising ends), the disk
-            is full, or a process died.
+        EnvironmentFault: not enough free space, known before the target runs; the disk is full, or a process died.
         CheckError: the target's hidden states are not finite.
     """
     started = time.monotonic()
     data, cache = data or DataConfig(), cache or CacheConfig()
     conversations, folder = Path(conversations_file), Path(out_folder)
-    report = _one_at_a_time(progress or (lambda _: None))
+    work, spec = folder / WORK, target.spec
     inputs = {
-        **inputs_of(
-            Path(target.folder), target.tokenizer, target.spec.name, str(target.dtype), conversations, taps, data
-        ),
+        **inputs_of(target.folder, target.tokenizer, spec.name, str(target.dtype), conversations, taps, data),
         "cache": layout_settings(cache),
     }
-    work = folder / WORK
     _check_folder(folder, inputs)
     if (folder / MANIFEST).is_file():
         shutil.rmtree(work, ignore_errors=True)  # killed between the manifest and this
         return _finished(folder, started)
-    lay_out = functools.partial(
-        _lay_out, cache, tuple(taps), target.spec.hidden_size, _manifest_extra(target, conversations, data)
-    )
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(CacheWriter(folder))
-        if _tokenised(folder):
-            tokens: Tokens = TokenStore(work)
-            check_no_mask_token(tokens.all_ids(), mask_token_id, folder)
-        else:
-            write_json(folder / REPORT, {"inputs": inputs})
-
-            def fill(grown: Callable[[Stored], None]) -> None:
-                def tell(stored: Stored) -> None:
-                    grown(stored)
-                    report(BuildProgress("tokenise", stored.lines, 0, 0, 0))
-
-                tokenise(
-                    work,
-                    folder / REPORT,
-                    conversations,
-                    target.tokenizer,
-                    data,
-                    max_positions=target.spec.max_position_embeddings,
-                    mask_token_id=mask_token_id,
-                    inputs=inputs,
-                    processes=1 + len(helpers),
-                    progress=tell,
-                )
-
-            tokens = stack.enter_context(GrowingTokens(work, fill))
-        write_states(target, tokens, writer, cache.batch_tokens, report, taps=taps, lay_out=lay_out, helpers=helpers)
-        writer.finish(extra_files=[REPORT])
+    with locked(work):
+        tokens = tokenise(
+            work,
+            folder / REPORT,
+            conversations,
+            target.tokenizer,
+            data,
+            max_positions=spec.max_position_embeddings,
+            mask_token_id=mask_token_id,
+            inputs=inputs,
+            on_lines=lambda lines: on_progress(BuildProgress("tokenise", lines, 0, 0, 0)),
+        )
+        extra = _manifest_extra(target, conversations, data)
+        layout = new_layout(
+            cache, tokens.lengths, tokens.predicting, taps=taps, hidden_size=spec.hidden_size, extra=extra
+        )
+        with CacheWriter(folder, layout) as writer:
+            check_cache_space(writer)
+            load = load or (lambda: cast(CapturesStates, target))  # as promised: it is loaded
+            capture_all(load, tokens, writer, cache.batch_tokens, on_progress, helpers=helpers)
+            writer.finish(extra_files=[REPORT])
     return _finished(folder, started, writer.reused)
 
 
-def write_states(
-    target: CapturesStates,
-    tokens: Tokens,
-    writer: CacheWriter,
-    batch_tokens: int,
-    report: Callable[[BuildProgress], None],
-    *,
-    taps: Sequence[int] | None = None,
-    lay_out: LayOut | None = None,
-    helpers: Sequence[LoadTarget] = (),
-) -> None:
-    """Run the target over the samples of ``tokens`` that ``writer`` does not have yet.
+def helper_loads(config: TargetConfig, device: torch.device, processes: int | None) -> list[LoadTarget]:
+    """How the helpers of this process, which has the target on ``device``, load theirs.
 
-    ``lay_out`` is for a writer whose layout is to be extended as samples become known; else it reaches all of them.
-    """
-
-    def tell() -> None:
-        written = writer.written
-        lengths = tokens.lengths[: len(written)]
-        totals = (len(tokens), int(tokens.lengths.sum())) if tokens.complete else (0, 0)
-        report(BuildProgress("capture", int(written.sum()), totals[0], int(lengths[written].sum()), totals[1]))
-
-    work = Work(tokens, writer, batch_tokens, lay_out, _check_room)
-    taps = tuple(writer.layout.taps if taps is None else taps)
-    share(work, target, taps, tokens, writer, tell, lay_out=lay_out, helpers=helpers)
-
-
-def helping_targets(config: TargetConfig, device: torch.device, processes: int | None) -> list[LoadTarget]:
-    """How the processes beside this one, which has the target on ``device``, load theirs.
-
-    ``processes`` None takes every CUDA device when ``config`` names none, and this process alone elsewhere. Several on
-    a CPU share the threads that torch has here.
+    ``processes``, this one included, defaults to every CUDA device when ``config`` names none, and to one elsewhere.
 
     Raises:
         InputError: there are not so many devices.
@@ -200,51 +138,13 @@ def helping_targets(config: TargetConfig, device: torch.device, processes: int |
             f"{wanted} processes are asked for, and {len(devices)} device{'s' * (len(devices) != 1)} can be used.",
             "Give --processes no more than there are GPUs, and leave target.device at auto.",
         )
-    threads = None
-    if device.type == "cpu" and wanted > 1:
-        threads = max(1, torch.get_num_threads() // wanted)
-        torch.set_num_threads(threads)
-    return [
-        functools.partial(_load, config.model_copy(update={"device": device}), threads) for device in devices[1:wanted]
-    ]
+    return [functools.partial(_load, config.model_copy(update={"device": device})) for device in devices[1:wanted]]
 
 
-def _load(config: TargetConfig, threads: int | None) -> CapturesStates:
-    if threads is not None:
-        torch.set_num_threads(threads)
+def _load(config: TargetConfig) -> Target:
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)  # kernels are started on the current device
     return Target.of(config)
-
-
-def _lay_out(
-    cache: CacheConfig, taps: tuple[int, ...], hidden_size: int, extra: Mapping[str, Any], tokens: Tokens, samples: int
-) -> Layout:
-    """The layout of the first ``samples`` of ``tokens``."""
-    lengths = tokens.lengths[:samples]
-    return new_layout(
-        cache,
-        lengths,
-        lambda: tokens.targets(samples),
-        taps=taps,
-        hidden_size=hidden_size,
-        extra=extra,
-    )
-
-
-def _tokenised(folder: Path) -> bool:
-    return (folder / REPORT).is_file() and "result" in read_json(folder / REPORT)
-
-
-def _one_at_a_time(report: Callable[[BuildProgress], None]) -> Callable[[BuildProgress], None]:
-    """``report`` for several threads."""
-    reporting = threading.Lock()
-
-    def locked(progress: BuildProgress) -> None:
-        with reporting:
-            report(progress)
-
-    return locked
 
 
 def _finished(folder: Path, started: float, reused: int | None = None) -> BuildReport:
@@ -287,26 +187,15 @@ def _check_folder(folder: Path, inputs: dict[str, Any]) -> None:
         )
 
 
-def check_space(folder: Path, missing: int, how: str = "") -> None:
-    """`EnvironmentFault` unless ``missing`` bytes more fit on the disk; ``how`` it is known."""
-    free = shutil.disk_usage(folder).free
-    if free < missing + _SPARE_BYTES:
-        raise EnvironmentFault(
-            f"The cache needs {how}{missing / 1e9:.2f} GB more and {folder} has {free / 1e9:.2f} GB free.",
-            "Free some space, and the same command goes on; or choose another disk, a compact cache "
-            "(--cache-format compact), fewer conversations or taps, or none (`nds train --data`): see `nds plan`.",
-        )
-
-
-def _check_room(tokens: Tokens, writer: CacheWriter) -> None:
-    """`check_space` for what is known to come, and for all that seems to come when the rest is like what was read."""
-    check_space(writer.folder, writer.missing_bytes)
-    if not tokens.complete:
-        laid_out = tokens.lengths[: len(writer.written)].sum() / tokens.lengths.sum()
-        whole = sum(writer.layout.shard_sizes) / laid_out / tokens.read
-        shards = (path for path in (*writer.folder.glob("shard-*"), *writer.work.glob("shard-*")))
-        there = sum(512 * path.stat().st_blocks for path in shards)
-        check_space(writer.folder, int(_ESTIMATE * (whole - there)), "about ")
+def check_cache_space(writer: CacheWriter) -> None:
+    """`EnvironmentFault` unless what ``writer`` has not written yet fits on its disk."""
+    check_space(
+        writer.folder,
+        writer.missing_bytes + _SPARE_BYTES,
+        "The cache needs",
+        "Free some space, and the same command goes on; or choose another disk, a compact cache "
+        "(--cache-format compact), fewer conversations or taps, or none (`nds train --data`): see `nds plan`.",
+    )
 
 
 def inputs_of(
@@ -351,7 +240,7 @@ def _weights_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _manifest_extra(target: CapturesStates, conversations: Path, data: DataConfig) -> dict[str, Any]:
+def _manifest_extra(target: TargetFacts, conversations: Path, data: DataConfig) -> dict[str, Any]:
     chat_format = recognise(target.tokenizer)
     return {
         "target_model_name_or_path": target.spec.name,

@@ -11,18 +11,29 @@ from torch import Tensor
 
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.errors import CheckError
+from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.target import Captured
 
 
-class CapturesStates(Protocol):
-    """What the cache needs of a `targets.Target`."""
+class TargetFacts(Protocol):
+    """What a build must know of a target before it is loaded; a loaded `targets.Target` tells it too."""
 
-    spec: Any
-    tokenizer: Any
-    folder: Path
-    dtype: torch.dtype
-    device: torch.device
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def spec(self) -> TargetSpec: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
 
-    def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: tuple[int, ...]) -> Any: ...
+
+class CapturesStates(TargetFacts, Protocol):
+    """A loaded `targets.Target`."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +50,11 @@ class States:
     done: torch.cuda.Event | None  # on CUDA: when they are computed
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """For another thread than the target's: wait for these states, and for nothing the device is given later."""
+    def wait_stream(self) -> Iterator[None]:
+        """Run the block on a stream that waits for these states alone, not for what the target is given later.
+
+        For another thread than the target's.
+        """
         if self.done is None:
             yield
             return

@@ -25,6 +25,7 @@ from nemotron_dspark.cache.layout import (
     split_into_shards,
 )
 from nemotron_dspark.cache.quantise import Int4, Part
+from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
 
@@ -39,16 +40,6 @@ _NAMES = {  # dtypes as a safetensors header spells them
     torch.uint8: "U8",
 }
 _REMEDY = "Build the cache again with `nds cache build --cache-format compact`."
-
-
-def has_target(loss_mask: np.ndarray) -> np.ndarray:
-    """Positions whose last hidden state the loss looks at, bool [S].
-
-    Slot k of anchor a is predicted from the target's state at a + k, and counts while the loss mask is set from a to
-    a + k + 1 (`training.anchors`). So position p is looked at only where p and p + 1 carry loss.
-    """
-    loss = np.asarray(loss_mask) != 0
-    return loss & np.append(loss[1:], False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +105,11 @@ class CompactLayout(Layout):
     def encode(
         self, sample_id: int, input_ids: np.ndarray, loss_mask: np.ndarray, taps: Tensor, last: Tensor
     ) -> list[np.ndarray]:
-        used = has_target(loss_mask)
+        used = torch.from_numpy(predicts_loss_token(loss_mask))
         if used.sum() != self.kept[sample_id]:
             raise ValueError(f"sample {sample_id} has {used.sum()} last states, not {self.kept[sample_id]}")
         states = taps.detach().reshape(-1, self.hidden_size)  # a state for each token and tap
-        kept = last.detach()[torch.from_numpy(used).to(last.device)]
+        kept = last.detach()[:-1][used.to(last.device)]
         found = {
             "input_ids": np.ascontiguousarray(input_ids, dtype="<i4"),
             "loss_mask": np.ascontiguousarray(loss_mask, dtype=np.uint8),
@@ -131,7 +122,7 @@ class CompactLayout(Layout):
         found = self._tensors(pieces)
         loss = found["loss_mask"] != 0
         last = torch.zeros(len(loss), self.hidden_size, dtype=torch.bfloat16)
-        last[torch.from_numpy(has_target(loss.numpy()))] = self._quantiser.decode(_parts_of("last", found))
+        last[:-1][predicts_loss_token(loss)] = self._quantiser.decode(_parts_of("last", found))
         return Sample(
             found["input_ids"].long(),
             loss,
@@ -146,7 +137,7 @@ class CompactLayout(Layout):
             faults.append("has a negative token id")
         if (found["loss_mask"] > 1).any():
             faults.append("has a mask with values other than 0 and 1")
-        if int(has_target(found["loss_mask"].numpy()).sum()) != int(self.kept[sample_id]):
+        if int(predicts_loss_token(found["loss_mask"]).sum()) != int(self.kept[sample_id]):
             faults.append("has another loss mask than its last hidden states were chosen by")
         if not all(self._quantiser.sound(_parts_of(states, found)) for states in ("taps", "last")):
             faults.append("has hidden states that are not finite or cannot be decoded")

@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_dspark.cache.build import REPORT, BuildProgress, check_space
+from nemotron_dspark.cache.build import REPORT, check_cache_space
+from nemotron_dspark.cache.capture_all import BuildProgress
 from nemotron_dspark.cache.checksums import fingerprint
-from nemotron_dspark.cache.compact import QUANTISATION, CompactLayout, has_target
+from nemotron_dspark.cache.compact import QUANTISATION, CompactLayout
 from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
+from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.config.run import CacheConfig
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import disk_errors, read_json, write_json
+from nemotron_dspark.files import disk_errors, locked, read_json, write_json
 
 _COMMIT_BYTES = 256 * 1024**2  # written between two flushes
 
@@ -49,7 +51,7 @@ def convert_cache(
     out_folder: Path | str,
     cache: CacheConfig,
     *,
-    progress: Callable[[BuildProgress], None] | None = None,
+    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
 ) -> ConvertReport:
     """Write the samples of ``source_folder`` to ``out_folder`` in the format of ``cache``, or finish doing so.
 
@@ -74,15 +76,15 @@ def convert_cache(
     layout = new_layout(
         cache,
         source.lengths,
-        lambda: np.array([has_target(source.loss_mask(sample)).sum() for sample in range(len(source))]),
+        np.array([predicts_loss_token(source.loss_mask(sample)).sum() for sample in range(len(source))], np.int64),
         taps=source.taps,
         hidden_size=source.hidden_size,
         extra=source.layout.extra,
     )
     done = np.cumsum(source.lengths)
-    with CacheWriter(folder, layout) as writer:
-        reused, pending = int(writer.written.sum()), 0
-        check_space(folder, writer.missing_bytes)
+    with locked(folder / WORK), CacheWriter(folder, layout) as writer:
+        reused, pending = writer.reused, 0
+        check_cache_space(writer)
         for sample_id in np.flatnonzero(~writer.written).tolist():
             sample = source[sample_id]
             writer.write(sample_id, sample.input_ids.numpy(), sample.loss_mask.numpy(), sample.taps, sample.last)
@@ -90,9 +92,8 @@ def convert_cache(
             if pending >= _COMMIT_BYTES:
                 writer.commit()
                 pending = 0
-            if progress:
-                tokens, total = int(done[sample_id]), int(done[-1])
-                progress(BuildProgress("convert", sample_id + 1, len(source), tokens, total))
+            tokens, total = int(done[sample_id]), int(done[-1])
+            on_progress(BuildProgress("convert", sample_id + 1, len(source), tokens, total))
         writer.commit()
         writer.finish(extra_files=[REPORT])
     return _report(source, folder, reused, started)

@@ -62,19 +62,6 @@ class TargetCache:
         """int64 [samples], tokens of each sample."""
         return self.layout.lengths
 
-    def require(self, *, taps: Sequence[int] | None = None, hidden_size: int | None = None) -> None:
-        """`InputError` unless the cache holds these taps of a target of this hidden size."""
-        if hidden_size is not None and hidden_size != self.hidden_size:
-            raise InputError(
-                f"{self.folder} holds hidden states of size {self.hidden_size}, not {hidden_size}.",
-                "Build a cache with this target.",
-            )
-        if taps is not None and tuple(taps) != self.taps:
-            raise InputError(
-                f"{self.folder} holds the taps {list(self.taps)}, not {list(taps)}.",
-                f"Set draft.taps to {list(self.taps)}, or build a cache with the wanted taps.",
-            )
-
     def __len__(self) -> int:
         return len(self.layout.lengths)
 

@@ -9,12 +9,15 @@ rewrites it (drops reasoning, prints other tags), a conversation becomes several
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from torch import Tensor
 
 from nemotron_dspark.chat.format import Conversation, Message, RenderError, render, template_source
 from nemotron_dspark.errors import InputError
+
+Mask = TypeVar("Mask", np.ndarray, Tensor)
 
 _OPENED = re.compile(r"<think>\s*$")  # how a generation prompt may end
 _CLOSED = re.compile(r"<think>\s*</think>\s*$")
@@ -37,6 +40,17 @@ class Tokenised:
     @property
     def loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
+
+
+def predicts_loss_token(loss_mask: Mask) -> Mask:
+    """Positions from which the loss predicts a token, bool [S - 1], of a mask [S] (NumPy or torch).
+
+    They are those that carry loss and whose next token does: an anchor is one (`training.anchors`), and slot k of
+    anchor a is predicted from a + k, and counts only while the mask is set from a to a + k + 1. So no other position's
+    last hidden state is looked at.
+    """
+    loss = loss_mask != 0
+    return cast(Mask, loss[:-1] & loss[1:])  # NumPy types a comparison as Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ def convert(
 
     shell.stop_on_sigterm()
     with shell.bars() as bars:
-        return convert_cache(source, out, config.cache, progress=lambda now: _update(bars, now))
+        return convert_cache(source, out, config.cache, on_progress=lambda now: _update(bars, now))
 
 
 def _update(bars: shell.Bars, now: "BuildProgress") -> None:

@@ -156,7 +156,7 @@ def build_part(job: Job, part: int, device: str, report: Report) -> None:
         data=job.data,
         cache=job.cache,
         mask_token_id=job.mask_token_id,
-        progress=lambda progress: report(part, progress),
+        on_progress=lambda progress: report(part, progress),
     )
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_dspark.cache.batches import batches
-from nemotron_dspark.cache.compact import has_target
-from nemotron_dspark.chat.mask import Tokenised
+from nemotron_dspark.chat.mask import Tokenised, predicts_loss_token
 from nemotron_dspark.config import DataConfig
 from nemotron_dspark.data.conversations import Skipped, read
 from nemotron_dspark.data.samples import samples_of
@@ -104,7 +103,7 @@ def from_file(path: Path, tokenizer: Any | None, data: DataConfig, max_positions
 
 def _measured(tokens: Tokenised) -> tuple[int, int, int]:
     """Tokens, loss tokens and targets."""
-    return len(tokens.input_ids), tokens.loss_tokens, int(has_target(tokens.loss_mask).sum())
+    return len(tokens.input_ids), tokens.loss_tokens, int(predicts_loss_token(tokens.loss_mask).sum())
 
 
 def _guessed(item: Any, data: DataConfig) -> tuple[int, int, int]:

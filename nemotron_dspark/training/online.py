@@ -6,16 +6,13 @@ the losses are those of cached training, up to what a forward in other company r
 
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from nemotron_dspark import files
 from nemotron_dspark.cache.capture import captured_states
 from nemotron_dspark.cache.reader import Sample
-from nemotron_dspark.cache.tokens import TokenStore, check_no_mask_token, tokenise
-from nemotron_dspark.config import DataConfig, TargetConfig
+from nemotron_dspark.config import TargetConfig
+from nemotron_dspark.data.tokens import TokenStore
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.targets import Target, proofs
 from nemotron_dspark.training.source import Source
@@ -68,43 +65,6 @@ class OnlineSource(Source):
     def close(self) -> None:
         with self._busy:  # a forward that was begun ahead of a stop
             pass
-
-
-def tokenised(
-    run_folder: Path,
-    conversations: Path,
-    tokenizer: Any,
-    data: DataConfig,
-    *,
-    max_positions: int,
-    mask_token_id: int,
-    inputs: dict[str, Any],
-    progress: Callable[[int], None],
-) -> TokenStore:
-    """The samples of ``conversations``, as a cache would hold them; read back where an earlier call has made them.
-
-    Raises:
-        InputError: no sample is left, or the mask token occurs in one.
-    """
-    folder = run_folder / FOLDER
-    report = folder / REPORT
-    if report.is_file() and files.read_json(report).get("inputs") == inputs:
-        store = TokenStore(folder)
-        check_no_mask_token(store.all_ids(), mask_token_id, conversations)
-        return store
-    report.unlink(missing_ok=True)  # it vouches for files that are about to change
-    tokenise(
-        folder,
-        report,
-        conversations,
-        tokenizer,
-        data,
-        max_positions=max_positions,
-        mask_token_id=mask_token_id,
-        inputs=inputs,
-        progress=lambda stored: progress(stored.lines),
-    )
-    return TokenStore(folder)
 
 
 def proven_target(config: TargetConfig, taps: tuple[int, ...], on_status: Callable[[str], None]) -> Target:

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_dspark import files
-from nemotron_dspark.cache.build import BuildProgress, check_space, write_states
+from nemotron_dspark.cache.build import check_cache_space
+from nemotron_dspark.cache.capture_all import BuildProgress, capture_all
 from nemotron_dspark.cache.formats import new_layout, sample_sizes
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import Sample, TargetCache
-from nemotron_dspark.cache.tokens import Selected, TokenStore
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig
+from nemotron_dspark.data.tokens import TokenStore
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.training.distributed import SINGLE, DistContext
@@ -75,7 +76,7 @@ class RollingSource(Source):
         sizes = sample_sizes(
             self._cache,
             self.lengths,
-            lambda: self._tokens.targets(len(self._tokens)),
+            self._tokens.predicting,
             num_taps=len(self._taps),
             hidden_size=self._width,
         )
@@ -159,7 +160,7 @@ class RollingSource(Source):
                 self._changed.notify_all()
 
     def _made(self, segment: Segment) -> TargetCache:
-        folder, tokens = self._path(segment), Selected(self._tokens, segment.ids)
+        folder, tokens = self._path(segment), self._tokens.select(segment.ids)
         steps = f"steps {segment.first_step + 1}-{min(segment.stop_step, self._schedule.total_steps)}"
 
         def report(progress: BuildProgress) -> None:
@@ -179,14 +180,14 @@ class RollingSource(Source):
         layout = new_layout(
             self._cache,
             tokens.lengths,
-            lambda: tokens.targets(len(tokens)),
+            tokens.predicting,
             taps=self._taps,
             hidden_size=self._width,
             extra={"target_model_name_or_path": self._config.name},
         )
-        with CacheWriter(folder, layout) as writer:
-            check_space(folder, writer.missing_bytes)
-            write_states(self._target, tokens, writer, self._cache.batch_tokens, report)
+        with files.locked(folder / WORK), CacheWriter(folder, layout) as writer:
+            check_cache_space(writer)
+            capture_all(lambda: self._target, tokens, writer, self._cache.batch_tokens, report)
             writer.finish()
         self._on_status("")
         self._on_message(f"hidden states for {steps}: {len(tokens):,} samples, {files.size_text(segment.size)}.")

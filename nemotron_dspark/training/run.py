@@ -19,10 +19,10 @@ from nemotron_dspark.cache.build import inputs_of
 from nemotron_dspark.cache.checksums import fingerprint
 from nemotron_dspark.cache.formats import sample_sizes
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.cache.tokens import read_report
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.config import DraftSection, RunConfig, TrainConfig
+from nemotron_dspark.data.tokens import read_report, tokenise
 from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
@@ -194,21 +194,22 @@ class _Run:
             made_from["cache"] = config.cache.model_dump(exclude={"mode"})
         settings = {**self._settings(mode), "source": made_from}
         self._lock(settings)
-        tokens = online.tokenised(
-            self.out,
+        tokens = tokenise(
+            self.out / online.FOLDER,
+            self.out / online.FOLDER / online.REPORT,
             data,
             self.tokenizer,
             config.data,
             max_positions=self.spec.max_position_embeddings,
             mask_token_id=self.draft_config.mask_token_id,
             inputs=made_from,
-            progress=lambda lines: self.tell.on_status(f"tokenising, line {lines:,}"),
+            on_lines=lambda lines: self.tell.on_status(f"tokenising, line {lines:,}"),
         )
         notes += _notes_on_data(self.out)
         sizes = sample_sizes(
             config.cache,
             tokens.lengths,
-            lambda: tokens.targets(len(tokens)),
+            tokens.predicting,
             num_taps=len(taps),
             hidden_size=self.spec.hidden_size,
         )

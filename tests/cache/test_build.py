@@ -132,7 +132,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(target, conversations, buil
     with pytest.raises(InputError, match="unfinished"):
         TargetCache(folder)
     steps = []
-    report = build(target, conversations, folder, progress=steps.append)
+    report = build(target, conversations, folder, on_progress=steps.append)
     assert contents(folder) == contents(built)
     assert (report.reused_samples > 0) == (at > 0)
     assert steps[-1].samples == steps[-1].total_samples == SAMPLES
@@ -198,7 +198,7 @@ def test_a_full_disk_stops_the_build_and_loses_nothing(target, conversations, bu
 def test_too_little_space_is_known_before_the_target_runs(target, conversations, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(EnvironmentFault, match="GB free"):
+    with pytest.raises(EnvironmentFault, match="kB free"):
         build(Interrupting(target, 0), conversations, tmp_path / "c")
 
 

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from nemotron_dspark.cache import convert as room
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.cache.compact import CompactLayout, has_target, sample_sizes
+from nemotron_dspark.cache.compact import CompactLayout, sample_sizes
 from nemotron_dspark.cache.convert import convert_cache
 from nemotron_dspark.cache.format import Manifest, bytes_per_token
 from nemotron_dspark.cache.formats import read_layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
+from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
@@ -65,7 +66,7 @@ def test_last_states_are_kept_exactly_where_a_slot_can_count(block):
         anchors = (loss[:-1] & loss[1:]).nonzero()[:, 0]
         rows, slots = counted_slots(loss, anchors, block).nonzero(as_tuple=True)
         predicted_from = set((anchors[rows] + slots).tolist())
-        assert predicted_from == set(np.flatnonzero(has_target(mask)).tolist())
+        assert predicted_from == set(np.flatnonzero(predicts_loss_token(mask)).tolist())
 
 
 def new_draft(hidden: int) -> DSparkDraft:
@@ -77,7 +78,9 @@ def test_the_loss_never_looks_at_the_others(built):
     whole = [cache[number] for number in (0, 5, 11)]
     holes = []
     for sample in whole:
-        last = torch.where(torch.from_numpy(has_target(sample.loss_mask.numpy()))[:, None], sample.last, torch.nan)
+        last = torch.full_like(sample.last, torch.nan)
+        used = predicts_loss_token(sample.loss_mask).nonzero()[:, 0]
+        last[used] = sample.last[used]
         holes.append(dataclasses.replace(sample, last=last))
         assert last.isnan().any()
     losses = []
@@ -102,7 +105,8 @@ def test_samples_are_the_targets_up_to_the_quantiser(built, compact):
         assert other.input_ids.equal(one.input_ids)
         assert other.loss_mask.equal(one.loss_mask)
         assert (other.taps - one.taps).float().norm() < 0.1 * one.taps.float().norm()
-        used = torch.from_numpy(has_target(one.loss_mask.numpy()))
+        used = torch.zeros_like(one.loss_mask)
+        used[:-1] = predicts_loss_token(one.loss_mask)
         assert (other.last - one.last)[used].float().norm() < 0.1 * one.last[used].float().norm()
         assert not other.last[~used].any()
 
@@ -118,7 +122,7 @@ def test_every_reader_of_safetensors_opens_the_shards(built, tmp_path):
             sample = cache[seen]
             assert tensors["input_ids"][first:stop].equal(sample.input_ids.int())
             assert tensors["loss_mask"][first:stop].equal(sample.loss_mask.to(torch.uint8))
-            assert kept == has_target(sample.loss_mask.numpy()).sum()
+            assert kept == predicts_loss_token(sample.loss_mask).sum()
             seen += 1
         assert {len(tensor) for key, tensor in tensors.items() if key.startswith("taps.")} == {int(starts[-1])}
         assert {len(tensor) for key, tensor in tensors.items() if key.startswith("last.")} == {int(last[-1])}
@@ -317,7 +321,7 @@ def test_a_conversion_goes_on_where_it_was_stopped(built, compact, tmp_path, mon
 
     monkeypatch.setattr(room, "_COMMIT_BYTES", 10_000)
     with pytest.raises(KeyboardInterrupt):
-        convert_cache(built, tmp_path / "c", COMPACT, progress=stop)
+        convert_cache(built, tmp_path / "c", COMPACT, on_progress=stop)
     with pytest.raises(InputError, match="unfinished"):
         TargetCache(tmp_path / "c")
     with pytest.raises(InputError, match="other settings"):
@@ -344,7 +348,7 @@ def test_what_cannot_be_converted(built, compact, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="checksum differs"):
         convert_cache(damaged, tmp_path / "c", COMPACT)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1000))
-    with pytest.raises(EnvironmentFault, match="GB more"):
+    with pytest.raises(EnvironmentFault, match="MB more"):
         convert_cache(built, tmp_path / "d", COMPACT)
 
 

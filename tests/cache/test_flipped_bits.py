@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 from nemotron_dspark.cache.convert import convert_cache
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify, write_missing_checksums
-from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.cli import cache_command
 from nemotron_dspark.config import CacheConfig
 from nemotron_dspark.errors import InputError
 from tests.cache.test_reader import samples
+from tests.caches import write_cache
 from tests.flips import flipped, places
 
 FLIPS = 240

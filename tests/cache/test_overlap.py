@@ -1,4 +1,4 @@
-"""The target runs while conversations are still tokenised, several processes share a build, and no byte shows it."""
+"""Writing goes on beside the forwards, several processes share a build, and no byte shows it."""
 
 import functools
 import multiprocessing
@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from nemotron_dspark import processes
-from nemotron_dspark.cache import batches, tokens
-from nemotron_dspark.cache.build import build_cache, helping_targets
+from nemotron_dspark.cache import batches
+from nemotron_dspark.cache.build import build_cache, helper_loads
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.config.run import TargetConfig
-from nemotron_dspark.data import pieces
+from nemotron_dspark.data.conversations import Skipped
+from nemotron_dspark.data.samples import read_samples
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from nemotron_dspark.targets import Target
 from tests.cache.conftest import CACHE, DATA, TAPS, write_conversations
@@ -30,12 +31,11 @@ PATIENCE = 240.0  # seconds until a test fails that waits for another process
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_pieces():
-    """Enough windows and pieces of the file for things to happen at the same time."""
+def small_windows():
+    """Enough windows for things to happen at the same time."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(batches, "_WINDOW", 4)
         patched.setattr(batches, "_FIRST", 2)
-        patched.setattr(pieces, "PIECE_BYTES", 1_000)
         yield
 
 
@@ -64,13 +64,10 @@ class Wrapped:
 
 
 @pytest.fixture(scope="module")
-def expected(target, data, small_pieces):
+def expected(target, data, small_windows):
     """All shards one after the other, by a loop that knows the format and the batches, and nothing of the builder."""
-    samples = [
-        tokenised
-        for piece in pieces.tokenised_pieces(Path(data), target.tokenizer, DATA)
-        for _, tokenised in piece.samples
-    ]
+    found = read_samples(data, target.tokenizer, DATA)
+    samples = [item.tokens for item in found if not isinstance(item, Skipped)]
     found = [b""] * len(samples)
     for batch in batches.batches(np.array([len(sample.input_ids) for sample in samples]), CACHE.batch_tokens):
         ids = torch.zeros(len(batch), max(len(samples[i].input_ids) for i in batch), dtype=torch.long)
@@ -101,20 +98,6 @@ def wait_until(true):
         time.sleep(0.01)
 
 
-def test_the_target_runs_before_the_last_lines_are_tokenised(target, data, expected, tmp_path, monkeypatch):
-    forward, found = threading.Event(), pieces.tokenised_pieces
-
-    def holding_back(*given, **named):
-        *first, last = found(*given, **named)
-        yield from first
-        assert forward.wait(PATIENCE), "nothing was computed"
-        yield last
-
-    monkeypatch.setattr(tokens, "tokenised_pieces", holding_back)
-    build(Wrapped(target, lambda _: forward.set()), data, tmp_path / "c")
-    assert shards(tmp_path / "c") == expected
-
-
 def test_a_batch_is_written_while_the_next_is_computed(target, data, tmp_path, monkeypatch):
     later, written, write = threading.Event(), [], os.pwrite
 
@@ -127,71 +110,20 @@ def test_a_batch_is_written_while_the_next_is_computed(target, data, tmp_path, m
     assert all(written)
 
 
-def test_what_fails_while_tokenising_costs_nothing_that_was_computed(
-    target, data, expected, tmp_path, monkeypatch, contents
-):
-    found, computed = pieces.tokenised_pieces, threading.Event()
+def test_too_little_space_is_refused_before_the_target_is_loaded(target, data, expected, tmp_path, monkeypatch):
+    def loaded_with(free):
+        usage = shutil.disk_usage("/")._replace(free=free + 16 * 1024**2)
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "disk_usage", lambda path: usage)
+            loads = []
+            build(target, data, tmp_path / "c", load=lambda: loads.append(1) or target)
+            return loads
 
-    def broken(*given, **named):
-        yield from list(found(*given, **named))[:-1]
-        assert computed.wait(PATIENCE)
-        raise InputError("The last line is broken.", "Mend it.")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(tokens, "tokenised_pieces", broken)
-        with pytest.raises(InputError, match="last line is broken"):
-            build(Wrapped(target, lambda forward: computed.set() if forward == 3 else None), data, tmp_path / "c")
-    assert build(target, data, tmp_path / "c").reused_samples > 0
+    with pytest.raises(EnvironmentFault, match=r"The cache needs \d+\.\d MB more"):
+        loaded_with(len(expected) - 1)
+    assert loaded_with(len(expected)) == [1]
     assert shards(tmp_path / "c") == expected
-    assert not (tmp_path / "c" / ".build").exists()
-
-
-class Disk:
-    """What `shutil.disk_usage` says of a small disk that holds nothing but ``folder``."""
-
-    def __init__(self, folder, size):
-        self._folder, self._size, self._real = folder, size, shutil.disk_usage
-
-    def __call__(self, path):
-        used = sum(512 * file.stat().st_blocks for file in self._folder.rglob("shard-*"))
-        return self._real("/")._replace(free=self._size + 16 * 1024**2 - used)
-
-
-def test_too_little_space_is_refused_by_an_estimate_before_the_target_runs(
-    target, data, expected, tmp_path, monkeypatch
-):
-    found, refused = pieces.tokenised_pieces, threading.Event()
-
-    def holding_back(*given, **named):
-        parts = list(found(*given, **named))
-        yield from parts[: len(parts) // 2]
-        assert refused.wait(PATIENCE)
-        yield from parts[len(parts) // 2 :]
-
-    monkeypatch.setattr(tokens, "tokenised_pieces", holding_back)
-    monkeypatch.setattr(shutil, "disk_usage", Disk(tmp_path, len(expected) * 0.85))
-    stop = tokens.GrowingTokens.stop
-    monkeypatch.setattr(tokens.GrowingTokens, "stop", lambda self: (refused.set(), stop(self))[1])
-    with pytest.raises(EnvironmentFault, match=r"needs about 0\.\d\d GB more"):
-        build(Wrapped(target, lambda _: pytest.fail("the target ran")), data, tmp_path / "c")
-
-
-def test_space_that_an_estimate_missed_is_refused_when_it_is_known(target, data, expected, tmp_path, monkeypatch):
-    found, computed = pieces.tokenised_pieces, threading.Event()
-
-    def holding_back(*given, **named):
-        *first, last = found(*given, **named)
-        yield from first
-        assert computed.wait(PATIENCE)
-        yield last
-
-    with monkeypatch.context() as patched:
-        patched.setattr(tokens, "tokenised_pieces", holding_back)
-        patched.setattr(shutil, "disk_usage", Disk(tmp_path, len(expected) * 0.97))
-        with pytest.raises(EnvironmentFault, match=r"needs 0\.\d\d GB more"):
-            build(Wrapped(target, lambda forward: computed.set() if forward == 2 else None), data, tmp_path / "c")
-    assert build(target, data, tmp_path / "c").reused_samples > 0
-    assert shards(tmp_path / "c") == expected
+    assert loaded_with(0) == []  # it is finished
 
 
 def noting_target(folder, note, deadly=0):
@@ -230,7 +162,7 @@ def test_a_helper_that_dies_ends_the_build_and_loses_nothing(target, data, expec
     note = tmp_path / "note"
     helper = functools.partial(noting_target, str(target.folder), note, deadly=2)
     here = Wrapped(target, lambda forward: wait_until(note.exists) if forward == 3 else None)
-    with pytest.raises(EnvironmentFault, match="ended by SIGKILL"):
+    with pytest.raises(EnvironmentFault, match="process that helps to compute was killed"):
         build(here, data, tmp_path / "c", helpers=[helper])
     assert build(target, data, tmp_path / "c").reused_samples > 0
     assert shards(tmp_path / "c") == expected
@@ -238,7 +170,7 @@ def test_a_helper_that_dies_ends_the_build_and_loses_nothing(target, data, expec
 
 def build_apart(folder, data, out, note):
     torch.set_num_threads(1)
-    batches._WINDOW, batches._FIRST, pieces.PIECE_BYTES = 4, 2, 1_000
+    batches._WINDOW, batches._FIRST = 4, 2
     processes.START = multiprocessing.get_context("fork")
     target = Wrapped(Target.load(folder), lambda forward: time.sleep(600) if forward == 3 else None)
     build(target, data, out, helpers=[functools.partial(noting_target, folder, note)])
@@ -268,13 +200,17 @@ def test_a_fault_in_the_writing_thread_ends_the_build(target, data, tmp_path):
         build(Broken(target, lambda _: None), data, tmp_path / "c")
 
 
-def test_processes_share_the_threads_of_a_cpu(monkeypatch):
-    threads = []
+def test_processes_share_the_threads_of_a_cpu(target, data, tmp_path, forks, monkeypatch):
+    set_, before = [], torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    assert len(helping_targets(TargetConfig(name="t"), torch.device("cpu"), 3)) == 2
-    assert threads == [2]
-    assert helping_targets(TargetConfig(name="t"), torch.device("cpu"), None) == []
+    monkeypatch.setattr(torch, "set_num_threads", set_.append)
+    at_work = Wrapped(target, lambda _: set_[-1:] == [4] or pytest.fail(f"{set_}"))
+    assert len(helper_loads(TargetConfig(name="t"), torch.device("cpu"), 2)) == 1
+    assert helper_loads(TargetConfig(name="t"), torch.device("cpu"), None) == []
+    note = tmp_path / "note"
+    build(at_work, data, tmp_path / "c", helpers=[functools.partial(noting_target, str(target.folder), note)])
+    assert set_ == [4, 8]  # and as it was
+    assert before == 1
 
 
 def test_every_gpu_computes_unless_one_is_named(monkeypatch):
@@ -282,7 +218,7 @@ def test_every_gpu_computes_unless_one_is_named(monkeypatch):
     cuda = torch.device("cuda")
 
     def devices(processes, device="auto"):
-        loads = helping_targets(TargetConfig(name="t", device=device), cuda, processes)
+        loads = helper_loads(TargetConfig(name="t", device=device), cuda, processes)
         return [load.args[0].device for load in loads]
 
     assert devices(None) == ["cuda:1", "cuda:2", "cuda:3"]

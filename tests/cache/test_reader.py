@@ -14,9 +14,10 @@ from nemotron_dspark.cache.format import RECORD, DeepSpecLayout, Manifest, bytes
 from nemotron_dspark.cache.info import length_bins, summarise
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.verify import check_mask_token, verify
-from nemotron_dspark.cache.writer import CacheWriter, write_cache
+from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.errors import CheckError, InputError
-from tests.cache.conftest import SAMPLES, TAPS
+from tests.cache.conftest import SAMPLES
+from tests.caches import write_cache
 
 
 @pytest.fixture
@@ -171,15 +172,6 @@ def test_a_damaged_sample_is_refused_when_it_is_read(copy):
         InputError, match=rf"shard-0000{record['shard_id']}\.bin: sample {sample} is not what was written"
     ):
         cache[sample]
-
-
-def test_another_targets_cache_is_refused(built):
-    cache = TargetCache(built)
-    cache.require(taps=TAPS, hidden_size=cache.hidden_size)
-    with pytest.raises(InputError, match=r"draft\.taps to \[1, 4\]"):
-        cache.require(taps=(1, 3))
-    with pytest.raises(InputError, match="size 64, not 128"):
-        cache.require(hidden_size=128)
 
 
 def test_a_mask_token_in_the_data_is_found(built):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.config import load_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.schedule import SampleSchedule
+from tests.caches import write_cache
 from tests.flips import flipped
 from tests.training.runs import train_run
 from tests.training.test_kill import ROLLING, SMALL, result

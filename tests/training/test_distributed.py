@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.metrics import read_metrics
+from tests.caches import write_cache
 from tests.kill9 import apart
 from tests.training.several_ranks import run_all
 from tests.training.small_cache import SETTINGS, TAPS, samples

@@ -7,7 +7,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nemotron_dspark.cache.writer import write_cache
 from nemotron_dspark.cli import app
 from nemotron_dspark.config import load_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
@@ -15,6 +14,7 @@ from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import spec_from_folder
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.metrics import read_metrics
+from tests.caches import write_cache
 from tests.training import small_cache
 from tests.training.runs import named, train_run
 from tests.training.small_cache import TAPS, samples

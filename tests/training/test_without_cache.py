@@ -156,7 +156,7 @@ def test_no_hidden_state_is_written_and_the_target_runs_once_a_forward(run, monk
     assert rows == [3] * 24  # eight steps of three forwards
     files = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
     assert files <= {"run.json", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "draft", "samples"}
-    assert {path.name for path in (folder / "samples").iterdir()} == {"tokens.bin", "lengths.bin", "samples.json"}
+    assert {path.name for path in (folder / "samples").iterdir()} == {"tokens.bin", "samples.bin", "samples.json"}
 
 
 def test_finished_run_does_not_load_the_target_again(run, monkeypatch):

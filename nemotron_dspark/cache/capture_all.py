@@ -1,0 +1,251 @@
+"""Run the target over all samples that a cache lacks: in this process and in helpers, each writing what it computes.
+
+1. Lengths alone decide which samples share a forward (`cache.batches`) and where every byte lies, so whoever computes a
+   batch writes it to its final place, and it does not show in the bytes who did.
+2. Every process asks for the next batch when it is ready for one: a slow device takes fewer.
+3. In each, a thread writes a batch while the target computes the next.
+4. What is on the disk for certain is entered in the journal, by this process alone.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Self
+
+import numpy as np
+import torch
+
+from nemotron_dspark.cache.batches import batches
+from nemotron_dspark.cache.capture import CapturesStates, States, capture_states
+from nemotron_dspark.cache.writer import CacheWriter, ShardFiles
+from nemotron_dspark.chat.mask import Tokenised
+from nemotron_dspark.data.tokens import TokenStore
+from nemotron_dspark.errors import EnvironmentFault
+from nemotron_dspark.processes import deaths_named, process_pool, share
+
+LoadTarget = Callable[[], CapturesStates]  # for a helper it is pickled
+Written = dict[int, int]  # samples that are durable, with their checksums
+
+_ENCODERS = 4  # threads that encode one batch beside a GPU, which computes faster than one of them encodes
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is; ``stage`` is "tokenise" (samples = lines read, totals 0) or "capture"."""
+
+    stage: str
+    samples: int
+    total_samples: int
+    tokens: int
+    total_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureBatch:
+    """Samples of one forward, longest first, and those of them that are not written yet."""
+
+    samples: list[int]
+    missing: frozenset[int]
+
+
+class BatchQueue:
+    """Batches that are still to be computed; any thread may ask for the `next` one."""
+
+    def __init__(self, lengths: np.ndarray, writer: CacheWriter, batch_tokens: int):
+        self._missing = ~writer.written
+        self._batches = batches(lengths, batch_tokens)
+        self._asking = threading.Lock()
+        self._stopped = False
+
+    def next(self) -> CaptureBatch | None:
+        """The next batch; None when there are no more, or after `stop`."""
+        with self._asking:
+            for samples in () if self._stopped else self._batches:
+                if missing := frozenset(sample for sample in samples if self._missing[sample]):
+                    return CaptureBatch(samples, missing)
+            return None
+
+    def stop(self) -> None:
+        """Give out no more batches."""
+        self._stopped = True
+
+
+def capture_all(
+    load: LoadTarget,
+    tokens: TokenStore,
+    writer: CacheWriter,
+    batch_tokens: int,
+    on_progress: Callable[[BuildProgress], None],
+    *,
+    helpers: Sequence[LoadTarget] = (),
+) -> None:
+    """Compute and write the samples of ``tokens`` that ``writer`` does not have; without any, nothing is loaded.
+
+    ``load`` gives the target of this process; each of ``helpers`` loads the same one in a process of its own. Whatever
+    stops it, samples whose forward has been run are written before it raises.
+
+    Raises:
+        CheckError: hidden states are not finite.
+        EnvironmentFault: a forward does not fit into the memory, the disk is full, or a helper died.
+    """
+
+    def report() -> None:
+        done, lengths = writer.written, tokens.lengths
+        captured = BuildProgress("capture", int(done.sum()), len(done), int(lengths[done].sum()), int(lengths.sum()))
+        on_progress(captured)
+
+    if writer.written.all():
+        report()
+        return
+    queue = BatchQueue(tokens.lengths, writer, batch_tokens)
+    threads = torch.get_num_threads() // (1 + len(helpers)) or 1
+    with contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(HelperProxy(helper, tokens, writer, queue, threads)) for helper in helpers]
+        target = load()
+        if helpers and target.device.type == "cpu":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        with Pipeline(target, tokens, writer.files, writer.mark_written) as pipeline:
+            while (batch := queue.next()) is not None:
+                pipeline.compute(batch)
+                report()
+        for proxy in proxies:
+            proxy.finish()
+    report()
+
+
+class Pipeline:
+    """Forwards of one target, each overlapped with the writing of the one before; use as a context manager.
+
+    ``on_written`` is told in a thread what has become durable.
+    """
+
+    def __init__(
+        self,
+        target: CapturesStates,
+        tokens: TokenStore,
+        files: ShardFiles,
+        on_written: Callable[[Written], None],
+    ):
+        self._target, self._tokens, self._files, self._on_written = target, tokens, files, on_written
+        self._writing: deque[Future[None]] = deque()
+        self._writer = ThreadPoolExecutor(1, "write")
+        self._encoders = ThreadPoolExecutor(_ENCODERS if target.device.type == "cuda" else 1, "encode")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._writer.shutdown()  # what was computed is written, whatever happened
+        self._encoders.shutdown()
+        if kind is None:
+            self._wait(0)
+
+    def compute(self, batch: CaptureBatch) -> None:
+        """Run one forward, and have it written while the next is run. Raises what the writing of an earlier one did."""
+        samples = [self._tokens[sample] for sample in batch.samples]
+        self._writing.append(self._writer.submit(self._write, batch, samples, self._forward(samples)))
+        self._wait(1)
+
+    def _wait(self, pending: int) -> None:
+        while len(self._writing) > pending:
+            self._writing.popleft().result()
+
+    def _forward(self, samples: list[Tokenised]) -> States:
+        try:
+            return capture_states(self._target, samples, self._files.layout.taps)
+        except torch.OutOfMemoryError:
+            raise EnvironmentFault(
+                f"A forward of {len(samples)} samples of up to {len(samples[0].input_ids)} tokens does not fit into "
+                f"the memory of {self._target.device}.",
+                "Lower cache.batch_tokens or data.max_length, and build into another folder.",
+            ) from None
+
+    def _write(self, batch: CaptureBatch, samples: list[Tokenised], states: States) -> None:
+        with states.wait_stream():
+            states.check_finite(self._tokens.ids[batch.samples].tolist())
+
+        def write_row(row: int) -> tuple[int, int]:
+            sample, sample_id, length = samples[row], batch.samples[row], len(samples[row].input_ids)
+            with states.wait_stream():
+                taps, last = states.taps[row, :length], states.last[row, :length]
+                return sample_id, self._files.write(sample_id, sample.input_ids, sample.loss_mask, taps, last)
+
+        rows = [row for row, sample_id in enumerate(batch.samples) if sample_id in batch.missing]
+        written = dict(self._encoders.map(write_row, rows))
+        self._files.flush()
+        self._on_written(written)
+
+
+class HelperProxy:
+    """One helper, fed by a thread of this process from the queue of batches; use as a context manager."""
+
+    def __init__(self, load: LoadTarget, tokens: TokenStore, writer: CacheWriter, queue: BatchQueue, threads: int):
+        self._writer, self._queue = writer, queue
+        self._pool = process_pool(1, (load, tokens, writer.folder, writer.layout, threads))
+        self._process = self._pool.submit(os.getpid)
+        self._loaded = self._pool.submit(_load_in_helper)
+        self._thread = ThreadPoolExecutor(1, "helper")
+        self._fed = self._thread.submit(self._feed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.stop()
+        with contextlib.suppress(BrokenProcessPool, ProcessLookupError):
+            if not self._loaded.done():  # it has computed nothing, and loading may take minutes
+                os.kill(self._process.result(), signal.SIGKILL)
+        self._thread.shutdown()
+        self._pool.shutdown()
+
+    def finish(self) -> None:
+        """Wait until it has written what it was given. Raises what it raised, or that it died."""
+        if self._loaded.done():
+            self._fed.result()
+
+    def _feed(self) -> None:
+        try:
+            with deaths_named("helps to compute"):
+                self._loaded.result()
+                while (batch := self._queue.next()) is not None:
+                    self._writer.mark_written(self._pool.submit(_compute_in_helper, batch).result())
+                self._writer.mark_written(self._pool.submit(_finish_in_helper).result())
+        finally:
+            self._queue.stop()  # after a failure; else it is empty
+
+
+_pipeline: Pipeline  # in a helper's process
+_written: deque[Written] = deque()  # likewise: what has become durable since it last told
+
+
+def _load_in_helper() -> None:
+    global _pipeline
+    load, tokens, folder, layout, threads = share()
+    target = load()
+    if target.device.type == "cpu":
+        torch.set_num_threads(threads)
+    _pipeline = Pipeline(target, tokens, ShardFiles(folder, layout), _written.append)
+
+
+def _compute_in_helper(batch: CaptureBatch) -> Written:
+    _pipeline.compute(batch)
+    return _taken()
+
+
+def _finish_in_helper() -> Written:
+    _pipeline.__exit__(None)
+    return _taken()
+
+
+def _taken() -> Written:
+    taken: Written = {}
+    while _written:
+        taken |= _written.popleft()
+    return taken
