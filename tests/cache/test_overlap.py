@@ -31,10 +31,10 @@ PATIENCE = 240.0  # seconds until a test fails that waits for another process
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_windows():
-    """Enough windows for things to happen at the same time."""
+def small_buckets():
+    """Enough buckets for things to happen at the same time."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(batches, "_WINDOW", 4)
+        patched.setattr(batches, "_BUCKET", 4)
         patched.setattr(batches, "_FIRST", 2)
         yield
 
@@ -64,7 +64,7 @@ class Wrapped:
 
 
 @pytest.fixture(scope="module")
-def expected(target, data, small_windows):
+def expected(target, data, small_buckets):
     """All shards one after the other, by a loop that knows the format and the batches, and nothing of the builder."""
     found = read_samples(data, target.tokenizer, DATA)
     samples = [item.tokens for item in found if not isinstance(item, Skipped)]
@@ -170,7 +170,7 @@ def test_a_helper_that_dies_ends_the_build_and_loses_nothing(target, data, expec
 
 def build_apart(folder, data, out, note):
     torch.set_num_threads(1)
-    batches._WINDOW, batches._FIRST = 4, 2
+    batches._BUCKET, batches._FIRST = 4, 2
     processes.START = multiprocessing.get_context("fork")
     target = Wrapped(Target.load(folder), lambda forward: time.sleep(600) if forward == 3 else None)
     build(target, data, out, helpers=[functools.partial(noting_target, folder, note)])
