@@ -5,6 +5,7 @@ Command modules import torch and transformers inside the command, so that `--hel
 
 import importlib
 import os
+import signal
 import sys
 
 import typer
@@ -66,7 +67,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as leaving:
         first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started
-        if leaving.code == 130 and first:  # what typer makes of Ctrl-C, without a word
+        if leaving.code == 130:  # what typer makes of Ctrl-C, without a word
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the ending with a traceback
+        if leaving.code == 130 and first:
             shell.err.print("[yellow]Stopped.[/] What was finished is saved; the same command goes on from there.")
         raise
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""How much of what the draft proposes the target accepts, how much faster that is, and whether the output is the same.
+"""Measure how much of a draft the target accepts, how much faster that is, and whether the output is the same.
 
 Accepted length is DeepSpec's: tokens gained per verification, the target's own included, averaged over all rounds. It
 does not depend on the machine. Speed does, so plain and speculative decoding take turns prompt by prompt.
@@ -17,7 +17,7 @@ from nemotron_dspark.config import EvalConfig
 from nemotron_dspark.data.prompts import Prompt, read_prompts
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target
 
@@ -49,6 +49,8 @@ class Lossless:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
+    """Everything `nds eval` reports."""
+
     measurements: tuple[Measurement, ...]
     lossless: Lossless
     plain_tokens_per_second: float
@@ -56,9 +58,11 @@ class Evaluation:
 
     @property
     def speedup(self) -> float:
+        """Speculative over plain speed, both greedy."""
         return self.speculative_tokens_per_second / self.plain_tokens_per_second
 
     def to_json(self) -> dict[str, Any]:
+        """The contents of ``eval.json``."""
         return {
             "measurements": [dataclasses.asdict(measurement) for measurement in self.measurements],
             "lossless": dataclasses.asdict(self.lossless),
@@ -73,7 +77,7 @@ class Evaluation:
 def prompt_ids(
     target: Target, file: Path, *, limit: int | None = None, new_tokens: int = 0, thinking: bool | None = None
 ) -> list[list[int]]:
-    """First turns of the prompts in ``file``, rendered for ``target``; those that leave no room are left out.
+    """Render the first turns of the prompts in ``file`` for ``target``; those that leave no room are left out.
 
     Raises:
         InputError: the file cannot be read, or no prompt of it fits.
@@ -95,7 +99,7 @@ def prompt_ids(
 
 def measure(
     target: Target,
-    draft: DSparkDraft,
+    draft: Draft,
     prompts: Sequence[Sequence[int]],
     *,
     temperature: float,
@@ -104,7 +108,7 @@ def measure(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Acceptance of ``draft`` on ``prompts``; prompt i is sampled with seed ``seed + i``."""
+    """Measure the acceptance of ``draft`` on ``prompts``; prompt i is sampled with seed ``seed + i``."""
     decoder = Decoder(target, draft)
     waiting = [
         (ids, Sampling(temperature=temperature, seed=seed + at, max_new_tokens=max_new_tokens))
@@ -125,7 +129,7 @@ def measure(
 
 
 def summarise(generations: Sequence[Generation], temperature: float, gamma: int, *, timed: bool) -> Measurement:
-    """A `Measurement` of finished speculative generations."""
+    """Sum up finished speculative generations."""
     survived = [count for generation in generations for count in generation.survived]
     reached = [sum(count >= slot for count in survived) for slot in range(gamma + 1)]  # reached[0] = all rounds
     rounds = max(len(survived), 1)
@@ -143,18 +147,19 @@ def summarise(generations: Sequence[Generation], temperature: float, gamma: int,
 
 def evaluate(
     target: Target,
-    draft: DSparkDraft,
+    draft: Draft,
     prompts: Sequence[Sequence[int]],
     config: EvalConfig,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Everything `nds eval` reports. Greedy is always measured, since speed and equality are."""
+    """Measure acceptance, speed and equality on ``prompts``. Greedy is always among them, since speed and equality are."""
     plain, speculative = Decoder(target), Decoder(target, draft)
     greedy = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
     warm = Sampling(temperature=0.0, max_new_tokens=min(16, config.max_new_tokens))
     for decoder in (plain, speculative):
         decoder.generate(prompts[0], warm)
     pairs = []
+    # In turns, prompt by prompt: whatever else the machine does slows both alike.
     for at, ids in enumerate(prompts):
         pairs.append((plain.generate(ids, greedy), speculative.generate(ids, greedy)))
         if progress:

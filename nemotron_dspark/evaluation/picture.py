@@ -1,13 +1,17 @@
-"""Pictures of a run: the loss curve, and acceptance by position."""
+"""Draw a run: the loss curve, and acceptance by position."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.evaluation.measure import Measurement
 from nemotron_dspark.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _GREEN, _BLUE, _GREY = "#3f7d20", "#1f5aa6", "#9a9a9a"
 _STYLES = ((_BLUE, "-", "o"), (_GREEN, "-", "s"), (_GREY, "--", "o"), (_GREY, ":", "s"))
@@ -27,8 +31,8 @@ def draw_run(
     return save_png(figure, path)
 
 
-def new_figure(widths: Sequence[float], height: float = 3.9) -> tuple[Any, Sequence[Any]]:
-    """A matplotlib figure of panels side by side, ``widths`` and ``height`` in inches, and its axes.
+def new_figure(widths: Sequence[float], height: float = 3.9) -> "tuple[Figure, Sequence[Axes]]":
+    """Make a matplotlib figure of panels side by side, ``widths`` and ``height`` in inches, and its axes.
 
     Raises:
         EnvironmentFault: matplotlib is not installed.
@@ -45,13 +49,13 @@ def new_figure(widths: Sequence[float], height: float = 3.9) -> tuple[Any, Seque
     return figure, figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
 
 
-def save_png(figure: Any, path: Path) -> Path:
+def save_png(figure: "Figure", path: Path) -> Path:
     """Write ``figure`` whole; returns ``path``."""
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     return path
 
 
-def _draw_loss(axis, metrics_file: Path) -> None:
+def _draw_loss(axis: "Axes", metrics_file: Path) -> None:
     rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     steps = [row["step"] for row in rows]
     axis.plot(steps, [row["loss"] for row in rows], color=_BLUE, label="loss")
@@ -66,7 +70,7 @@ def _draw_loss(axis, metrics_file: Path) -> None:
     axis.grid(alpha=0.25)
 
 
-def _draw_acceptance(axis, measurements: Mapping[str, Measurement]) -> None:
+def _draw_acceptance(axis: "Axes", measurements: Mapping[str, Measurement]) -> None:
     slots: Sequence[int] = ()
     for (label, measurement), (color, line, marker) in zip(measurements.items(), _STYLES, strict=False):
         slots = range(1, len(measurement.per_position) + 1)

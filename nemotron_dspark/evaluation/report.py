@@ -1,4 +1,4 @@
-"""An evaluation as people get it: JSON, tables, a picture, and the verdict on equality."""
+"""Show an evaluation: JSON, tables, a picture, and the verdict on equality."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -93,4 +93,5 @@ def speed_table(evaluation: Evaluation) -> Table:
 
 
 def label_of(measurement: Measurement) -> str:
+    """What tables and pictures call a measurement."""
     return "greedy" if measurement.temperature == 0 else f"temperature {measurement.temperature:g}"

@@ -203,7 +203,7 @@ def answer_prompts(target: Target, run_dir: Path, config: RunConfig, budget: Bud
                 run_dir / "answers" / f"{name}.jsonl",
                 base_url=server.base_url,
                 model=server.model_id,
-                concurrency=config.serve.slots * 2,
+                concurrency=config.serve.max_batch_size * 2,
                 temperature=temperature,
                 max_tokens=budget.answer_tokens,
                 progress=lambda now, label=name: progress.update(f"{now.done} {label} answers", now.done, now.total),

@@ -33,7 +33,7 @@ class Assumed:
     train: float = 0.3  # likewise a training step
     bandwidth: float = 0.6  # share of the memory's bandwidth that generation reaches
     requests: int = 64  # answered at a time by an engine on a GPU
-    requests_cpu: int = 8  # likewise without one: `serve.slots`
+    requests_cpu: int = 8  # likewise without one: `serve.max_batch_size`
     read: float = 3e9  # bytes a second from the disk
     write: float = 1e9  # bytes a second to it, with flush and checksum
     eval_prompts: int = 128

@@ -3,13 +3,15 @@
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 from nemotron_dspark.config.run import ServeConfig
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.serving.engine import Engine
 from nemotron_dspark.serving.listen import HttpServer, bind, run_until_stopped, url_of
 from nemotron_dspark.serving.server import Served, make_app
+from nemotron_dspark.targets import Target
 
 
 class Server:
@@ -24,14 +26,14 @@ class Server:
 
     def __init__(
         self,
-        target: Any,
-        draft: Any = None,
+        target: Target | Served,
+        draft: Draft | None = None,
         config: ServeConfig | None = None,
         bound: socket.socket | None = None,
     ):
         """
         Args:
-            target: a `Target`, or a `Served` that is ready.
+            target: loaded; or a `Served`, which has its decoder.
             draft: a draft that fits it; None decodes plainly.
             config: the `serve` section; None takes its defaults on a free port.
             bound: a socket of `listen.bind`; None binds what ``config`` says.

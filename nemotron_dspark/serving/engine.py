@@ -1,4 +1,4 @@
-"""One thread owns the decoder; requests wait in a bounded queue for a slot and are decoded together, round by round.
+"""One thread owns the decoder; requests wait in a bounded queue for a place in its batch and are decoded together.
 
 Other threads submit and cancel. What a request produces goes to its ``deliver`` function, called on the engine's
 thread: it must only hand the event on.
@@ -10,18 +10,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
+from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.errors import NdsError
 from nemotron_dspark.serving.metrics import Metrics
 from nemotron_dspark.serving.text import Spelling, TextStream
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class GenerationRequest:
     """What is to be generated."""
 
     prompt_ids: tuple[int, ...]
@@ -42,7 +46,7 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """Further text of a streamed answer; never empty."""
 
     text: str
@@ -65,7 +69,7 @@ class Failed:
     message: str
 
 
-Event = Piece | Finished | Failed
+Event = TextDelta | Finished | Failed
 
 
 class Busy(Exception):
@@ -82,32 +86,40 @@ _STOPPING = "The server is stopping. Send the request again when it is back."
 class Ticket:
     """A submitted request. Only the engine reads what is inside."""
 
-    def __init__(self, job: Job, deliver: Callable[[Event], None]):
-        self.job = job
+    def __init__(self, request: GenerationRequest, deliver: Callable[[Event], None], text: TextStream):
+        self.request = request
         self.deliver = deliver
+        self.text = text
         self.cancelled = False
         self.arrived = time.perf_counter()
-        self.generation: Any = None  # the decoder's handle once it has a slot
-        self.text: TextStream | None = None
-        self.pieces: list[str] = []  # of an answer that is not streamed
+        self.generation: Generation | None = None  # once it is in the batch
+        self.collected: list[str] = []  # text of an answer that is not streamed
         self.tokens_read = 0
         self.rounds_read = 0
 
 
 class Engine:
-    """Queue, slots and the loop that steps the decoder."""
+    """The queue, the batch, and the loop that steps the decoder."""
 
-    def __init__(self, decoder: Any, tokenizer: Any, *, slots: int, max_queue: int, metrics: Metrics):
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        max_batch_size: int,
+        max_queue: int,
+        metrics: Metrics,
+    ):
         """
         Args:
-            decoder: a `decoding.decoder.Decoder`; from now on only the engine's thread may use it.
+            decoder: from now on only the engine's thread may use it.
             tokenizer: likewise only used on the engine's thread.
-            slots: requests decoded together.
-            max_queue: requests that may wait for a slot.
+            max_batch_size: requests decoded together.
+            max_queue: requests that may wait for a place in the batch.
         """
         self._decoder = decoder
         self._spelling = Spelling(tokenizer)
-        self._slots = slots
+        self._max_batch_size = max_batch_size
         self._max_queue = max_queue
         self._metrics = metrics
         self._changed = threading.Condition()  # guards everything below
@@ -119,18 +131,21 @@ class Engine:
 
     @property
     def waiting(self) -> int:
+        """Requests in the queue."""
         return len(self._waiting)
 
     @property
     def active(self) -> int:
+        """Requests in the batch."""
         return len(self._active)
 
     @property
     def healthy(self) -> bool:
-        """The thread lives and takes requests."""
+        """Whether the thread lives and takes requests."""
         return self._thread.is_alive() and self._deadline is None
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, grace: float = 0.0) -> None:
@@ -142,25 +157,29 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
-        """Queue ``job``. ``deliver`` gets `Piece`s if it streams, then one `Finished` or `Failed`.
+    def end_grace(self) -> None:
+        """Cut off active requests before the next round. It takes no lock: a signal's handler calls it."""
+        self._deadline = time.perf_counter()
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], None]) -> Ticket:
+        """Queue ``request``. ``deliver`` gets `TextDelta`s if it streams, then one `Finished` or `Failed`.
 
         Raises:
-            Busy: all slots are taken and the queue is full.
+            Busy: the batch and the queue are full.
             Stopped: the engine is stopping or its thread has died.
         """
-        ticket = Ticket(job, deliver)
+        ticket = Ticket(request, deliver, TextStream(self._spelling, request.stops))
         with self._changed:
             if not self.healthy:
                 raise Stopped
-            if len(self._waiting) >= self._max_queue + self._slots - len(self._active):
+            if len(self._waiting) >= self._max_queue + self._max_batch_size - len(self._active):
                 raise Busy
             self._waiting.append(ticket)
             self._changed.notify_all()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Forget a request; its slot is free before the next round. Nothing happens when it is over already."""
+        """Forget a request; its place in the batch is free before the next round. One that is over is left alone."""
         with self._changed:
             ticket.cancelled = True
             if ticket in self._waiting:
@@ -169,7 +188,8 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait():
-                for _ in range(self._slots):  # bounded, so that many short answers do not hold up the long ones
+                # Bounded, so that many short answers do not hold up the long ones.
+                for _ in range(self._max_batch_size):
                     if not self._admit():
                         break
                 for ticket in list(self._active):
@@ -202,9 +222,9 @@ class Engine:
         return bool(self._active) and time.perf_counter() < self._deadline
 
     def _admit(self) -> bool:
-        """Give the next waiting request a slot; false when there is no slot or no request."""
+        """Take the next waiting request into the batch; false when there is no place or no request."""
         with self._changed:
-            if self._deadline is not None or not self._waiting or len(self._active) >= self._slots:
+            if self._deadline is not None or not self._waiting or len(self._active) >= self._max_batch_size:
                 return False
             ticket = self._waiting.popleft()
             self._active.append(ticket)
@@ -215,9 +235,9 @@ class Engine:
         if ticket.cancelled:
             self._release(ticket)
             return
-        job = ticket.job
+        request = ticket.request
         try:
-            ticket.generation = self._decoder.start(job.prompt_ids, job.sampling)
+            generation = ticket.generation = self._decoder.start(request.prompt_ids, request.sampling)
         except NdsError as error:  # such as a prompt the target cannot read: the sender's fault
             self._release(ticket, Failed(400, str(error)))
             return
@@ -225,34 +245,34 @@ class Engine:
             log.exception("prefill failed")
             self._release(ticket, Failed(500, f"The prompt could not be read: {error}. See the server's log."))
             return
-        ticket.text = TextStream(self._spelling, job.stops)
-        self._metrics.prompt_tokens.inc(len(job.prompt_ids))
+        self._metrics.prompt_tokens.inc(len(request.prompt_ids))
         self._metrics.first_token_seconds.observe(time.perf_counter() - ticket.arrived)
-        self._advance(ticket)
+        self._advance(ticket, generation)
 
     def _round(self) -> None:
+        batch = [(ticket, ticket.generation) for ticket in self._active if ticket.generation is not None]
         try:
-            self._decoder.step([ticket.generation for ticket in self._active])
+            self._decoder.step([generation for _, generation in batch])
         except Exception as error:
             log.exception("a round failed")
-            for ticket in list(self._active):
+            for ticket, _ in batch:
                 self._release(ticket, Failed(500, f"Decoding failed: {error}. See the server's log."))
             return
         self._metrics.rounds.inc()
-        self._metrics.round_requests.observe(len(self._active))
-        for ticket in list(self._active):
-            self._advance(ticket)
+        self._metrics.round_requests.observe(len(batch))
+        for ticket, generation in batch:
+            self._advance(ticket, generation)
 
-    def _advance(self, ticket: Ticket) -> None:
+    def _advance(self, ticket: Ticket, generation: Generation) -> None:
         try:
-            self._collect(ticket)
+            self._collect(ticket, generation)
         except Exception as error:  # one request's trouble is not the others'
             log.exception("an answer could not be read")
             self._release(ticket, Failed(500, f"The answer could not be read: {error}. See the server's log."))
 
-    def _collect(self, ticket: Ticket) -> None:
-        """Hand on what the last round brought; release the slot when the answer is complete."""
-        generation, job, text = ticket.generation, ticket.job, ticket.text
+    def _collect(self, ticket: Ticket, generation: Generation) -> None:
+        """Hand on what the last round brought; release the request when the answer is complete."""
+        request, text = ticket.request, ticket.text
         new = generation.tokens[ticket.tokens_read :]
         ticket.tokens_read += len(new)
         self._metrics.generated_tokens.inc(len(new))
@@ -260,25 +280,25 @@ class Engine:
             self._metrics.accepted_length.observe(gained)
         ticket.rounds_read = len(generation.accepted)
         ended_by_token = generation.finished == "stop"
-        if job.stream or job.stops:
-            piece = text.push(new[:-1] if ended_by_token else new)  # a stop token is not part of the text
+        if request.stream or request.stops:
+            shown = text.push(new[:-1] if ended_by_token else new)  # a stop token is not part of the text
         elif generation.finished:  # nobody reads along: decode once
-            piece = text.push(generation.tokens[:-1] if ended_by_token else generation.tokens)
+            shown = text.push(generation.tokens[:-1] if ended_by_token else generation.tokens)
         else:
             return
         if generation.finished and not text.stopped:
-            piece += text.finish()
+            shown += text.finish()
         if text.stopped or generation.finished:
-            self._finish(ticket, piece, ended_by_token)
-        elif not job.stream:
-            ticket.pieces.append(piece)
-        elif piece:
-            ticket.deliver(Piece(piece))
+            self._finish(ticket, generation, shown, ended_by_token)
+        elif not request.stream:
+            ticket.collected.append(shown)
+        elif shown:
+            ticket.deliver(TextDelta(shown))
 
-    def _finish(self, ticket: Ticket, piece: str, ended_by_token: bool) -> None:
-        generation, stopped = ticket.generation, ticket.text.stopped
+    def _finish(self, ticket: Ticket, generation: Generation, shown: str, ended_by_token: bool) -> None:
+        stopped = ticket.text.stopped
         usage = Usage(
-            prompt_tokens=len(ticket.job.prompt_ids),
+            prompt_tokens=len(ticket.request.prompt_ids),
             completion_tokens=ticket.text.used if stopped else len(generation.tokens),
             rounds=len(generation.accepted),
             accepted=sum(generation.accepted),
@@ -286,10 +306,10 @@ class Engine:
         )
         self._metrics.request_seconds.observe(time.perf_counter() - ticket.arrived)
         reason = "stop" if stopped or ended_by_token else "length"
-        self._release(ticket, Finished("".join([*ticket.pieces, piece]), reason, usage))
+        self._release(ticket, Finished("".join([*ticket.collected, shown]), reason, usage))
 
     def _release(self, ticket: Ticket, event: Event | None = None) -> None:
-        """Free the slot first, then say so: who hears of the end may rely on the slot."""
+        """Take a request out of the batch, then deliver ``event``: whoever hears of the end may count on the place."""
         if ticket.generation is not None:
             try:
                 self._decoder.drop(ticket.generation)

@@ -9,6 +9,7 @@ import ipaddress
 import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from nemotron_dspark.errors import EnvironmentFault, InputError
@@ -90,9 +91,17 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         self._on_ready()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at a first signal; at a second Ctrl-C cut off the answers that are in progress."""
+        super().handle_exit(sig, frame)
+        if self.force_exit:
+            self._engine.end_grace()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await asyncio.to_thread(self._engine.stop, GRACE)
         await super().shutdown(sockets)
+        if self.force_exit:  # then uvicorn leaves the application's end out, and asyncio cancels it with a traceback
+            await self.lifespan.shutdown()
 
 
 def run_until_stopped(app: FastAPI, bound: socket.socket, on_ready: Callable[[], None]) -> None:

@@ -123,6 +123,16 @@ class CommonRequest(BaseModel):
         return tuple(stops)
 
 
+def _checked_text(text: str, where: str, param: str) -> str:
+    """``text``; `ApiError` when it cannot be tokenised because it is no Unicode text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        what = f"{where} holds half of a surrogate pair, which is no character."
+        raise ApiError(400, what, "Send the whole character.", param=param) from None
+    return text
+
+
 def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
@@ -167,17 +177,18 @@ def _text(message: ChatMessage, where: str) -> str:
         raise ApiError(400, f"{where} has tool calls.", "Send their text as content instead.", param="messages")
     content = message.content
     if isinstance(content, str):
-        return content
+        return _checked_text(content, where, "messages")
     parts = content if isinstance(content, list) else [None]
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+    texts = [text for text in texts if isinstance(text, str)]
+    if len(texts) < len(parts):
         raise ApiError(
             400,
             f"{where}.content is neither a text nor a list of text parts.",
             'Send a string, or parts {"type": "text", "text": …}.',
             param=f"{where}.content",
         )
-    return "".join(texts)
+    return _checked_text("".join(texts), where, "messages")
 
 
 class CompletionRequest(CommonRequest):
@@ -193,7 +204,7 @@ class CompletionRequest(CommonRequest):
                 )
             prompt = prompt[0]
         if isinstance(prompt, str) and prompt:
-            return prompt
+            return _checked_text(prompt, "prompt", "prompt")
         ids = prompt if isinstance(prompt, list) else []
         if not ids or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
             raise ApiError(
@@ -245,7 +256,7 @@ class Answer:
         """The chunk that names the role; only chats have one."""
         return self._chunk([self._choice({"role": "assistant", "content": ""}, None)]) if self._chat else None
 
-    def piece(self, text: str, reason: str | None = None) -> dict[str, Any]:
+    def text_chunk(self, text: str, reason: str | None = None) -> dict[str, Any]:
         """A chunk of text; the last one has a ``reason``."""
         delta = {"content": text} if text else {}
         return self._chunk([self._choice(delta if self._chat else {"text": text}, reason)])

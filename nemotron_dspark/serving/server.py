@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP server over an `Engine`.
 
 Requests are read and checked on the event loop, prompts are tokenised on one thread, answers come from the engine's
-thread. A client that goes away frees its slot.
+thread. A client that goes away frees its place in the batch.
 """
 
 import asyncio
@@ -10,25 +10,31 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.chat.format import RenderError, render_prompt
 from nemotron_dspark.config.run import ServeConfig
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.serving import needs_extra
-from nemotron_dspark.serving.engine import Busy, Engine, Event, Failed, Finished, Job, Piece, Stopped
+from nemotron_dspark.serving.engine import Busy, Engine, Event, Failed, Finished, GenerationRequest, Stopped, TextDelta
 from nemotron_dspark.serving.metrics import Metrics
 from nemotron_dspark.serving.protocol import Answer, ApiError, ChatRequest, CompletionRequest, error_json
+from nemotron_dspark.targets import Target
 
 with needs_extra():
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_BODY = 16 * 1024**2  # bytes
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -40,13 +46,13 @@ class Served:
 
     model_id: str
     aliases: frozenset[str]  # other names under which requests may ask for it
-    decoder: Any
-    tokenizer: Any
+    decoder: Decoder
+    tokenizer: "PreTrainedTokenizerBase"
     vocab_size: int
     max_positions: int
 
     @staticmethod
-    def of(target: Any, draft: Any = None, config: ServeConfig | None = None) -> "Served":
+    def of(target: Target, draft: Draft | None = None, config: ServeConfig | None = None) -> "Served":
         """Serve ``target``, with ``draft`` when there is one; `InputError` when the two do not fit."""
         config = config or ServeConfig()
         name = target.spec.name
@@ -71,7 +77,7 @@ class _Service:
         self.engine = Engine(
             served.decoder,
             copy.deepcopy(served.tokenizer),
-            slots=config.slots,
+            max_batch_size=config.max_batch_size,
             max_queue=config.max_queue,
             metrics=self.metrics,
         )
@@ -79,6 +85,7 @@ class _Service:
         self.created = int(time.time())
 
     def check_model(self, name: str | None) -> None:
+        """`ApiError` when a request asks for another model than the one that is served."""
         if name is not None and name != self.served.model_id and name not in self.served.aliases:
             raise ApiError(
                 404,
@@ -89,16 +96,17 @@ class _Service:
             )
 
     async def prompt_ids(self, request: ChatRequest | CompletionRequest) -> list[int]:
+        """The prompt's tokens, made on the tokenising thread; `ApiError` when the chat template refuses it."""
         tokenizer = self.served.tokenizer
         if isinstance(request, ChatRequest):
-            work = (render_prompt, tokenizer, request.conversation(), request.thinking)
+            tokenise = partial(render_prompt, tokenizer, request.conversation(), request.thinking)
         else:
             prompt = request.text_or_ids(self.served.vocab_size)
             if not isinstance(prompt, str):
                 return prompt
-            work = (tokenizer.encode, prompt)
+            tokenise = partial(tokenizer.encode, prompt)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.tokenising, *work)
+            return await asyncio.get_running_loop().run_in_executor(self.tokenising, tokenise)
         except RenderError as error:
             raise ApiError(400, error.what, error.do, param="messages") from None
 
@@ -118,7 +126,8 @@ class _Service:
             )
         return min(asked or room, self.config.max_new_tokens, room)
 
-    async def job(self, request: ChatRequest | CompletionRequest) -> Job:
+    async def checked(self, request: ChatRequest | CompletionRequest) -> GenerationRequest:
+        """What the engine is to generate; `ApiError` when it is not what this server can do."""
         self.check_model(request.model)
         request.refuse_unsupported()
         stops = request.stops()
@@ -129,11 +138,11 @@ class _Service:
             seed=request.seed,
             max_new_tokens=self.max_new_tokens(request.asked_tokens, len(ids)),
         )
-        return Job(tuple(ids), sampling, stops, stream=bool(request.stream))
+        return GenerationRequest(tuple(ids), sampling, stops, stream=bool(request.stream))
 
     async def respond(self, body: ChatRequest | CompletionRequest, request: Request) -> Response:
         """Answer one request, streaming or not."""
-        exchange = _Exchange(self, request.url.path, await self.job(body))
+        exchange = _Exchange(self, request.url.path, await self.checked(body))
         answer = Answer(isinstance(body, ChatRequest), self.served.model_id)
         if body.stream:
             return _EventStream(_chunks(exchange, answer, body.include_usage), exchange.close)
@@ -151,17 +160,17 @@ class _Service:
 class _Exchange:
     """One request's way into the engine and its events' way back to the event loop."""
 
-    def __init__(self, service: _Service, endpoint: str, job: Job):
+    def __init__(self, service: _Service, endpoint: str, request: GenerationRequest):
         self._service = service
         self._endpoint = endpoint
         self._loop = asyncio.get_running_loop()
         self._channel: asyncio.Queue[Event] = asyncio.Queue()
         self._outcome = "cancelled"
         try:
-            self._ticket = service.engine.submit(job, self._deliver)
+            self._ticket = service.engine.submit(request, self._deliver)
         except Busy:
             raise ApiError(
-                503, "All slots are taken and the queue is full.", "Try again soon.", code="queue_full", retry=True
+                503, "The batch and the queue are full.", "Try again soon.", code="queue_full", retry=True
             ) from None
         except Stopped:
             raise ApiError(503, "The server is stopping or broken.", "Ask /health, or look at its log.") from None
@@ -171,6 +180,7 @@ class _Exchange:
             self._loop.call_soon_threadsafe(self._channel.put_nowait, event)
 
     async def next(self) -> Event:
+        """Wait for the engine's next event."""
         event = await self._channel.get()
         if isinstance(event, Finished):
             self._outcome = "ok"
@@ -179,12 +189,12 @@ class _Exchange:
         return event
 
     def close(self) -> None:
-        """Give the slot back if the answer is not complete, and count the request."""
+        """Cancel the request if its answer is not complete, and count it."""
         self._service.engine.cancel(self._ticket)
         self._service.metrics.requests.labels(self._endpoint, self._outcome).inc()
 
 
-async def _unless_gone(request: Request, coming: Any) -> Any:
+async def _unless_gone(request: Request, coming: Coroutine[Any, Any, Event]) -> Event | None:
     """What ``coming`` gives, or None when the client goes away first."""
     answer = asyncio.ensure_future(coming)
     gone = asyncio.ensure_future(_gone(request))
@@ -206,14 +216,14 @@ async def _chunks(exchange: _Exchange, answer: Answer, include_usage: bool) -> A
     opening = answer.opening()
     if opening is not None:
         yield _sse(opening)
-    while isinstance(event := await exchange.next(), Piece):
-        yield _sse(answer.piece(event.text))
+    while isinstance(event := await exchange.next(), TextDelta):
+        yield _sse(answer.text_chunk(event.text))
     if isinstance(event, Failed):
         yield _sse(error_json(event.status, event.message))
     else:
         if event.text:
-            yield _sse(answer.piece(event.text))
-        yield _sse(answer.piece("", event.reason))
+            yield _sse(answer.text_chunk(event.text))
+        yield _sse(answer.text_chunk("", event.reason))
         if include_usage:
             yield _sse(answer.usage(event.usage))
     yield b"data: [DONE]\n\n"

@@ -1,11 +1,14 @@
-"""Tokens in, text out, piece by piece: the pieces together are exactly the text that decoding all tokens at once gives.
+"""Turn tokens into text as they come: the texts add up to exactly what decoding all tokens at once gives.
 
 Two things are held back until it is known what they become: the end of the text that the next token may still change (a
 character whose bytes are spread over tokens), and an ending that could be the beginning of a stop string.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 _WINDOW = 32  # tokens decoded again with each new one, at most, in ordinary text
@@ -18,7 +21,7 @@ _SPOKEN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response
 class Spelling:
     """How a tokenizer spells ids; made once, because reading a vocabulary takes time. Owned by one thread."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer = tokenizer
         special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         vocabulary = tokenizer.get_vocab()
@@ -35,10 +38,11 @@ class Spelling:
 
 
 class Detokeniser:
-    """Incremental `Spelling.decode` of one answer.
+    """Decode one answer incrementally; the texts add up to `Spelling.decode` of all its tokens.
 
     Only a window of the last tokens is decoded. It is cut when nothing is held back: then the text of what follows
-    depends on what stays only in whether there is any text before it.
+    depends on what stays only in whether there is any text before it. (`tokenizers.decoders.DecodeStream` gives other
+    text where byte tokens follow each other: it shows a character whose run of bytes turns out invalid later.)
     """
 
     def __init__(self, spelling: Spelling):
@@ -55,11 +59,11 @@ class Detokeniser:
         text = self._decode(self._window[:settled])
         # One replacement character at most stands for an unfinished one; those before it are invalid for good.
         certain = len(text) - text.endswith(REPLACEMENT)
-        piece = text[self._given : certain]
+        new = text[self._given : certain]
         self._given = max(self._given, certain)
         if len(self._window) > _WINDOW and settled == len(self._window) and certain == len(text):
             self._cut()
-        return piece
+        return new
 
     def _cut(self) -> None:
         for keep in range(_OVERLAP, _WINDOW):
@@ -69,15 +73,15 @@ class Detokeniser:
                 return
 
     def finish(self) -> str:
-        """What was held back, as the decoder spells it; nothing may be pushed afterwards."""
+        """The text that was held back, as the decoder spells it; nothing may be pushed afterwards."""
         return self._decode(self._window)[self._given :]
 
 
 class StopScanner:
-    """Lets text through up to the first stop string.
+    """Let text through up to the first stop string.
 
     "First" is the stop string that is complete first, reading character by character; of several that end on the same
-    character the longest. The result does not depend on how the text was cut into pieces.
+    character the longest. The result does not depend on how the text was cut up.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -85,13 +89,13 @@ class StopScanner:
         self._held = ""  # a suffix of the text that begins a stop string
         self.stopped = False
 
-    def push(self, piece: str) -> str:
+    def push(self, new: str) -> str:
         """The part of the text that can be shown now. After ``stopped`` it is always empty."""
         if self.stopped:
             return ""
         if not self._stops:
-            return piece
-        text = self._held + piece
+            return new
+        text = self._held + new
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
@@ -101,7 +105,7 @@ class StopScanner:
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """What was held back in vain."""
+        """The text that was held back, once nothing follows it."""
         held, self._held = self._held, ""
         return held
 
@@ -125,7 +129,7 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """A stop string was found; what follows it never leaves this object."""
+        """Whether a stop string was found; what follows it never leaves this object."""
         return self._scanner.stopped
 
     def push(self, ids: Sequence[int]) -> str:
@@ -133,13 +137,13 @@ class TextStream:
         if not self._one_by_one:
             self.used += len(ids)
             return self._detokeniser.push(ids)
-        pieces = []
+        shown = []
         for token in ids:
             if self.stopped:
                 break
             self.used += 1
-            pieces.append(self._scanner.push(self._detokeniser.push((token,))))
-        return "".join(pieces)
+            shown.append(self._scanner.push(self._detokeniser.push((token,))))
+        return "".join(shown)
 
     def finish(self) -> str:
         """The rest of the text, once no further token comes."""

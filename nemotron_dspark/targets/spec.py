@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal
 
@@ -112,3 +112,9 @@ def require(config: Mapping[str, Any], *keys: str) -> Any:
     raise InputError(
         f"The target's config.json has no {' or '.join(keys)}.", "Restore the file from the checkpoint's repository."
     )
+
+
+def first_stop_ids(*named: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Ids that end generation: the first of ``named`` that there are (a generation config's go before a config's)."""
+    found = next((ids for ids in named if ids is not None), ())
+    return (found,) if isinstance(found, int) else tuple(found)

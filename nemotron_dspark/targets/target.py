@@ -16,7 +16,7 @@ from nemotron_dspark.targets.families import family_for, needs_remote_code, spec
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.replay import ReplayState
-from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
 from nemotron_dspark.targets.state import State, TargetState
 
 PREFILL_BLOCK = 256  # tokens of one prefill step: bounds the memory of the quadratic scan and of the attention mask
@@ -46,7 +46,8 @@ class Target:
         self.tokenizer = tokenizer
         self.spec = spec
         self.folder = Path(folder)
-        self.stop_ids = _stop_ids(model, tokenizer)
+        sources = (getattr(model, "generation_config", None), model.config, tokenizer)
+        self.stop_ids = frozenset(first_stop_ids(*(getattr(source, "eos_token_id", None) for source in sources)))
         self._base = model.get_submodule(spec.names.layers.rpartition(".")[0])
         self._layers = model.get_submodule(spec.names.layers)
         self.head = model.get_submodule(spec.names.head)
@@ -270,12 +271,3 @@ def resolve_device(name: str, key: str = "target.device") -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> str:
     """The weights' type called ``name`` on ``device``; "auto" is float32 on a CPU and stays "auto" elsewhere."""
     return "float32" if name == "auto" and device.type == "cpu" else name
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end generation: the generation config's when it names any, else the config's and the tokenizer's."""
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset()

@@ -27,8 +27,8 @@ def fake_served(fake, serve_tokenizer):
 
 @pytest.fixture
 def fake_server(fake, fake_served):
-    """Two slots, a queue of one."""
-    with Server(fake_served, config=ServeConfig(port=0, slots=2, max_queue=1)) as server:
+    """A batch of two, a queue of one."""
+    with Server(fake_served, config=ServeConfig(port=0, max_batch_size=2, max_queue=1)) as server:
         yield server
         fake.go.set()
 
@@ -42,5 +42,5 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(target):
     """The tiny target without a draft; shared, so tests look at differences of its counters only."""
-    with Server(target, config=ServeConfig(port=0, slots=4)) as running:
+    with Server(target, config=ServeConfig(port=0, max_batch_size=4)) as running:
         yield running

@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.serving.engine import Busy, Engine, Failed, Finished, Job, Piece, Stopped
+from nemotron_dspark.serving.engine import Busy, Engine, Failed, Finished, GenerationRequest, Stopped, TextDelta
 from nemotron_dspark.serving.metrics import Metrics
 
 WAIT = 20  # seconds after which a test gives up; nothing depends on it otherwise
@@ -19,13 +19,13 @@ class Client:
 
     def __init__(self, engine, tokens=30, prompt=(1, 2, 3), **job):
         self.events = queue.Queue()
-        self.ticket = engine.submit(Job(prompt, Sampling(max_new_tokens=tokens), **job), self.events.put)
+        self.ticket = engine.submit(GenerationRequest(prompt, Sampling(max_new_tokens=tokens), **job), self.events.put)
 
     def next(self):
         return self.events.get(timeout=WAIT)
 
     def end(self):
-        while isinstance(event := self.next(), Piece):
+        while isinstance(event := self.next(), TextDelta):
             pass
         return event
 
@@ -34,8 +34,8 @@ class Client:
 def make_engine(fake, serve_tokenizer):
     engines = []
 
-    def make(slots=2, max_queue=2):
-        engine = Engine(fake, serve_tokenizer, slots=slots, max_queue=max_queue, metrics=Metrics())
+    def make(max_batch_size=2, max_queue=2):
+        engine = Engine(fake, serve_tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, metrics=Metrics())
         engines.append(engine)
         engine.start()
         return engine
@@ -68,7 +68,7 @@ def test_requests_share_rounds(engine, fake):
 def test_streamed_pieces_and_whole_answers_are_the_same_text(engine, fake, serve_tokenizer):
     whole, streamed = Client(engine, tokens=200).end(), Client(engine, tokens=200, stream=True)
     pieces = []
-    while isinstance(event := streamed.next(), Piece):
+    while isinstance(event := streamed.next(), TextDelta):
         pieces.append(event.text)
     assert len(pieces) > 20
     assert all(pieces)
@@ -78,10 +78,10 @@ def test_streamed_pieces_and_whole_answers_are_the_same_text(engine, fake, serve
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_ends_the_request_and_frees_the_slot(engine, fake, serve_tokenizer, stream):
+def test_a_stop_string_ends_the_request_and_frees_its_place(engine, fake, serve_tokenizer, stream):
     client = Client(engine, tokens=10**9, stream=stream, stops=("kept what",))
     shown = ""
-    while isinstance(event := client.next(), Piece):
+    while isinstance(event := client.next(), TextDelta):
         shown += event.text
     whole = text_of(fake, serve_tokenizer, 200)
     assert shown + event.text == whole[: whole.index("kept what")]
@@ -92,9 +92,9 @@ def test_a_stop_string_ends_the_request_and_frees_the_slot(engine, fake, serve_t
     assert not fake.alive
 
 
-def test_the_queue_is_bounded_and_counts_free_slots(engine, fake):
+def test_the_queue_is_bounded_and_counts_free_places_of_the_batch(engine, fake):
     fake.go.clear()
-    clients = [Client(engine) for _ in range(4)]  # two slots, two places in the queue
+    clients = [Client(engine) for _ in range(4)]  # two places in the batch, two in the queue
     with pytest.raises(Busy):
         Client(engine)
     fake.go.set()
@@ -102,7 +102,7 @@ def test_the_queue_is_bounded_and_counts_free_slots(engine, fake):
     assert isinstance(Client(engine).end(), Finished)
 
 
-def test_cancelling_frees_slot_and_queue(engine, fake):
+def test_cancelling_frees_batch_and_queue(engine, fake):
     fake.go.clear()
     running = [Client(engine, tokens=10**9) for _ in range(2)]
     waiting = [Client(engine) for _ in range(2)]
@@ -149,7 +149,7 @@ def test_a_dead_thread_is_not_healthy_and_leaves_nobody_waiting(engine, fake):
 
 
 def test_stopping_lets_active_requests_end_within_the_grace(make_engine, fake):
-    engine = make_engine(slots=1)
+    engine = make_engine(max_batch_size=1)
     fake.go.clear()
     active = Client(engine)
     while engine.active == 0:

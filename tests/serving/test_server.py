@@ -222,7 +222,7 @@ def post_and_stay(server, **body):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(fake_server, fake, stream):
+def test_a_client_that_leaves_frees_its_place_in_the_batch_and_in_the_queue(fake_server, fake, stream):
     engine = fake_server.engine
     fake.go.clear()
     decoded = [post_and_stay(fake_server, prompt="x", max_tokens=2000, stream=stream) for _ in range(2)]
@@ -241,7 +241,7 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(fake_ser
     assert counters(fake_server)["nds_generated_tokens_total"] < 100  # none of them was decoded to its end
 
 
-def test_a_client_that_stops_reading_a_stream_frees_its_slot(server):
+def test_a_client_that_stops_reading_a_stream_frees_its_place(server):
     with client_of(server) as client:
         stream = client.chat.completions.create(model=server.model_id, messages=HELLO, max_tokens=2000, stream=True)
         next(stream)
@@ -319,6 +319,7 @@ BAD = {
     "empty stop": (b'{"prompt": "x", "stop": ""}', "stop"),
     "empty prompt": (b'{"prompt": ""}', "prompt"),
     "prompts": (b'{"prompt": ["a", "b"]}', "2 prompts"),
+    "half a character": (b'{"prompt": "x\\ud800"}', "half of a surrogate pair"),
     "a foreign id": (b'{"prompt": [1, 330]}', "0 to 329"),
     "true is no id": (b'{"prompt": [true]}', "prompt"),
     "n": (b'{"prompt": "x", "n": 2}', "n is not supported"),
@@ -374,6 +375,22 @@ def test_bad_chats_are_400_for_the_openai_client(client, server, case):
         client.post("/chat/completions", body=body, cast_to=object)
     assert mention in caught.value.body["message"]
     assert caught.value.body["message"].count(". ") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "mention"),
+    [
+        ({"messages": [{"role": "user", "content": "x\ud800"}]}, "messages.0 holds half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]}, "surrogate pair"),
+        ({"chat_template_kwargs": {"\ud800": 1}}, "chat_template_kwargs"),
+    ],
+)
+def test_half_a_character_is_400(server, changes, mention):
+    body = json.dumps({"messages": HELLO} | changes)
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(server.base_url + "/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert mention in answer.json()["error"]["message"]
 
 
 def test_harmless_fields_are_ignored(client, server):
