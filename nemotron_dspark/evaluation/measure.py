@@ -152,7 +152,7 @@ def evaluate(
     config: EvalConfig,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure acceptance, speed and equality on ``prompts``. Greedy is always among them, since speed and equality are."""
+    """Measure acceptance, speed and equality on ``prompts``; greedy acceptance always, as the other two are greedy."""
     plain, speculative = Decoder(target), Decoder(target, draft)
     greedy = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
     warm = Sampling(temperature=0.0, max_new_tokens=min(16, config.max_new_tokens))

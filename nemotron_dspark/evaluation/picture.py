@@ -11,7 +11,6 @@ from nemotron_dspark.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _GREEN, _BLUE, _GREY = "#3f7d20", "#1f5aa6", "#9a9a9a"
 _STYLES = ((_BLUE, "-", "o"), (_GREEN, "-", "s"), (_GREY, "--", "o"), (_GREY, ":", "s"))
@@ -20,19 +19,7 @@ _STYLES = ((_BLUE, "-", "o"), (_GREEN, "-", "s"), (_GREY, "--", "o"), (_GREY, ":
 def draw_run(
     path: Path, measurements: Mapping[str, Measurement], metrics_file: Path | None = None, title: str = ""
 ) -> Path:
-    """Draw ``measurements`` by label, and the loss in ``metrics_file`` (JSON lines) if given, as a PNG at ``path``."""
-    panels = 2 if metrics_file else 1
-    figure, axes = new_figure([5.2] * panels)
-    if metrics_file:
-        _draw_loss(axes[0], metrics_file)
-    _draw_acceptance(axes[-1], measurements)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return save_png(figure, path)
-
-
-def new_figure(widths: Sequence[float], height: float = 3.9) -> "tuple[Figure, Sequence[Axes]]":
-    """Make a matplotlib figure of panels side by side, ``widths`` and ``height`` in inches, and its axes.
+    """Draw ``measurements`` by label, and the loss in ``metrics_file`` (JSON lines) if given, as a PNG at ``path``.
 
     Raises:
         EnvironmentFault: matplotlib is not installed.
@@ -44,13 +31,15 @@ def new_figure(widths: Sequence[float], height: float = 3.9) -> "tuple[Figure, S
         raise EnvironmentFault(
             "Pictures need matplotlib, which is not installed.", "Run `pip install 'nemotron-dspark[report]'`."
         ) from None
-    figure = Figure(figsize=(sum(widths), height), layout="constrained")
+    panels = 2 if metrics_file else 1
+    figure = Figure(figsize=(5.2 * panels, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-
-
-def save_png(figure: "Figure", path: Path) -> Path:
-    """Write ``figure`` whole; returns ``path``."""
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    if metrics_file:
+        _draw_loss(axes[0], metrics_file)
+    _draw_acceptance(axes[-1], measurements)
+    if title:
+        figure.suptitle(title, fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     return path
 
@@ -66,7 +55,7 @@ def _draw_loss(axis: "Axes", metrics_file: Path) -> None:
     other.set_ylabel("expected accepted length")
     other.set_ylim(bottom=1)
     lines = [*axis.get_lines(), *other.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize=8)
+    axis.legend(lines, [str(line.get_label()) for line in lines], loc="lower right", fontsize=8)
     axis.grid(alpha=0.25)
 
 

@@ -23,7 +23,7 @@ from nemotron_dspark.files import read_json
 from nemotron_dspark.targets import spec_from_folder
 from nemotron_dspark.targets.families import needs_remote_code
 from nemotron_dspark.targets.locate import locate
-from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
 from nemotron_dspark.targets.weights import missing_shards, parameter_count
 
 SHORT_CONTEXT = 8192
@@ -223,13 +223,12 @@ class _Inspection:
         path = self.folder / "generation_config.json"
         stops = read_json(path).get("eos_token_id") if path.is_file() else None
         if stops is None:
-            stops = self.values.get("eos_token_id")
             ids = " and ".join(map(str, known.stop_ids)) if known else ""
             self.warnings.append(
                 "There is no generation_config.json that names stop tokens: config.json's are used, and "
                 + (f"{known.repository}'s names {ids}." if known and ids else "some checkpoints end turns with others.")
             )
-        return tuple(stops) if isinstance(stops, list) else () if stops is None else (int(stops),)
+        return first_stop_ids(stops, self.values.get("eos_token_id"))
 
     def stored_parameters(self, quantised: str | None, built: int | None) -> int | None:
         try:

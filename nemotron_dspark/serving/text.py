@@ -5,7 +5,7 @@ character whose bytes are spread over tokens), and an ending that could be the b
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,8 @@ class Spelling:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``: special tokens left out but for the tags, nothing tidied."""
         spoken = [id_ for id_ in ids if id_ not in self.silent]
-        return self._tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cast("str", text)  # of one text's ids
 
 
 class Detokeniser:
