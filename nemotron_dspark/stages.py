@@ -6,23 +6,32 @@ caller that holds a loaded target gives it as ``target`` and saves the loading; 
 
 import contextlib
 import dataclasses
+import functools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import AutoTokenizer
+
 from nemotron_dspark.cache.build import BuildProgress, BuildReport, helper_loads
 from nemotron_dspark.cache.build import build_cache as write_cache
 from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token
-from nemotron_dspark.config import RunConfig
+from nemotron_dspark.config import RunConfig, TargetConfig
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
 from nemotron_dspark.evaluation.measure import prompt_ids
 from nemotron_dspark.evaluation.report import EvalReport
+from nemotron_dspark.files import read_json
 from nemotron_dspark.targets import Target, proofs
+from nemotron_dspark.targets.families import needs_remote_code, spec_from_folder
+from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.taps import chosen_taps
+from nemotron_dspark.targets.target import resolve_device, resolve_dtype
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.run import TrainReport
@@ -69,30 +78,61 @@ def build_cache(
 ) -> CacheReport:
     """Run the target over the conversations in ``data`` and keep the hidden states that a draft trains on in ``out``.
 
-    An unfinished cache is continued, a finished one of the same inputs is left as it is. ``processes`` share the work,
-    each with the target; None is one a GPU.
+    An unfinished cache is continued, a finished one of the same inputs is left as it is. The target is loaded when all
+    conversations are tokenised and the disk is known to suffice. ``processes`` share the work, each with the target;
+    None is one a GPU.
 
     Raises:
         InputError: unusable data, data that contains the draft's mask token, or a folder of other inputs.
         CheckError: a proof failed, or hidden states are not finite.
         EnvironmentFault: the disk is or would be full, or a process died.
     """
-    target = target or load_target(config)
-    helpers = helper_loads(config.target, target.device, processes)
-    taps = chosen_taps(target.spec, config.draft)
-    mask = choose_mask_token(target.tokenizer, target.spec, override=config.draft.mask_token_id)
+    device = target.device if target else resolve_device(config.target.device)
+    facts = target or _unloaded(config.target, device) or load_target(config)
+    taps = chosen_taps(facts.spec, config.draft)
+    mask = choose_mask_token(facts.tokenizer, facts.spec, override=config.draft.mask_token_id)
     report = write_cache(
-        target,
+        facts,
         data,
         out,
         taps=taps,
         data=config.data,
         cache=config.cache,
         mask_token_id=mask.id,
-        helpers=helpers,
+        load=None if isinstance(facts, Target) else functools.partial(load_target, config),
+        helpers=helper_loads(config.target, device, processes),
         on_progress=on_progress or (lambda progress: None),
     )
     return CacheReport(report, taps, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unloaded:
+    """What a target's files tell, as `cache.capture.TargetFacts`."""
+
+    folder: Path
+    spec: TargetSpec
+    tokenizer: Any
+    dtype: torch.dtype
+
+
+def _unloaded(config: TargetConfig, device: torch.device) -> _Unloaded | None:
+    """The target of ``config`` before it is loaded; None where its files do not tell, and loading it says more."""
+    allowed = config.trust_remote_code
+    folder = locate(config.named, revision=config.revision, weights=True, code=allowed)
+    spec = spec_from_folder(folder, config.named, trust_remote_code=allowed)
+    values = read_json(folder / "config.json")
+    kind = resolve_dtype(config.dtype, device)
+    if kind == "auto":
+        kind = values.get("dtype", values.get("torch_dtype"))
+    dtype = getattr(torch, str(kind).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=allowed and needs_remote_code(values))
+    except (OSError, ValueError, KeyError):
+        return None
+    return _Unloaded(folder, spec, tokenizer, dtype)
 
 
 def train(

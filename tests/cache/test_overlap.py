@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_dspark import processes
+from nemotron_dspark import processes, stages
 from nemotron_dspark.cache import batches
 from nemotron_dspark.cache.build import build_cache, helper_loads
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.config.run import TargetConfig
+from nemotron_dspark.config import TargetConfig, load_config
 from nemotron_dspark.data.conversations import Skipped
 from nemotron_dspark.data.samples import read_samples
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
@@ -124,6 +124,25 @@ def test_too_little_space_is_refused_before_the_target_is_loaded(target, data, e
     assert loaded_with(len(expected)) == [1]
     assert shards(tmp_path / "c") == expected
     assert loaded_with(0) == []  # it is finished
+
+
+def test_the_stage_loads_no_target_for_what_does_not_fit_or_is_there(target, data, tmp_path, monkeypatch):
+    config = load_config(str(target.folder), cache=CACHE.model_dump(), data=DATA.model_dump(), draft={"taps": [1, 4]})
+
+    def build_without_loading():
+        with monkeypatch.context() as patched:
+            patched.setattr(Target, "of", lambda config: pytest.fail("the target is loaded"))
+            return stages.build_cache(config, data, tmp_path / "c")
+
+    usage = shutil.disk_usage("/")._replace(free=1_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(EnvironmentFault, match="The cache needs"):
+            build_without_loading()
+    stages.build_cache(config, data, tmp_path / "c")
+    assert build_without_loading().build.reused_samples == SAMPLES
+    same = build(target, data, tmp_path / "c")  # with a target that is loaded
+    assert same.reused_samples == SAMPLES
 
 
 def noting_target(folder, note, deadly=0):
