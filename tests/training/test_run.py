@@ -163,7 +163,7 @@ def test_too_little_disk_for_the_checkpoints_is_said_before_the_first_step(tiny_
     one = max((tmp_path / "whole" / "checkpoints").iterdir())
     room = 3 * sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr("nemotron_dspark.training.run.train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("nemotron_dspark.training.run.Trainer", lambda *_, **__: pytest.fail("it trained"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room * 9 // 10))
     with pytest.raises(EnvironmentFault, match=r"checkpoints and the draft need .* free.*nds plan"):
         train_run(str(tiny_hybrid), cache, tmp_path / "run", config())

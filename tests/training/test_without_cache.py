@@ -418,9 +418,10 @@ class Disk(Callback):
 
     def look(self):
         found = 0
-        for path in (self.folder / "segments").rglob("shard*"):
-            with contextlib.suppress(FileNotFoundError):
-                found += path.stat().st_size
+        for folder, _, names in os.walk(self.folder / "segments"):  # passes over what is being removed
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found += os.stat(os.path.join(folder, name)).st_size if name.startswith("shard") else 0
         self.most = max(self.most, found)
 
 

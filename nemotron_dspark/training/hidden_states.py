@@ -1,0 +1,204 @@
+"""Where a run's hidden states come from: one factory per mode, which checks them against target, settings and folder.
+
+Nothing is written before settings and data have been found to fit, so that a refusal leaves the folder free.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from nemotron_dspark.cache.build import inputs_of
+from nemotron_dspark.cache.checksums import fingerprint
+from nemotron_dspark.cache.formats import sample_sizes
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cache.verify import check_mask_token
+from nemotron_dspark.chat.mask_token import choose_mask_token
+from nemotron_dspark.config import DraftSection, RunConfig
+from nemotron_dspark.data.tokens import TokenStore, read_report, tokenise
+from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.target import resolve_device, resolve_dtype
+from nemotron_dspark.training import online, rolling
+from nemotron_dspark.training import run_folder as folders
+from nemotron_dspark.training.callbacks import Callback
+from nemotron_dspark.training.distributed import DistContext
+from nemotron_dspark.training.source import CacheSource, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run before its hidden states: settings, folder, and what is known of the target without its weights."""
+
+    config: RunConfig
+    out: Path
+    resume: bool  # go on with a run that the folder holds
+    target: Path  # its folder
+    spec: TargetSpec
+    tokenizer: transformers.PreTrainedTokenizerBase
+    dtype: torch.dtype  # to compute in
+    callback: Callback
+    context: DistContext
+
+    @property
+    def name(self) -> str:
+        """The target's."""
+        return self.config.target.named
+
+    def draft_config(self, section: DraftSection) -> tuple[DraftConfig, list[str]]:
+        """The draft's config, and notes on what was assumed."""
+        mask = choose_mask_token(self.tokenizer, self.spec, override=section.mask_token_id)
+        anchors = self.config.train.num_anchors
+        draft, notes = build_draft_config(self.spec, section, mask_token_id=mask.id, num_anchors=anchors)
+        return draft, [*notes, f"mask token {mask.id}: {mask.reason} (draft.mask_token_id sets it)."]
+
+    def lock(self, mode: str, draft: DraftConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Take the folder for the run of these settings, which are returned; ``identity`` tells its data.
+
+        Raises:
+            InputError: the folder holds another run, or any when ``resume`` is False.
+        """
+        settings = {
+            "target": self.name,
+            "mode": mode,
+            "draft": {**draft.to_json(), "dtype": str(self.dtype).removeprefix("torch.")},
+            "train": self.config.train.model_dump(mode="json", exclude={*folders.FREE_KEYS, "precision"}),
+            **identity,
+        }
+        folders.lock_run_dir(self.out, settings, self.resume)
+        return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenStates:
+    """Where a run's hidden states come from, and the draft that fits them."""
+
+    mode: str
+    source: Source
+    size: int  # bytes of all of them
+    draft: DraftConfig
+    settings: dict[str, Any]  # what the folder's run must have been begun with
+    notes: list[str]
+
+
+def open_cached(setup: Setup, cache_folder: Path) -> HiddenStates:
+    """Those of a finished cache; the target is never loaded."""
+    cache = TargetCache(cache_folder)
+    section = setup.config.draft
+    if section.taps is None:  # it was built with some; they are the only ones there are
+        section = section.model_copy(update={"taps": list(cache.taps)})
+    draft, notes = setup.draft_config(section)
+    notes += _check_cache(cache, setup.spec, draft, setup.name)
+    if setup.context.is_main:
+        check_mask_token(cache, draft.mask_token_id)
+    source = CacheSource(cache)
+    source.schedule(setup.config.train, setup.context)  # refuses what does not fit before the folder is touched
+    settings = setup.lock("cached", draft, {"cache": fingerprint(cache.folder)})
+    return HiddenStates("cached", source, sum(cache.layout.shard_sizes), draft, settings, notes)
+
+
+def open_online(setup: Setup, data: Path) -> HiddenStates:
+    """Those that the target computes in the training loop, never written."""
+    config = setup.config
+    return _beside_target(
+        setup,
+        data,
+        "online",
+        {},
+        lambda tokens, taps: online.OnlineSource(tokens, config.target, taps, setup.callback.on_status),
+    )
+
+
+def open_rolling(setup: Setup, data: Path) -> HiddenStates:
+    """Those that the target writes a segment ahead of the training."""
+    config = setup.config
+    return _beside_target(
+        setup,
+        data,
+        "rolling",
+        {"cache": config.cache.model_dump(exclude={"mode"})},
+        lambda tokens, taps: rolling.RollingSource(
+            setup.out / rolling.FOLDER,
+            tokens,
+            config.target,
+            setup.spec,
+            taps,
+            config.cache,
+            on_message=setup.callback.on_message,
+            on_status=setup.callback.on_status,
+        ),
+    )
+
+
+SOURCES: dict[str, Callable[[Setup, Path], HiddenStates]] = {
+    "cached": open_cached,
+    "online": open_online,
+    "rolling": open_rolling,
+}
+
+
+def _beside_target(
+    setup: Setup,
+    data: Path,
+    mode: str,
+    more: Mapping[str, Any],  # what else the run is known by
+    new_source: Callable[[TokenStore, tuple[int, ...]], Source],  # from tokens and taps
+) -> HiddenStates:
+    """Tokenise ``data`` into the run's folder, and compute nothing yet."""
+    config = setup.config
+    draft, notes = setup.draft_config(config.draft)
+    taps = draft.target_layer_ids
+    dtype = resolve_dtype(config.target.dtype, resolve_device(config.target.device))
+    made_from = {**inputs_of(setup.target, setup.tokenizer, setup.name, dtype, data, taps, config.data), **more}
+    settings = setup.lock(mode, draft, {"source": made_from})
+    folder = setup.out / online.FOLDER
+    tokens = tokenise(
+        folder,
+        folder / online.REPORT,
+        data,
+        setup.tokenizer,
+        config.data,
+        max_positions=setup.spec.max_position_embeddings,
+        mask_token_id=draft.mask_token_id,
+        inputs=made_from,
+        on_lines=lambda lines: setup.callback.on_status(f"tokenising, line {lines:,}"),
+    )
+    sizes = sample_sizes(
+        config.cache,
+        tokens.lengths,
+        tokens.predicting,
+        num_taps=len(taps),
+        hidden_size=setup.spec.hidden_size,
+    )
+    source = new_source(tokens, taps)
+    source.schedule(config.train, setup.context)
+    return HiddenStates(mode, source, int(sizes.sum()), draft, settings, notes + _notes_on_data(setup.out))
+
+
+def _check_cache(cache: TargetCache, spec: TargetSpec, draft: DraftConfig, target_name: str) -> list[str]:
+    """Refuse a cache that does not fit; returns notes on what is merely odd."""
+    if cache.hidden_size != spec.hidden_size:
+        raise InputError(
+            f"The cache was made from another target: its hidden size is {cache.hidden_size}, that of {target_name} is "
+            f"{spec.hidden_size}.",
+            "Give the target the cache was built from, or build a cache for this one.",
+        )
+    if tuple(cache.taps) != draft.target_layer_ids:
+        raise InputError(
+            f"draft.taps asks for layers {list(draft.target_layer_ids)}, the cache holds {list(cache.taps)}.",
+            "Leave draft.taps out to use the cache's, or build a cache with these taps.",
+        )
+    made_from = cache.target_name
+    if made_from is not None and made_from != target_name:
+        return [f"the cache names another target, {made_from}; training goes on with {target_name}."]
+    return []
+
+
+def _notes_on_data(run_folder: Path) -> list[str]:
+    tally, notes = read_report(run_folder / online.FOLDER / online.REPORT)
+    cut = [f"{tally.cut} samples were cut off at the maximal length."] if tally.cut else []
+    return [*notes, *cut, *tally.skipped.sentences()]
