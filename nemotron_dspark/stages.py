@@ -47,10 +47,10 @@ class CacheReport:
 
     build: BuildReport
     taps: tuple[int, ...]
-    mask_token: MaskToken
+    mask_token: MaskToken | None
 
     def to_json(self) -> dict[str, Any]:
-        return self.build.to_json() | {"taps": list(self.taps), "mask_token_id": self.mask_token.id}
+        return self.build.to_json() | {"taps": list(self.taps), "mask_token_id": self.mask_token and self.mask_token.id}
 
 
 def load_target(config: RunConfig) -> Target:
@@ -74,13 +74,14 @@ def build_cache(
     *,
     processes: int | None = None,
     target: Target | None = None,
+    masked: bool = True,
     on_progress: Callable[[BuildProgress], None] | None = None,
 ) -> CacheReport:
     """Run the target over the conversations in ``data`` and keep the hidden states that a draft trains on in ``out``.
 
     An unfinished cache is continued, a finished one of the same inputs is left as it is. The target is loaded when all
     conversations are tokenised and the disk is known to suffice. ``processes`` share the work, each with the target;
-    None is one a GPU.
+    None is one a GPU. ``masked`` is False for a kind of draft that has no mask token.
 
     Raises:
         InputError: unusable data, data that contains the draft's mask token, or a folder of other inputs.
@@ -90,7 +91,8 @@ def build_cache(
     device = target.device if target else resolve_device(config.target.device)
     facts = target or _unloaded(config.target, device) or load_target(config)
     taps = chosen_taps(facts.spec, config.draft)
-    mask = choose_mask_token(facts.tokenizer, facts.spec, override=config.draft.mask_token_id)
+    override = config.draft.mask_token_id
+    mask = choose_mask_token(facts.tokenizer, facts.spec, override=override) if masked else None
     report = write_cache(
         facts,
         data,
@@ -98,7 +100,7 @@ def build_cache(
         taps=taps,
         data=config.data,
         cache=config.cache,
-        mask_token_id=mask.id,
+        mask_token_id=mask.id if mask else None,
         load=None if isinstance(facts, Target) else functools.partial(load_target, config),
         helpers=helper_loads(config.target, device, processes),
         on_progress=on_progress or (lambda progress: None),

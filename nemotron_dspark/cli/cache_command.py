@@ -12,7 +12,6 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.files import size_text
 
 if TYPE_CHECKING:
-    from nemotron_dspark.cache.build import BuildProgress
     from nemotron_dspark.cache.convert import ConvertReport
     from nemotron_dspark.cache.info import CacheInfo
     from nemotron_dspark.cache.verify import VerifyReport
@@ -46,7 +45,7 @@ def build(
 
     shell.stop_on_sigterm()
     with shell.bars() as bars:
-        return build_cache(config, data, out, processes=processes, on_progress=lambda now: _update(bars, now))
+        return build_cache(config, data, out, processes=processes, on_progress=lambda now: shell.show_build(bars, now))
 
 
 def info(folder: FolderArgument) -> "CacheInfo":
@@ -81,15 +80,11 @@ def convert(
 
     shell.stop_on_sigterm()
     with shell.bars() as bars:
-        return convert_cache(source, out, config.cache, on_progress=lambda now: _update(bars, now))
-
-
-def _update(bars: shell.Bars, now: "BuildProgress") -> None:
-    bars.update(now.stage, now.samples, now.total_samples, tokens=now.tokens)
+        return convert_cache(source, out, config.cache, on_progress=lambda now: shell.show_build(bars, now))
 
 
 def _show_built(report: "CacheReport") -> None:
-    built = report.build
+    built, mask = report.build, report.mask_token
     shell.show_rows(
         [
             ("cache", str(built.folder)),
@@ -97,7 +92,7 @@ def _show_built(report: "CacheReport") -> None:
             ("tokens", f"{built.tokens:,}, {shell.share(built.loss_tokens, built.tokens)} of them train the draft"),
             ("size", f"{size_text(built.bytes)} in {built.shards} shard{'s' * (built.shards != 1)}"),
             ("taps", ", ".join(map(str, report.taps))),
-            ("mask token", f"{report.mask_token.id} ({report.mask_token.reason}); the data does not use it"),
+            ("mask token", mask and f"{mask.id} ({mask.reason}); the data does not use it"),
             ("time", f"{built.seconds:.1f} s"),
         ],
         [

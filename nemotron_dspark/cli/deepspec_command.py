@@ -1,6 +1,5 @@
 """`nds deepspec install|check|config|prepare|train|eval`: DeepSpec itself, on any target."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,6 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
-    from nemotron_dspark.cache.build import BuildProgress
     from nemotron_dspark.deepspec.checkout import Checkout
     from nemotron_dspark.deepspec.prepare import Prepared
     from nemotron_dspark.deepspec.status import Status
@@ -88,7 +86,7 @@ def prepare(
     opts: OptsOption = None,
     min_loss_tokens: Annotated[int, typer.Option(min=1, help="Samples with fewer loss tokens are dropped.")] = 14,
     shard_bytes: Annotated[int, typer.Option(min=1, help="A shard is closed when it holds this many.")] = 4 * 1024**3,
-    device: Annotated[str | None, typer.Option(help="One worker on this device, e.g. cpu; default: every GPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="Build on this device, e.g. cpu; default: every GPU.")] = None,
     nodes: NodesOption = None,
     node_rank: RankOption = None,
 ) -> "Prepared | None":
@@ -99,21 +97,21 @@ def prepare(
 
     places = launch.Nodes(nodes, node_rank).variables()
     home = _home()
-    devices = [device] if device else None
+    if device is None:
+        launch.require_gpus()
     cfg = launch.load_config(home, launch.resource_config(config), opts or ())
-    devices = devices or [f"cuda:{index}" for index in range(launch.require_gpus())]
-    rank, workers = int(places["RANK"]), len(devices) * int(places["WORLD_SIZE"])
-    job = preparing.Job.of(cfg, data, out, workers, min_loss_tokens=min_loss_tokens, shard_bytes=shard_bytes)
+    part, machines = int(places["RANK"]), int(places["WORLD_SIZE"])
+    job = preparing.Preparation.of(
+        cfg, data, out, machines, min_loss_tokens=min_loss_tokens, shard_bytes=shard_bytes, device=device or "auto"
+    )
     if not preparing.begin(job):
-        preparing.run_workers(job, rank * len(devices), devices, _Lines())
-        if rank:
-            shell.err.print(f"This machine's parts of {escape(str(out))} are done; the first machine joins them.")
+        with shell.bars() as bars:
+            preparing.build_part(job, part, lambda now: shell.show_build(bars, now))
+        if part:
+            shell.err.print(f"This machine's part of {escape(str(out))} is done; the first machine joins them.")
             return None
-        preparing.wait_for_parts(
-            job, lambda parts: shell.err.print(f"waiting for {len(parts)} parts of other machines")
-        )
-    whole = preparing.join(job)
-    return preparing.Prepared(out, whole.num_samples, len(whole.shard_files))
+        preparing.wait_for_parts(job, lambda parts: shell.err.print(f"waiting for {len(parts)} other machines"))
+    return preparing.join(job)
 
 
 def train(
@@ -171,23 +169,6 @@ def evaluate(
     }
     command = launch.evaluation_command(target, str(folder), launch.read_tasks(home, tasks), options)
     launch.run(home, command, places, home.folder)  # it looks for eval_datasets/ in its working directory
-
-
-class _Lines:
-    """Progress of several processes: a line each, not more than one in ten seconds."""
-
-    def __init__(self) -> None:
-        self._told = self._started = time.monotonic()
-
-    def __call__(self, part: int, progress: "BuildProgress") -> None:
-        now = time.monotonic()
-        if progress.stage != "capture" or (now - self._told < 10 and progress.samples < progress.total_samples):
-            return
-        self._told = now
-        rate = progress.tokens / max(now - self._started, 1e-9)
-        left = (progress.total_tokens - progress.tokens) / max(rate, 1e-9) / 60
-        done = f"{progress.samples}/{progress.total_samples} samples"
-        shell.err.print(f"part {part}: {done}, {rate:,.0f} tokens/s, {left:.0f} min left")
 
 
 def _home() -> "Checkout":

@@ -50,7 +50,7 @@ def demo(
                 shell.err.print(f"    {escape(text)}", soft_wrap=True)
 
             def update(self, text: str, done: float, total: float) -> None:
-                bars.reset("demo", f"    {text}", done, total)
+                bars.update("demo", done, total, text=f"    {text}")
 
         return run_demo(new_run_dir(out), Budget().scaled(scale), seed=seed, progress=Shown())
 

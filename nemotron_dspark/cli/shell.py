@@ -9,10 +9,11 @@ import inspect
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,8 +24,12 @@ from rich.table import Table
 from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.errors import NdsError
 
+if TYPE_CHECKING:
+    from nemotron_dspark.cache.build import BuildProgress
+
 out = Console(highlight=False)  # results; nothing but one JSON object under --json
 err = Console(stderr=True, highlight=False)  # progress, warnings, complaints
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 @dataclasses.dataclass
@@ -80,14 +85,14 @@ def command(
 ) -> Callable[[Callable[..., Any]], None]:
     """Register a function as a command of ``app``, and print what it returns.
 
-    A first parameter ``config`` gets the configuration of the options that ``target`` and ``keys`` ask for;
-    ``read_config`` gets a function that reads it, for a command that has to do something before. The report is printed
-    by ``show``, or under `--json` as its ``to_json()``; then ``failed`` of it is the exit code. None prints nothing.
+    A first parameter of type `RunConfig` gets the configuration of the options that ``target`` and ``keys`` ask for;
+    one of type ``Callable[[], RunConfig]`` gets a function that reads it, for a command that does something before. The
+    report is printed by ``show``, or under `--json` as its ``to_json()``; then ``failed`` of it is the exit code.
     """
 
     def register(function: Callable[..., Any]) -> None:
         own = list(inspect.signature(function).parameters.values())
-        wants = own[0].name if own and own[0].name in ("config", "read_config") else None
+        wants = own[0].name if own and own[0].annotation in (RunConfig, Callable[[], RunConfig]) else None
         flags = [*keys, TRUST] if target != "none" else list(keys)
 
         def run(**given: Any) -> None:
@@ -106,7 +111,7 @@ def command(
                         quiet_libraries()
                     return config
 
-                given[wants] = read_config if wants == "read_config" else read_config()
+                given[wants] = read_config() if own[0].annotation is RunConfig else read_config
             try:
                 report = function(**given)
                 if report is None:
@@ -226,32 +231,37 @@ def share(part: int, whole: int) -> str:
 
 
 class Bars:
-    """Progress bars on stderr, one for each thing that is counted, with the time left."""
+    """Progress bars on stderr, one for each thing that is counted; elsewhere than on a terminal a line now and then."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
         self._first: dict[str, int] = {}  # tokens that were there at the first update
+        self._told = time.monotonic()
 
-    def update(self, what: str, done: float, total: float | None, *, tokens: int = 0) -> None:
-        """``tokens`` done so far, if given, become a rate."""
+    def update(self, what: str, done: float, total: float | None, *, tokens: int = 0, text: str | None = None) -> None:
+        """``tokens`` done so far, if given, become a rate; ``text`` is shown in place of ``what``."""
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(escape(what), total=total or None, rate="")
             self._first[what] = tokens
         task = self._tasks[what]
         seconds, fresh = self._progress.tasks[task].elapsed or 0.0, tokens - self._first[what]
         rate = f"{fresh / seconds:,.0f} tokens/s" if tokens and seconds > 0.5 else ""
-        self._progress.update(task, completed=done, total=total or None, rate=rate)
+        self._progress.update(task, description=escape(text or what), completed=done, total=total or None, rate=rate)
+        if not err.is_terminal and time.monotonic() - self._told > LINE_SECONDS:
+            self._told = time.monotonic()
+            share_done = f"{done / total:.0%}" if total else f"{done:g}"
+            err.print(escape(f"{text or what}: {share_done}{', ' * bool(rate)}{rate}"), soft_wrap=True)
 
-    def reset(self, what: str, text: str, done: float, total: float | None) -> None:
-        """Like `update`, under another text."""
-        self.update(what, done, total)
-        self._progress.update(self._tasks[what], description=escape(text))
+
+def show_build(bars: Bars, now: "BuildProgress") -> None:
+    """Show how far a cache build is."""
+    bars.update(now.stage, now.samples, now.total_samples, tokens=now.tokens)
 
 
 @contextmanager
 def bars(*, counts: bool = True) -> Iterator[Bars]:
-    """Bars while the block runs, on a terminal only; with a count unless the steps have none."""
+    """Bars while the block runs; with a count unless the steps have none."""
     columns = [TextColumn("{task.description}"), BarColumn(), *([MofNCompleteColumn()] if counts else [])]
     rest = [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
     with Progress(*columns, *rest, console=err, disable=not err.is_terminal) as progress:

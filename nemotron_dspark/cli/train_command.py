@@ -39,7 +39,7 @@ def train(
         from nemotron_dspark.stages import check_source, run_folder
 
         check_source(config, cache, data)
-        train_on_cache(config, cache, out or run_folder(config), shell.note)
+        return train_on_cache(config, cache, out or run_folder(config), shell.note)
     from nemotron_dspark.training.distributed import init_distributed
 
     with init_distributed() as context:

@@ -1,21 +1,20 @@
 """Target-cache preparation: our builder in parts, init_distributed into one in DeepSpec's format."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
 import pytest
 import torch
 
+from nemotron_dspark import stages
 from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.cache.info import summarise
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.deepspec import prepare
-from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
-from tests.kill9 import prepared_forkserver
+from nemotron_dspark.errors import CheckError, InputError
 
 TAPS = (1, 2, 3, 4, 5)
 
@@ -28,24 +27,24 @@ def job(tiny_hybrid, conversations, tmp_path):
         "project_name": "tests",
         "exp_name": "prepare",
     }
-    return prepare.Job.of(cfg, [conversations], tmp_path / "out", 1, min_loss_tokens=4, shard_bytes=60_000)
+    return prepare.Preparation.of(cfg, [conversations], tmp_path / "out", 1, min_loss_tokens=4, shard_bytes=60_000)
 
 
 @pytest.fixture
 def reused_target(target, monkeypatch):
     """Loading and proving the same tiny target for every part would only take time; both are tested elsewhere."""
-    monkeypatch.setattr(prepare.Target, "load", staticmethod(lambda name, device: target))
-    monkeypatch.setattr(prepare, "prove", lambda target, taps: [])
+    monkeypatch.setattr(stages, "load_target", lambda config: target)
 
 
-def ignore(part, progress):
-    pass
+def with_taps(job, *taps):
+    draft = job.config.draft.model_copy(update={"taps": list(taps)})
+    return dataclasses.replace(job, config=job.config.model_copy(update={"draft": draft}))
 
 
 def build(job):
     prepare.begin(job)
     for part in range(job.parts):
-        prepare.build_part(job, part, "cpu", ignore)
+        prepare.build_part(job, part)
 
 
 def same_samples(left, right):
@@ -59,7 +58,7 @@ def same_samples(left, right):
         torch.testing.assert_close(a.last.float(), b.last.float(), rtol=0.02, atol=0.02)
 
 
-def test_one_worker_writes_the_bytes_of_our_builder(job, target, conversations, tmp_path):
+def test_one_machine_writes_the_bytes_of_our_builder(job, target, conversations, tmp_path):
     build(job)  # loads and proves the target itself
     prepare.join(job)
     data, cache = DataConfig(max_length=96, min_loss_tokens=4), CacheConfig(shard_bytes=60_000)
@@ -76,14 +75,14 @@ def test_one_worker_writes_the_bytes_of_our_builder(job, target, conversations, 
     assert prepare.begin(job)  # nothing is left to do
 
 
-def test_parts_of_several_workers_become_one_whole_cache(job, cache, reused_target):
+def test_parts_of_several_machines_become_one_whole_cache(job, cache, reused_target):
     job = dataclasses.replace(job, parts=3)
     build(job)
     assert prepare.missing_parts(job) == []
     whole = prepare.join(job)
-    assert whole.num_samples == 12
+    assert whole.samples == 12
     assert verify(job.out).whole
-    assert verify(job.out).files >= len(whole.shard_files) + 2
+    assert verify(job.out).files >= whole.shards + 2
     assert summarise(job.out).loss_tokens > 0
     same_samples(job.out, cache)
 
@@ -109,12 +108,12 @@ def test_a_join_that_is_interrupted_is_finished_by_the_next(job, reused_target, 
 def test_a_part_that_is_missing_is_waited_for(job, reused_target):
     job = dataclasses.replace(job, parts=2)
     prepare.begin(job)
-    prepare.build_part(job, 0, "cpu", ignore)
+    prepare.build_part(job, 0)
     told = []
 
     def other_machine(missing):
         told.append(missing)
-        prepare.build_part(job, 1, "cpu", ignore)
+        prepare.build_part(job, 1)
 
     prepare.wait_for_parts(job, other_machine, seconds=0)
     assert told == [[1]]
@@ -124,11 +123,11 @@ def test_a_failed_proof_stops_before_anything_is_captured(job, target, monkeypat
     def fail(target, taps):
         raise CheckError("The target fails the causality proof.", "Upgrade transformers.")
 
-    monkeypatch.setattr(prepare.Target, "load", staticmethod(lambda name, device: target))
-    monkeypatch.setattr(prepare, "prove", fail)
+    monkeypatch.setattr(stages.Target, "of", staticmethod(lambda config: target))
+    monkeypatch.setattr(stages.proofs, "prove", fail)
     prepare.begin(job)
     with pytest.raises(CheckError, match="causality"):
-        prepare.build_part(job, 0, "cpu", ignore)
+        prepare.build_part(job, 0)
     assert prepare.missing_parts(job) == [0]
 
 
@@ -136,30 +135,19 @@ def test_another_template_other_inputs_and_other_files_are_refused(job, tmp_path
     with pytest.raises(InputError, match="says the chat template 'nemotron_3'"):
         prepare.begin(dataclasses.replace(job, chat_template="nemotron_3"))
     with pytest.raises(InputError, match="out of range"):
-        prepare.begin(dataclasses.replace(job, taps=(1, 99)))
-    with pytest.raises(InputError, match="12 conversations for 13 workers"):
+        prepare.begin(with_taps(job, 1, 99))
+    with pytest.raises(InputError, match="12 conversations for 13 machines"):
         prepare.begin(dataclasses.replace(job, parts=13))
     with pytest.raises(InputError, match="does not exist"):
         prepare.begin(dataclasses.replace(job, conversations=(tmp_path / "none.jsonl",)))
     prepare.begin(job)
     with pytest.raises(InputError, match="other inputs: taps"):
-        prepare.begin(dataclasses.replace(job, taps=(1, 3)))
+        prepare.begin(with_taps(job, 1, 3))
     shutil.rmtree(job.out)
     job.out.mkdir()
     (job.out / "thesis.tex").touch()
     with pytest.raises(InputError, match="holds other files"):
         prepare.begin(job)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the devices must be missing")
-def test_an_error_in_a_workers_process_is_the_commands_error(job, monkeypatch):
-    prepared_forkserver()  # in place of processes that import everything anew
-    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
-    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
-    job = dataclasses.replace(job, parts=2)
-    prepare.begin(job)
-    with pytest.raises(EnvironmentFault, match=r"'cuda:[01]' cannot be used"):
-        prepare.run_workers(job, 0, ["cuda:0", "cuda:1"], ignore)
 
 
 def test_deepspec_reads_the_joined_cache(deepspec_on_cpu, job, reused_target):
