@@ -92,7 +92,7 @@ def _show_built(report: "CacheReport") -> None:
             ("tokens", f"{built.tokens:,}, {shell.share(built.loss_tokens, built.tokens)} of them train the draft"),
             ("size", f"{size_text(built.bytes)} in {built.shards} shard{'s' * (built.shards != 1)}"),
             ("taps", ", ".join(map(str, report.taps))),
-            ("mask token", mask and f"{mask.id} ({mask.reason}); the data does not use it"),
+            ("mask token", f"{mask.id} ({mask.reason}); the data does not use it" if mask else None),
             ("time", f"{built.seconds:.1f} s"),
         ],
         [

@@ -1,6 +1,6 @@
 """The run's configuration and how it is put together: defaults, then a preset, then a file, then `--set key=value`.
 
-Every key that nobody set keeps the published DeepSpec value where there is one. An unknown key is an error that names
+A key that is not set keeps the published DeepSpec value where there is one. An unknown key is an error that names
 the nearest known key; it is never ignored.
 """
 

@@ -1,4 +1,4 @@
-"""The bridge to DeepSpec: our template, builders, trainers, evaluators and configs for a checkout nobody edits.
+"""The bridge to DeepSpec: our template, builders, trainers, evaluators and configs for an unedited checkout.
 
 Importing this package needs no checkout. Names that are subclasses of DeepSpec's own classes are made when they are
 first asked for, and need the checkout on Python's path then.

@@ -73,7 +73,7 @@ class _OurDecoding:
         )
 
     def _observe(self, generation: Generation) -> None:
-        """Hand a finished generation to whoever collects more than counts."""
+        """Called with every finished generation; a subclass records what DeepSpec's sums leave out."""
 
 
 class NemotronDSparkEvaluator(_OurDecoding, _eval.Qwen3DSparkEvaluator):

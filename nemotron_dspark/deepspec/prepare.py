@@ -68,6 +68,10 @@ class Preparation:
         paths = tuple(Path(path).absolute() for path in conversations)
         return Preparation(config, data.get("chat_template"), paths, out.absolute(), parts, names)
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return tuple(int(tap) for tap in self.config.draft.taps or ())
+
     def folder(self, part: int) -> Path:
         return self.out / PARTS / f"{part:05d}-of-{self.parts:05d}"
 
@@ -121,7 +125,7 @@ def begin(job: Preparation) -> bool:
     if job.out.is_dir() and any(not path.name.startswith(".") for path in job.out.iterdir()):
         raise InputError(f"{job.out} holds other files.", "Choose another folder for --out.")
     folder = locate(job.config.target.named, weights=True)
-    check_taps(spec_from_folder(folder, job.config.target.named), tuple(job.config.draft.taps or ()))
+    check_taps(spec_from_folder(folder, job.config.target.named), job.taps)
     name = template_name(AutoTokenizer.from_pretrained(folder))
     if job.chat_template is not None and job.chat_template != name:
         raise InputError(
@@ -184,8 +188,7 @@ def join(job: Preparation) -> Prepared:
     fsync_folder(job.out)
     write_json(job.out / REPORT, _report(job))
     extra = {**parts[0].extra, "source_jsonl_paths": [str(path) for path in job.conversations], **job.names}
-    taps = tuple(job.config.draft.taps or ())
-    whole = Manifest(samples, taps, parts[0].hidden_size, tuple(map(shard_name, range(shards))), extra)
+    whole = Manifest(samples, job.taps, parts[0].hidden_size, tuple(map(shard_name, range(shards))), extra)
     layout = DeepSpecLayout(np.concatenate(indices), whole, sizes)
     finish_cache(job.out, layout, np.concatenate(checksums), digests, [REPORT])
     shutil.rmtree(job.out / PARTS, ignore_errors=True)
