@@ -4,14 +4,12 @@
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-from nemotron_dspark.errors import InputError
 
 
 class LayerKind(Enum):
@@ -50,14 +48,16 @@ class WeightNames:
     head_tensors: tuple[str, ...]  # likewise for the LM head
 
 
-DECODER_NAMES = WeightNames(  # as Llama has them, and most since
-    layers="model.layers",
-    final_norm="model.norm",
-    embedding="model.embed_tokens",
-    head="lm_head",
-    embedding_tensors=("model.embed_tokens.weight",),
-    head_tensors=("lm_head.weight",),
-)
+def decoder_names(final_norm: str = "norm") -> WeightNames:
+    """As Llama has them, and most since, but for the norm before the LM head."""
+    return WeightNames(
+        layers="model.layers",
+        final_norm=f"model.{final_norm}",
+        embedding="model.embed_tokens",
+        head="lm_head",
+        embedding_tensors=("model.embed_tokens.weight",),
+        head_tensors=("lm_head.weight",),
+    )
 
 
 def finish_logits(logits: Tensor, multiplier: float, softcap: float | None) -> Tensor:
@@ -102,16 +102,6 @@ class TargetSpec:
     def finish_logits(self, logits: Tensor) -> Tensor:
         """The target's logits [..., V] from the bare output of its LM head."""
         return finish_logits(logits, self.logit_multiplier, self.logit_softcap)
-
-
-def require(config: Mapping[str, Any], *keys: str) -> Any:
-    """The first of ``keys`` that ``config`` has (and is not null); `InputError` when it has none."""
-    for key in keys:
-        if config.get(key) is not None:
-            return config[key]
-    raise InputError(
-        f"The target's config.json has no {' or '.join(keys)}.", "Restore the file from the checkpoint's repository."
-    )
 
 
 def first_stop_ids(*named: int | Sequence[int] | None) -> tuple[int, ...]:

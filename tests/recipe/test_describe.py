@@ -198,6 +198,7 @@ def test_super_49b_is_refused_unless_its_own_code_is_allowed(tmp_path):
 def test_super_49b_s_own_code_builds_it_when_it_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)  # another test's, of another folder
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
     folder = Path(bare(tmp_path, SUPER_49B | shape | {"num_key_value_heads": 2, "max_position_embeddings": 4096}))
     (folder / "configuration_decilm.py").write_text(

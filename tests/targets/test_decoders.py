@@ -59,11 +59,29 @@ def test_a_default_that_matters_is_said():
     assert "rope theta 150000" in spec_of("gpt_oss").assumed[0]
 
 
-@pytest.mark.parametrize("key", list(SIZES))
-def test_a_missing_size_is_named(key):
-    values = {name: value for name, value in SIZES.items() if name != key}
+def without(key: str) -> dict[str, Any]:
+    return {"model_type": "mistral", **{name: value for name, value in SIZES.items() if name != key}}
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers"])
+def test_a_missing_size_that_no_default_can_stand_for_is_named(key):
     with pytest.raises(InputError, match=key):
-        spec_from_config({"model_type": "mistral", **values})
+        spec_from_config(without(key))
+
+
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [
+        ("intermediate_size", 14336),
+        ("num_attention_heads", 32),
+        ("vocab_size", 32000),
+        ("max_position_embeddings", 131072),
+    ],
+)
+def test_any_other_missing_size_is_its_class_s_default_and_said(key, default):
+    spec = spec_from_config(without(key) | {"rope_theta": 1e4, "head_dim": 16})
+    assert getattr(spec, key) == default
+    assert spec.assumed == (f"{key} {default}: the config gives none and that is the transformers default.",)
 
 
 def test_a_config_that_transformers_refuses_is_two_sentences():

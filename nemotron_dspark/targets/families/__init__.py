@@ -1,5 +1,6 @@
 """The families of targets by ``model_type``: a new one is a row here. Types without one take the general path."""
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from nemotron_dspark.targets.families import (
     qwen3_next,
     zamba2,
 )
+from nemotron_dspark.targets.families.config import ConfigFile
 from nemotron_dspark.targets.families.family import Family
 from nemotron_dspark.targets.spec import TargetSpec
 
@@ -52,7 +54,10 @@ def spec_from_config(config: "Mapping[str, Any] | PreTrainedConfig", name: str =
         InputError: the type is not supported, or a field that its family needs is missing or impossible.
     """
     values = config if isinstance(config, Mapping) else config.to_dict()
-    return _family_of(values).spec(values, name or str(values.get("_name_or_path") or "target"))
+    family = _family_of(values)
+    file = ConfigFile(values, name or str(values.get("_name_or_path") or "target"))
+    spec = family.spec(file)
+    return dataclasses.replace(spec, assumed=(*spec.assumed, *file.assumed))
 
 
 def spec_from_folder(folder: Path, name: str = "", *, trust_remote_code: bool = False) -> TargetSpec:

@@ -1,86 +1,37 @@
-"""Ordinary decoders: every layer is attention followed by an MLP; the table below says what else is special about each.
-
-Config files leave out what equals their type's default, so the spec is made of the values that transformers itself
-would build the model with; only the sizes must be in the file.
-"""
+"""Ordinary decoders: every layer is attention followed by an MLP; the table below says what is special about each."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from nemotron_dspark.errors import InputError, first_line
+from nemotron_dspark.targets.families.config import ConfigFile, fill_spec
 from nemotron_dspark.targets.families.family import Family, mask_by_layer_type
-from nemotron_dspark.targets.spec import DECODER_NAMES, LayerKind, TargetSpec, require
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
 
-def decoder_spec(
-    config: Mapping[str, Any], name: str, mlp: Literal["gated", "plain", "moe"] = "gated", assumed: tuple[str, ...] = ()
-) -> TargetSpec:
-    """Spec of a decoder whose layers hold ``mlp``; ``assumed`` goes before what is found to be missing."""
-    layers, hidden, heads, vocab, intermediate, positions = (
-        int(require(config, key))
-        for key in (
-            "num_hidden_layers",
-            "hidden_size",
-            "num_attention_heads",
-            "vocab_size",
-            "intermediate_size",
-            "max_position_embeddings",
-        )
-    )
-    built = as_built(config, name)
-    notes = list(assumed)
-    rope = built["rope_parameters"]
-    rope = rope.get("full_attention", rope)  # one rope, or one per kind of attention layer
-    if config.get("rope_theta") is None and not config.get("rope_parameters"):
-        notes.append(f"rope theta {rope['rope_theta']:g}: the config gives none and that is the transformers default.")
-    return TargetSpec(
-        name=name,
-        model_type=config["model_type"],
-        layers=(LayerKind.DECODER,) * layers,
-        hidden_size=hidden,
-        vocab_size=vocab,
-        num_attention_heads=heads,
-        num_key_value_heads=int(built.get("num_key_value_heads") or heads),
-        head_dim=int(built.get("head_dim") or hidden // heads),
+def decoder_spec(config: ConfigFile, mlp: Literal["gated", "plain", "moe"] = "gated") -> TargetSpec:
+    """Spec of a decoder whose layers hold ``mlp``."""
+    return fill_spec(
+        config,
+        layers=(LayerKind.DECODER,) * int(config.require("num_hidden_layers")),
         mlp=mlp,
-        intermediate_size=None if mlp == "moe" else intermediate,
-        norm_eps=float(require(built, "rms_norm_eps", "norm_eps")),
-        rope_theta=float(rope["rope_theta"]),
-        max_position_embeddings=positions,
-        tie_word_embeddings=bool(built["tie_word_embeddings"]),
-        names=DECODER_NAMES,
-        logit_softcap=built.get("final_logit_softcapping"),
-        assumed=tuple(notes),
+        intermediate_size=None if mlp == "moe" else config.size("intermediate_size"),
+        rope_theta=config.rope_theta(),
+        logit_softcap=config.get("final_logit_softcapping"),
     )
 
 
-def as_built(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """All values of ``config``, with transformers' defaults for those it leaves out."""
-    from transformers import AutoConfig
-
-    values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
-    try:
-        return AutoConfig.for_model(config["model_type"], **values).to_dict()
-    except Exception as error:  # whatever the library's validation raises
-        raise InputError(
-            f"transformers refuses the config of {name}: {first_line(error)}.",
-            "Restore config.json from the checkpoint's repository.",
-        ) from None
-
-
-def qwen3_moe_spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+def qwen3_moe_spec(config: ConfigFile) -> TargetSpec:
     """Experts in every layer, or in some, the others being gated MLPs."""
-    everywhere = not config.get("mlp_only_layers") and int(config.get("decoder_sparse_step", 1)) == 1
-    return decoder_spec(config, name, mlp="moe" if everywhere else "gated")
+    everywhere = not config["mlp_only_layers"] and int(config["decoder_sparse_step"]) == 1
+    return decoder_spec(config, mlp="moe" if everywhere else "gated")
 
 
-def gemma3_spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+def gemma3_spec(config: ConfigFile) -> TargetSpec:
     """The rope theta is that of the layers that see everything; those with a window have another."""
-    rope = as_built(config, name)["rope_parameters"]
+    rope = config["rope_parameters"]
     wide, near = (rope[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention"))
-    note = f"rope theta {wide:g}: of the layers that see everything; those with a window use {near:g}."
-    return decoder_spec(config, name, assumed=(note,))
+    config.assumed.append(f"rope theta {wide:g}: of the layers that see everything; those with a window use {near:g}.")
+    return decoder_spec(config)
 
 
 FAMILIES = {

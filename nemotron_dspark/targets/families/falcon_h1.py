@@ -7,43 +7,27 @@ checkpoints have no norm after the scan, only the gate (``mamba_rms_norm``), and
 the gate or after.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_dspark.targets import mamba2
-from nemotron_dspark.targets.families import hybrids
-from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
-from nemotron_dspark.targets.recurrent import NewRecurrent, mixers_of
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from nemotron_dspark.targets.families.config import ConfigFile, fill_spec
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence, prepare_mamba2
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec, decoder_names
 
 
-def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
-    theta, assumed = hybrids.rope_theta(config)
-    return hybrids.hybrid_spec(
+def spec(config: ConfigFile) -> TargetSpec:
+    return fill_spec(
         config,
-        name,
-        layers=(LayerKind.PARALLEL,) * int(require(config, "num_hidden_layers")),
-        final_norm="final_layernorm",
-        intermediate_size=int(require(config, "intermediate_size")),
-        rope_theta=theta,
-        logit_multiplier=float(config.get("lm_head_multiplier") or 1.0),
-        assumed=assumed,
+        layers=(LayerKind.PARALLEL,) * int(config.require("num_hidden_layers")),
+        intermediate_size=config.size("intermediate_size"),
+        rope_theta=config.rope_theta(),
+        logit_multiplier=float(config["lm_head_multiplier"] or 1.0),
+        names=decoder_names("final_layernorm"),
     )
-
-
-def prepare(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
-    """Make a loaded model ready for `TargetState`; how to make its Mamba-2 states.
-
-    The step size keeps the config's ``time_step_limit``, also for a single token, where transformers does not clamp.
-    """
-    mixers = mixers_of(model, spec, LayerKind.PARALLEL, "mamba")
-    return mamba2.prepare(mixers, model.config.time_step_limit, project=_project, gated_norm=_gated_norm)
 
 
 def _project(mixer: Any, hidden: Tensor) -> Tensor:
@@ -54,4 +38,9 @@ def _gated_norm(mixer: Any, y: Tensor, gate: Tensor) -> Tensor:
     return mixer.norm(y, gate) if mixer.mamba_rms_norm else y * F.silu(gate)
 
 
-FAMILY = Family(spec, prepare, mask_beside_recurrence, capture_context=mamba2.even_chunks)
+FAMILY = Family(
+    spec,
+    functools.partial(prepare_mamba2, kind=LayerKind.PARALLEL, project=_project, gated_norm=_gated_norm),
+    mask_beside_recurrence,
+    capture_context=mamba2.even_chunks,
+)

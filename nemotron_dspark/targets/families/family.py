@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from nemotron_dspark.targets.recurrent import NewRecurrent
-from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets import mamba2
+from nemotron_dspark.targets.families.config import ConfigFile
+from nemotron_dspark.targets.recurrent import NewRecurrent, mixers_of
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 from nemotron_dspark.targets.state import State, TargetState
 
 if TYPE_CHECKING:
@@ -20,6 +22,23 @@ Mask: TypeAlias = Tensor | dict[str, Tensor | None] | None  # a model's `attenti
 
 def no_recurrent_layers(model: "PreTrainedModel", spec: TargetSpec) -> None:
     """`Family.prepare` of a model without recurrent layers."""
+
+
+def prepare_mamba2(
+    model: "PreTrainedModel",
+    spec: TargetSpec,
+    *,
+    kind: LayerKind = LayerKind.MAMBA2,
+    name: str = "mamba",
+    **special: Any,
+) -> NewRecurrent | None:
+    """`Family.prepare` of a model whose layers of ``kind``, if it has any, call their Mamba-2 mixer ``name``.
+
+    The step size keeps the limits that the config states, [0, inf] in most published ones, also for a single token.
+    transformers clamps it in its chunked form (Nemotron-H's at ``time_step_min``) and not in its one-token form;
+    engines and NVIDIA's kernels never do. ``special`` goes to `mamba2.prepare`.
+    """
+    return mamba2.prepare(mixers_of(model, spec, kind, name), model.config.time_step_limit, **special)
 
 
 def one_mask(model: "PreTrainedModel", state: TargetState, block: int) -> Tensor:
@@ -62,7 +81,7 @@ def as_it_is(model: "PreTrainedModel", length: int) -> contextlib.AbstractContex
 class Family:
     """One row of the table in `targets/families`: everything in the project that depends on a target's type."""
 
-    spec: Callable[[Mapping[str, Any], str], TargetSpec]  # from a parsed config.json and the target's name
+    spec: Callable[[ConfigFile], TargetSpec]
     # Make a loaded model ready for `TargetState`; returns how to make its recurrent states.
     prepare: Callable[["PreTrainedModel", TargetSpec], NewRecurrent | None] = no_recurrent_layers
     # The model's `attention_mask` for the next `block` tokens behind a state.

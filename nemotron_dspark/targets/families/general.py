@@ -3,48 +3,55 @@
 Nothing is known of the layers, so nothing is assumed of them either: the proofs decide whether such a target is right.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from nemotron_dspark.errors import InputError, first_line
+from nemotron_dspark.targets.families.config import ConfigFile
 from nemotron_dspark.targets.families.family import Family, no_mask
 from nemotron_dspark.targets.mamba2 import even_chunks
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 _DO = "Support for this type needs a family module (docs/targets.md tells how to write one)."
 
 
-def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
+def spec(config: ConfigFile) -> TargetSpec:
     """Spec of a config whose type `transformers` itself knows."""
-    from transformers import AutoConfig
-
-    values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
-    return _spec(lambda: AutoConfig.for_model(config["model_type"], **values), name, trusted=False)
+    return _spec(config.built, config.name, trusted=False)
 
 
 def remote_spec(folder: Path, name: str) -> TargetSpec:
     """Spec of a checkpoint whose model is code in its own folder, which this runs."""
     from transformers import AutoConfig
 
-    return _spec(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=True), name, trusted=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    except Exception as error:  # whatever the checkpoint's code raises
+        raise _cannot_build(name, error) from None
+    return _spec(config, name, trusted=True)
 
 
-def _spec(read_config: Callable[[], Any], name: str, *, trusted: bool) -> TargetSpec:
+def _cannot_build(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"transformers cannot build a causal language model from the config of {name}: {first_line(error)}.",
+        "Check that the target is a text model; one of several modalities needs its language model alone.",
+    )
+
+
+def _spec(config: "PreTrainedConfig", name: str, *, trusted: bool) -> TargetSpec:
     from transformers import AutoModelForCausalLM
 
     try:
-        config = read_config()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except Exception as error:  # whatever the library or the checkpoint's code raises on this config
-        raise InputError(
-            f"transformers cannot build a causal language model from the config of {name}: {first_line(error)}.",
-            "Check that the target is a text model; one of several modalities needs its language model alone.",
-        ) from None
+        raise _cannot_build(name, error) from None
     names = _names(model, name)
     text = config.get_text_config()
     heads = _stated(text, "num_attention_heads", name)

@@ -5,13 +5,10 @@ Four multipliers: of the embedding, the attention scores and every branch of the
 forward applies, and ``logits_scaling``, by which the LM head's output is divided: the spec carries its inverse.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from nemotron_dspark.targets.families import hybrids
-from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
-from nemotron_dspark.targets.mamba2 import even_chunks
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
+from nemotron_dspark.targets import mamba2
+from nemotron_dspark.targets.families.config import ConfigFile, fill_spec, listed_layers
+from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence, prepare_mamba2
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
 _KINDS = {
     "mamba": LayerKind.MAMBA2,
@@ -21,20 +18,17 @@ _KINDS = {
 }
 
 
-def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
-    experts = int(config.get("num_local_experts", 8) or 0)  # transformers' default; dense ones say 0
-    theta, assumed = hybrids.rope_theta(config) if config.get("position_embedding_type") == "rope" else (None, ())
-    return hybrids.hybrid_spec(
+def spec(config: ConfigFile) -> TargetSpec:
+    layers = listed_layers(config, config.require("layer_types", "layers_block_type"), _KINDS)
+    experts = int(config["num_local_experts"] or 0)
+    return fill_spec(
         config,
-        name,
-        layers=hybrids.listed_layers(config, _KINDS, "layer_types", "layers_block_type"),
-        final_norm="norm",
+        layers=layers,
         mlp="moe" if experts else "gated",
-        intermediate_size=None if experts else int(require(config, "shared_intermediate_size")),
-        rope_theta=theta,
-        logit_multiplier=1.0 / float(config.get("logits_scaling") or 1.0),
-        assumed=assumed,
+        intermediate_size=None if experts else config.size("shared_intermediate_size"),
+        rope_theta=config.rope_theta() if config["position_embedding_type"] == "rope" else None,
+        logit_multiplier=1.0 / float(config["logits_scaling"] or 1.0),
     )
 
 
-FAMILY = Family(spec, hybrids.prepare_mamba2, mask_beside_recurrence, capture_context=even_chunks)
+FAMILY = Family(spec, prepare_mamba2, mask_beside_recurrence, capture_context=mamba2.even_chunks)

@@ -4,15 +4,13 @@ The last norm is called ``embedding_norm``. Checkpoints say which layers attend 
 ``full_attn_idxs``, and the MLP's width before an adjustment that the model makes.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemotron_dspark.targets import shortconv
-from nemotron_dspark.targets.families import hybrids
-from nemotron_dspark.targets.families.decoders import as_built
+from nemotron_dspark.targets.families.config import ConfigFile, fill_spec, listed_layers
 from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
 from nemotron_dspark.targets.recurrent import NewRecurrent, install_block_forward, mixers_of
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec, decoder_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,28 +18,25 @@ if TYPE_CHECKING:
 _KINDS = {"conv": LayerKind.CONV, "full_attention": LayerKind.DECODER}
 
 
-def _mlp_width(built: Mapping[str, Any]) -> int:
+def _mlp_width(config: ConfigFile) -> int:
     """The width of the MLPs that the model builds: two thirds of the stated one, rounded up, if it says so."""
-    width = int(built["intermediate_size"])
-    if not built.get("block_auto_adjust_ff_dim"):
+    width = int(config["intermediate_size"])
+    if not config.get("block_auto_adjust_ff_dim"):
         return width
-    width = int(built["block_ffn_dim_multiplier"] * int(2 * width / 3))
-    multiple = int(built["block_multiple_of"])
+    width = int(config["block_ffn_dim_multiplier"] * int(2 * width / 3))
+    multiple = int(config["block_multiple_of"])
     return -(-width // multiple) * multiple
 
 
-def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
-    built = as_built(config, name)
-    dense = int(built.get("num_dense_layers", built["num_hidden_layers"]))
-    return hybrids.hybrid_spec(
+def spec(config: ConfigFile) -> TargetSpec:
+    dense = int(config.get("num_dense_layers", config["num_hidden_layers"]))
+    return fill_spec(
         config,
-        name,
-        layers=hybrids.listed_layers(built, _KINDS, "layer_types"),
-        final_norm="embedding_norm",
+        layers=listed_layers(config, config["layer_types"], _KINDS),
         mlp="gated" if dense else "moe",
-        intermediate_size=_mlp_width(built) if dense else None,
-        rope_theta=float(built["rope_parameters"]["rope_theta"]),
-        tie_word_embeddings=bool(built["tie_word_embeddings"]),
+        intermediate_size=_mlp_width(config) if dense else None,
+        rope_theta=config.rope_theta(),
+        names=decoder_names("embedding_norm"),
     )
 
 

@@ -5,14 +5,13 @@ id addresses them, not the block. Their attention is twice as wide as the model:
 channels. Rope only with ``use_mem_rope``. Embedding and LM head are one tensor unless the config says otherwise.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemotron_dspark.targets import mamba2
-from nemotron_dspark.targets.families import hybrids
+from nemotron_dspark.targets.families.config import ConfigFile, fill_spec, listed_layers
 from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
 from nemotron_dspark.targets.recurrent import NewRecurrent
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec, require
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec, decoder_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,20 +23,14 @@ _KINDS = {
 }
 
 
-def spec(config: Mapping[str, Any], name: str) -> TargetSpec:
-    theta, assumed = hybrids.rope_theta(config) if config.get("use_mem_rope") else (None, ())
-    hidden = int(require(config, "hidden_size"))
-    return hybrids.hybrid_spec(
+def spec(config: ConfigFile) -> TargetSpec:
+    return fill_spec(
         config,
-        name,
-        layers=hybrids.listed_layers(config, _KINDS, "layers_block_type", "layer_types"),
-        final_norm="final_layernorm",
-        head_dim=2 * hidden // int(require(config, "num_attention_heads")),
-        intermediate_size=int(config.get("intermediate_size") or 4 * hidden),
-        rope_theta=theta,
-        max_position_embeddings=16384 if config.get("use_long_context") else int(config["max_position_embeddings"]),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
-        assumed=assumed,
+        layers=listed_layers(config, config.require("layers_block_type", "layer_types"), _KINDS),
+        head_dim=int(config["attention_head_dim"]),
+        intermediate_size=int(config["intermediate_size"]),
+        rope_theta=config.rope_theta() if config["use_mem_rope"] else None,
+        names=decoder_names("final_layernorm"),
     )
 
 
