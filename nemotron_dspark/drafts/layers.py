@@ -314,3 +314,32 @@ def context_bytes(config: DraftConfig, length: int, itemsize: int) -> int:
     `RaggedKV` reserves up to twice as much while it grows.
     """
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * itemsize
+
+
+def activation_bytes(
+    config: DraftConfig,
+    rows: int,  # samples of a micro-batch
+    length: int,  # tokens of each
+    slots: int,  # of all their blocks
+    answer_share: float,  # of the tokens, where anchors lie
+    width: int,  # bytes of a number
+    *,
+    dense: bool,  # attention without FlexAttention
+) -> float:
+    """Bytes that the forward of a DSpark draft keeps for its backward.
+
+    With N slots, K = context + slots: per layer N·(6·H + 4·heads + 3·SwiGLU) + K·(H + 4·keys); once
+    context·(T+2)·H, and 2·N·H at the end. Dense attention also keeps per layer the masks in fp32 and the keys and
+    values of every chunk of blocks; a chunk sees the context before its last anchor.
+    """
+    context, hidden, layers = rows * length, config.hidden_size, config.num_hidden_layers
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    per_layer = slots * (6 * hidden + 4 * queries + 3 * config.intermediate_size)
+    per_layer += (context + slots) * (hidden + 4 * keys)
+    once = context * (config.num_taps + 2) * hidden + 2 * slots * hidden
+    masks = 0.0
+    if dense:
+        seen = length * (1 - answer_share * (MASK_CHUNKS - 1) / (2 * MASK_CHUNKS))  # by the mean chunk
+        masks = slots * (seen + slots / rows / MASK_CHUNKS)
+        per_layer += 2 * keys * rows * (MASK_CHUNKS * seen - length)
+    return width * (layers * per_layer + once) + (4 * layers + 1) * masks

@@ -12,17 +12,17 @@ from nemotron_dspark.cache import compact
 from nemotron_dspark.cache.format import RECORD_SIZE, bytes_per_token
 from nemotron_dspark.cache.quantise import Int4
 from nemotron_dspark.config import CacheConfig, EvalConfig, TrainConfig
-from nemotron_dspark.drafts.layers import MASK_CHUNKS
+from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.layers import activation_bytes
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
 from nemotron_dspark.recipe.workload import Workload
 from nemotron_dspark.targets.mamba2 import even_chunk
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
-from nemotron_dspark.training import checkpoints
+from nemotron_dspark.training import checkpoints, optimiser
+from nemotron_dspark.training.batches import batch_bytes, read_ahead_bytes
 from nemotron_dspark.training.fused import CHUNK_ELEMENTS
-
-READ_AHEAD = 3  # batches in memory at a time: the one in use and two that were read ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Shape:
     weights_here: bool
     trainable: int  # the draft's
     tensors: int  # trainable ones
+    draft: DraftConfig
     layers: int  # the draft's, from here on
     queries: int  # heads x head size
     keys: int  # key heads x head size
@@ -87,6 +88,7 @@ class Shape:
             weights_here=found.stored_parameters is not None,
             trainable=found.draft_parameters,
             tensors=11 * draft.num_hidden_layers + 7,
+            draft=draft,
             layers=draft.num_hidden_layers,
             queries=draft.num_attention_heads * draft.head_dim,
             keys=draft.num_key_value_heads * draft.head_dim,
@@ -127,8 +129,8 @@ def token_bytes(tokens: int) -> int:
 
 
 def checkpoint_bytes(shape: Shape) -> int:
-    """12·D: parameters and two moments in fp32. Headers and checksums take about 120 bytes a tensor."""
-    return checkpoints.checkpoint_bytes(shape.trainable) + 120 * 3 * shape.tensors
+    """12·D and headers."""
+    return checkpoints.checkpoint_bytes(shape.trainable, shape.tensors)
 
 
 def draft_bytes(shape: Shape, weight_bytes: int) -> int:
@@ -213,58 +215,37 @@ def training_bytes(
 ) -> Training:
     """The highest point of training on samples of ``length`` tokens.
 
-    Fixed: 16·D for parameters, gradients and two moments in fp32, and 2·D more where the draft computes in bf16, which
-    its parameters are cast to; the frozen embedding and head; the batches read ahead. On top of it the larger of
+    Fixed: parameters, gradients and moments (`optimiser.state_bytes`); the frozen embedding and head; the micro-batches
+    read ahead. On top of it the larger of
 
-    - a forward's saved activations with the objective's chunk or the last layer's gradients (`_saved`, `_objective`);
-    - a checkpoint being written: its bytes once more, in main memory, after the gradients were freed.
+    - what the forward keeps (`activation_bytes`) with the objective's chunk or the last layer's gradients;
+    - a checkpoint being written, after the gradients were freed.
     """
     b = weight_bytes
     trained, frozen = shape.trainable, 2 * shape.vocab * shape.hidden
     rows = config.local_batch_size
-    batch = rows * length * (bytes_per_token(shape.taps, shape.hidden) + 8)
+    batch = batch_bytes(rows, length, bytes_per_token(shape.taps, shape.hidden))
     anchors = min(config.num_anchors, max(1, round(answer_share * length)))
     slots = rows * anchors * shape.block
-    saved = _saved(shape, rows, length, slots, answer_share, b, dense=not gpu)
+    saved = activation_bytes(shape.draft, rows, length, slots, answer_share, b, dense=not gpu)
     positions = rows * distinct_positions(answer_share * length, anchors, shape.block)
     top = max(
         _objective(shape, slots, positions, b, gpu=gpu), 3 * b * slots * shape.width + b * shape.hidden * shape.width
     )
-    moments = 8 * trained
-    fixed = 16 * trained + (b * trained if b < 4 else 0) + b * frozen
+    saving = checkpoints.saving_bytes(trained)
+    fixed = optimiser.state_bytes(trained, b) + b * frozen
     if gpu:  # the moments come to main memory, and once more as the file's bytes
-        host = 2 * moments + 2 * frozen + READ_AHEAD * batch
+        host = 2 * saving + 2 * frozen + read_ahead_bytes(batch)
         made = 4.0 * (trained + frozen)  # in fp32, before it moves to the device
-        return Training(fixed + 2 * batch + saved + top, max(host, made), max(READ_AHEAD * batch, made))
-    writing = moments - 4 * trained  # the gradients were freed
-    return Training(fixed + READ_AHEAD * batch + max(saved + top, writing), 0.0)
+        return Training(fixed + 2 * batch + saved + top, max(host, made), max(read_ahead_bytes(batch), made))
+    writing = saving - 4 * trained  # the gradients were freed
+    return Training(fixed + read_ahead_bytes(batch) + max(saved + top, writing), 0.0)
 
 
 def distinct_positions(eligible: float, anchors: int, block: int) -> float:
     """Positions that at least one of ``anchors`` blocks, drawn among ``eligible``, predicts from (expected)."""
     share = min(1.0, anchors / max(1.0, eligible))
     return eligible * (1 - (1 - share) ** block)
-
-
-def _saved(shape: Shape, rows: int, length: int, slots: int, answer_share: float, b: int, *, dense: bool) -> float:
-    """What the draft's forward keeps for its backward, bytes.
-
-    With N slots, K = context + slots: per layer N·(6·H + 4·heads + 3·SwiGLU) + K·(H + 4·keys); once
-    context·(T+2)·H, and 2·N·H at the end. Where FlexAttention is not used, also per layer the masks as fp32 and the
-    keys and values of every piece that the blocks are cut into; a piece sees the context before its last anchor.
-    """
-    context = rows * length
-    per_layer = slots * (6 * shape.hidden + 4 * shape.queries + 3 * shape.width)
-    per_layer += (context + slots) * (shape.hidden + 4 * shape.keys)
-    once = context * (shape.taps + 2) * shape.hidden + 2 * slots * shape.hidden
-    masks = 0.0
-    if dense:
-        seen = length * (
-            1 - answer_share * (MASK_CHUNKS - 1) / (2 * MASK_CHUNKS)
-        )  # by the mean piece; anchors are in order
-        masks = slots * (seen + slots / rows / MASK_CHUNKS)
-        per_layer += 2 * shape.keys * rows * (MASK_CHUNKS * seen - length)
-    return b * (shape.layers * per_layer + once) + (4 * shape.layers + 1) * masks
 
 
 def _objective(shape: Shape, slots: int, positions: float, b: int, *, gpu: bool) -> float:

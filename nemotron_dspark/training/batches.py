@@ -16,6 +16,7 @@ from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import SampleLike, Source
 
 _CPU = torch.device("cpu")
+_AHEAD = 2  # micro-batches made while one is trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +113,23 @@ def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequ
     return _ahead(load, wanted, stopped)
 
 
-def _ahead(
-    load: Loader, wanted: Iterable[tuple[int, np.ndarray]], stopped: Sequence[object], depth: int = 2
-) -> Generator[Batch]:
+def batch_bytes(rows: int, length: int, state_bytes: int) -> int:
+    """Bytes of a micro-batch of ``rows`` samples of ``length`` tokens with ``state_bytes`` of hidden states each."""
+    return rows * length * (state_bytes + 8)
+
+
+def read_ahead_bytes(batch: int) -> int:
+    """Bytes of micro-batches of ``batch`` bytes that are in main memory at a time."""
+    return (1 + _AHEAD) * batch
+
+
+def _ahead(load: Loader, wanted: Iterable[tuple[int, np.ndarray]], stopped: Sequence[object]) -> Generator[Batch]:
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=_use, initargs=(load.device,))
     try:
         waiting: collections.deque[Future[Batch]] = collections.deque()
         for arguments in wanted:
             waiting.append(pool.submit(load, *arguments))
-            if len(waiting) > depth:
+            if len(waiting) > _AHEAD:
                 if not _done(waiting[0], stopped):
                     return
                 yield waiting.popleft().result()

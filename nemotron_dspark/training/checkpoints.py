@@ -74,9 +74,17 @@ def save_checkpoint(
     return final
 
 
-def checkpoint_bytes(trained: int) -> int:
-    """Bytes of a checkpoint of ``trained`` parameters: each in fp32, with two fp32 moments."""
-    return 12 * trained
+def checkpoint_bytes(trained: int, tensors: int = 0) -> int:
+    """Bytes of a checkpoint of ``trained`` parameters: each in fp32, with two fp32 moments.
+
+    Headers and checksums of so many ``tensors`` take about 120 bytes in each of three places.
+    """
+    return 12 * trained + 120 * 3 * tensors
+
+
+def saving_bytes(trained: int) -> int:
+    """Bytes of main memory while a checkpoint is written: the moments' file is made whole, then written."""
+    return 8 * trained
 
 
 def expected_disk(draft: Draft, checkpoints: int) -> int:

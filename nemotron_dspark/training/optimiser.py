@@ -26,6 +26,14 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
+def state_bytes(trained: int, compute_bytes: int) -> int:
+    """Bytes of ``trained`` parameters, gradients and two moments in fp32, and of their casts to a narrower type.
+
+    The casts of a forward live until its backward.
+    """
+    return (16 + (compute_bytes if compute_bytes < 4 else 0)) * trained
+
+
 class Optimiser:
     """AdamW over named fp32 parameters, replicated or sharded, whose state is saved by name as full tensors."""
 
