@@ -13,7 +13,7 @@ from nemotron_dspark.cache.format import RECORD_SIZE, bytes_per_token
 from nemotron_dspark.cache.quantise import Int4
 from nemotron_dspark.config import CacheConfig, EvalConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.layers import activation_bytes
+from nemotron_dspark.drafts.layers import activation_bytes, context_bytes
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
@@ -270,9 +270,10 @@ def serving_bytes(shape: Shape, weight_bytes: int, requests: int, length: int) -
     state = _size(values, 64, "ssm_state_size", "mamba_d_state", "linear_key_head_dim")
     recurrent = 4 * sum(kind.recurrent for kind in spec.layers) * heads * head * state
     attending = sum(kind.attends for kind in spec.layers)
-    keys = 2 * weight_bytes * (attending * spec.num_key_value_heads * spec.head_dim + shape.layers * shape.keys)
+    keys = 2 * weight_bytes * attending * spec.num_key_value_heads * spec.head_dim * length
+    keys += context_bytes(shape.draft, length, weight_bytes)
     draft = weight_bytes * shape.trainable
-    return weight_bytes * shape.parameters + draft + requests * (recurrent + keys * length)
+    return weight_bytes * shape.parameters + draft + requests * (recurrent + keys)
 
 
 # --- time ---
