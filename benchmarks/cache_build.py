@@ -45,7 +45,7 @@ from nemotron_dspark.cli.shell import quiet_libraries
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.data.conversations import Skipped
 from nemotron_dspark.data.samples import read_samples
-from nemotron_dspark.files import locked
+from nemotron_dspark.folders import locked
 from nemotron_dspark.processes import process_pool, share
 from nemotron_dspark.targets import Target
 

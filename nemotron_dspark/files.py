@@ -6,11 +6,9 @@ anywhere leaves the old file or the new one, never half of one.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,32 +30,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise EnvironmentFault(f"{path} cannot be written: {error.strerror}.", "Choose another folder.") from error
         raise
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is made if it is not there; it ends with the process, however that ends.
-
-    Raises:
-        EnvironmentFault: another process holds it.
-    """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise EnvironmentFault(
-                f"Another process is writing {folder.parent}.", "Wait for it, or choose another folder."
-            ) from None
-        yield
-
-
-def check_space(folder: Path, missing: int, who: str, advice: str) -> None:
-    """`EnvironmentFault` unless ``missing`` bytes fit on the disk of ``folder``; ``who`` is as in "The cache needs"."""
-    free = shutil.disk_usage(folder).free
-    if free < missing:
-        raise EnvironmentFault(f"{who} {size_text(missing)} more, and {folder} has {size_text(free)} free.", advice)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ ROOMS = (
     "targets",
     "config",
 )
-BASE = ("_version", "errors", "files", "processes", "resources")
+BASE = ("_version", "errors", "files", "folders", "processes", "resources")
 
 
 def module_name(path: Path) -> str:

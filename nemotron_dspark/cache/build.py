@@ -31,7 +31,8 @@ from nemotron_dspark.config.run import CacheConfig, DataConfig, TargetConfig
 from nemotron_dspark.data.conversations import SkipTally
 from nemotron_dspark.data.tokens import read_report, tokenise
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import check_space, locked, read_json, sha256
+from nemotron_dspark.files import read_json, sha256
+from nemotron_dspark.folders import check_claim, check_space, locked
 from nemotron_dspark.targets import Target
 
 REPORT = "build.json"
@@ -90,7 +91,8 @@ def build_cache(
         **inputs_of(target.folder, target.tokenizer, spec.name, str(target.dtype), conversations, taps, data),
         "cache": layout_settings(cache),
     }
-    _check_folder(folder, inputs)
+    known = read_json(folder / REPORT) if (folder / REPORT).is_file() else None
+    check_claim(folder, "a cache", known and known.get("inputs", {}), inputs)
     if (folder / MANIFEST).is_file():
         shutil.rmtree(work, ignore_errors=True)  # killed between the manifest and this
         return _finished(folder, started)
@@ -163,28 +165,6 @@ def _finished(folder: Path, started: float, reused: int | None = None) -> BuildR
         reused_samples=tally.samples if reused is None else reused,
         seconds=time.monotonic() - started,
     )
-
-
-def _check_folder(folder: Path, inputs: dict[str, Any]) -> None:
-    """`InputError` unless ``folder`` is absent, empty, or a build of the same inputs."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file.", "Choose a folder for the cache.")
-    if (folder / REPORT).is_file():
-        known = read_json(folder / REPORT).get("inputs", {})
-        changed = sorted(key for key in known.keys() | inputs.keys() if known.get(key) != inputs.get(key))
-        if changed:
-            raise InputError(
-                f"{folder} was built from other inputs: {', '.join(changed)} changed.",
-                "Choose another folder, or delete this one.",
-            )
-        return
-    foreign = [path.name for path in folder.iterdir() if path.name != WORK and not path.name.endswith(".tmp")]
-    if foreign:
-        raise InputError(
-            f"{folder} is not empty and not a build of ours: it has {foreign[0]}.", "Choose another folder."
-        )
 
 
 def check_cache_space(writer: CacheWriter) -> None:

@@ -24,7 +24,8 @@ from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.config.run import CacheConfig
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import disk_errors, locked, read_json, write_json
+from nemotron_dspark.files import read_json, write_json
+from nemotron_dspark.folders import check_claim, locked
 
 _COMMIT_BYTES = 256 * 1024**2  # written between two flushes
 
@@ -100,27 +101,19 @@ def convert_cache(
 
 
 def _claim(folder: Path, source: Path, cache: CacheConfig) -> None:
-    """`InputError` unless ``folder`` is absent, empty, or of the same conversion, which is noted there."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file.", "Choose a folder for the cache.")
+    """Note in ``folder`` what is converted; `InputError` when it holds something else."""
     compact = {"quantisation": QUANTISATION} if cache.format == "compact" else {}
     inputs = {
         "converted_from": fingerprint(source),
         "cache": {"format": cache.format, "shard_bytes": cache.shard_bytes, **compact},
     }
     note = folder / REPORT
-    if note.is_file():
-        if read_json(note).get("inputs") != inputs:
-            raise InputError(
-                f"{folder} was made from another cache or with other settings.",
-                "Choose another folder, or delete this one.",
-            )
+    begun = read_json(note).get("inputs", {}) if note.is_file() else None
+    check_claim(folder, "a cache", begun, inputs)
+    if begun is not None:
         return
-    if folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
-        raise InputError(f"{folder} is not empty.", "Choose another folder.")
     known = read_json(source / REPORT) if (source / REPORT).is_file() else {}
-    with disk_errors(folder):
-        write_json(note, {"inputs": inputs, "result": known.get("result")})
+    write_json(note, {"inputs": inputs, "result": known.get("result")})
 
 
 def _report(source: TargetCache, folder: Path, reused: int, started: float) -> ConvertReport:

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from nemotron_dspark import files
+from nemotron_dspark import files, folders
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.drafts.dspark import Draft, write_draft
-from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.metrics import StepSums
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -101,14 +101,13 @@ def check_space(run_folder: Path, draft: Draft, keep: int) -> None:
     """
     there = len(list_checkpoints(run_folder / "checkpoints"))
     missing = expected_disk(draft, max(1, keep + 1 - there))
-    free = shutil.disk_usage(run_folder).free
-    if free < missing:
-        raise EnvironmentFault(
-            f"The checkpoints and the draft need {files.size_text(missing)} more, and {run_folder} has "
-            f"{files.size_text(free)} free.",
-            "Free some space, give --out on another disk, or keep fewer (train.keep_checkpoints); `nds plan` tells "
-            "what a run needs before it starts.",
-        )
+    folders.check_space(
+        run_folder,
+        missing,
+        "The checkpoints and the draft need",
+        "Free some space, give --out on another disk, or keep fewer (train.keep_checkpoints); `nds plan` tells what a "
+        "run needs before it starts.",
+    )
 
 
 def step_folder(folder: Path, step: int) -> Path:

@@ -22,7 +22,8 @@ from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig
 from nemotron_dspark.data.tokens import TokenStore
-from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.folders import check_space, locked
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.online import proven_target
@@ -94,13 +95,12 @@ class RollingSource(Source):
         with files.disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         missing = sum(segment.size for segment in kept) - _size(self._folder)
-        free = shutil.disk_usage(self._folder).free
-        if free < missing:
-            raise EnvironmentFault(
-                f"The hidden states need {files.size_text(missing)} more, and {self._folder} has "
-                f"{files.size_text(free)} free.",
-                "Free some space, give --out on another disk, or lower cache.budget_gb and begin a new run.",
-            )
+        check_space(
+            self._folder,
+            missing,
+            "The hidden states need",
+            "Free some space, give --out on another disk, or lower cache.budget_gb and begin a new run.",
+        )
         self._target = proven_target(self._config, self._taps, self._on_status)
         self._producer = threading.Thread(target=self._produce, args=(step,), name="segments")
         self._producer.start()
@@ -185,7 +185,7 @@ class RollingSource(Source):
             hidden_size=self._width,
             extra={"target_model_name_or_path": self._config.name},
         )
-        with files.locked(folder / WORK), CacheWriter(folder, layout) as writer:
+        with locked(folder / WORK), CacheWriter(folder, layout) as writer:
             check_cache_space(writer)
             capture_all(lambda: self._target, tokens, writer, self._cache.batch_tokens, report)
             writer.finish()

@@ -15,6 +15,7 @@ from nemotron_dspark._version import __version__
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.folders import check_claim
 from nemotron_dspark.training import online
 
 RUN_FILE = "run.json"
@@ -29,44 +30,17 @@ FREE_KEYS = (
     "activation_checkpointing",
     "local_batch_size",
 )
-# What the source of a run's samples is known by, where it is no setting.
-_CONTENTS = {
-    "cache": "another cache",
-    "source.conversations": "other conversations",
-    "source.target": "a target with other weights",
-    "source.chat_template": "a target with another chat template",
-}
 
 
 def lock_run_dir(run_folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """Refuse a folder that holds a run with other settings, or any run when ``resume`` is False."""
     path = run_folder / RUN_FILE
-    if not path.is_file():
-        # Temporary names, which a kill may leave, do not count, nor do samples of a run that never began.
-        if run_folder.is_dir() and any(
-            not path.name.startswith(".") and path.name != online.FOLDER for path in run_folder.iterdir()
-        ):
-            raise InputError(f"{run_folder} holds other files and no run.", "Give an empty or a new folder to --out.")
-        return
-    if not resume:
+    begun = files.read_json(path).get("settings", {}) if path.is_file() else None
+    if begun is not None and not resume:
         raise InputError(f"{run_folder} already holds a run.", "Give a new folder to --out, or leave out --fresh.")
-    before = files.read_json(path).get("settings", {})
-    for key in FREE_KEYS:  # some were not free once
-        before.get("train", {}).pop(key, None)
-    different = _first_difference(before, settings)
-    if not different:
-        return
-    key, old, new = different
-    if key in _CONTENTS and old and new:
-        raise InputError(
-            f"{run_folder} holds a run on {_CONTENTS[key]}.",
-            "Give what that run was begun with to go on with it, or give a new folder to --out.",
-        )
-    key = key.removeprefix("source.")
-    raise InputError(
-        f"{run_folder} holds a run with other settings: {key} was {old!r}, now it is {new!r}.",
-        f"Set {key} back to go on with that run, or give a new folder to --out.",
-    )
+    for key in FREE_KEYS if begun else ():  # some were not free once
+        begun.get("train", {}).pop(key, None)
+    check_claim(run_folder, "a run", begun, settings, ours=[online.FOLDER])  # samples of a run that never began
 
 
 def write_run_info(
@@ -99,15 +73,3 @@ def export_draft(checkpoint: Path, draft: Draft, folder: Path) -> Path:
     temporary.rename(folder)
     files.fsync_folder(folder.parent)
     return folder
-
-
-def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple | None:
-    for key in [*now, *(key for key in before if key not in now)]:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found = _first_difference(old, new, f"{prefix}{key}.")
-            if found:
-                return found
-        elif old != new:
-            return f"{prefix}{key}", old, new
-    return None

@@ -205,25 +205,25 @@ def test_too_little_space_is_known_before_the_target_runs(target, conversations,
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"taps": (1, 5)}, "taps"),
-        ({"data": DATA.model_copy(update={"max_length": 99})}, "data"),
-        ({"cache": CacheConfig(shard_bytes=120_000, batch_tokens=300)}, "cache"),
+        ({"taps": (1, 5)}, r"taps was \[1, 4\], now it is \[1, 5\]"),
+        ({"data": DATA.model_copy(update={"max_length": 99})}, r"data\.max_length was 160, now it is 99"),
+        ({"cache": CacheConfig(shard_bytes=120_000, batch_tokens=300)}, r"cache\.batch_tokens was 256, now it is 300"),
     ],
 )
 def test_a_folder_of_other_inputs_is_refused(target, conversations, built, changes, named):
-    with pytest.raises(InputError, match=f"other inputs: {named} changed"):
+    with pytest.raises(InputError, match=f"a cache with other settings: {named}"):
         build(target, conversations, built, **changes)
 
 
 def test_changed_data_or_weights_are_seen(target, conversations, built, tmp_path):
-    with pytest.raises(InputError, match="conversations changed"):
+    with pytest.raises(InputError, match="a cache made from other conversations"):
         build(target, write_conversations(tmp_path / "other.jsonl", 9), built)
     folder = shutil.copytree(target.folder, tmp_path / "target")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     tuned = Interrupting(target, 0)
     tuned.folder = folder
-    with pytest.raises(InputError, match="target changed"):
+    with pytest.raises(InputError, match="a cache made from a target with other weights"):
         build(tuned, conversations, built)
 
 

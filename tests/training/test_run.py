@@ -81,7 +81,7 @@ def test_other_settings_do_not_mix_into_a_run(tiny_hybrid, cache, tmp_path, chan
 def test_another_cache_does_not_mix_into_a_run(tiny_hybrid, cache, tmp_path):
     train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
     write_cache(tmp_path / "other", samples(9), taps=TAPS, hidden_size=64)
-    with pytest.raises(InputError, match="a run on another cache"):
+    with pytest.raises(InputError, match="a run made from another cache"):
         train_run(str(tiny_hybrid), tmp_path / "other", tmp_path / "run", config())
 
 

@@ -188,7 +188,7 @@ def test_proofs_come_before_the_first_step(run, monkeypatch):
 def test_other_data_or_another_target_does_not_mix_into_a_run(run, tiny_hybrid, tmp_path, conversations, cache):
     run("run", "train.max_steps=1")
     before = (tmp_path / "run" / "samples" / "tokens.bin").read_bytes()
-    with pytest.raises(InputError, match="a run on other conversations"):
+    with pytest.raises(InputError, match="a run made from other conversations"):
         run("run", "train.max_steps=1", data=write_conversations(tmp_path / "more.jsonl", 25))
     with pytest.raises(InputError, match=r"data\.max_length was 100, now it is 90"):
         run("run", "train.max_steps=1", "data.max_length=90")
@@ -201,7 +201,7 @@ def test_other_data_or_another_target_does_not_mix_into_a_run(run, tiny_hybrid, 
     content = bytearray(weights_file.read_bytes())
     content[-1] ^= 1
     weights_file.write_bytes(content)
-    with pytest.raises(InputError, match="a run on a target with other weights"):
+    with pytest.raises(InputError, match="a run made from a target with other weights"):
         train_run(str(copy), None, tmp_path / "other", config(*begun), conversations=conversations)
     assert (tmp_path / "run" / "samples" / "tokens.bin").read_bytes() == before
 
