@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from nemotron_dspark.cache.quantise import Int4, Part
 from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
+
+Count = TypeVar("Count", int, np.ndarray)
 
 FORMAT = "nds-compact"
 VERSION = 1
@@ -192,7 +194,8 @@ class CompactLayout(Layout):
         records = np.zeros(len(lengths), dtype=RECORD)
         records["tokens"], records["last"] = lengths, kept
         settings = {"taps": taps, "hidden_size": hidden_size, "extra": extra}
-        sizes = sample_sizes(lengths, kept, num_taps=len(taps), hidden_size=hidden_size)
+        lengths, kept = np.asarray(lengths, dtype=np.int64), np.asarray(kept, dtype=np.int64)
+        sizes = stored_bytes(lengths, kept, num_taps=len(taps), hidden_size=hidden_size)
         return CompactLayout(records, split_into_shards(sizes, shard_bytes), **settings)
 
     @staticmethod
@@ -302,17 +305,13 @@ def columns(num_taps: int, parts: Sequence[Part]) -> tuple[Column, ...]:
     return tuple(sorted(found, key=lambda column: -column.dtype.itemsize))
 
 
-def sample_sizes(
-    lengths: Sequence[int] | np.ndarray,
-    kept: Sequence[int] | np.ndarray,
-    *,
-    num_taps: int,
-    hidden_size: int,
-) -> np.ndarray:
-    """Bytes that each sample takes in its shard, with its entries in `cu_seqlens` and `cu_last`, int64 [samples]."""
-    state = Int4(hidden_size).state_bytes
-    states = num_taps * np.asarray(lengths, dtype=np.int64) + np.asarray(kept, dtype=np.int64)
-    return 16 + (4 + 1) * np.asarray(lengths, dtype=np.int64) + state * states
+def stored_bytes(tokens: Count, kept: Count, samples: int = 1, *, num_taps: int, hidden_size: int) -> Count:
+    """Bytes of ``samples`` with so many tokens and last states that are kept, and their entries in both `cu_…`.
+
+    Numbers are for all of them together, arrays for samples each.
+    """
+    states = num_taps * tokens + kept
+    return 16 * samples + (4 + 1) * tokens + Int4(hidden_size).state_bytes * states
 
 
 def _parts_of(of: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_dspark.cache import compact
-from nemotron_dspark.cache.compact import CompactLayout
+from nemotron_dspark.cache.compact import CompactLayout, Count
 from nemotron_dspark.cache.format import RECORD_SIZE, DeepSpecLayout, bytes_per_token
 from nemotron_dspark.cache.layout import Layout, manifest_of
 from nemotron_dspark.config.run import CacheConfig
@@ -39,11 +39,14 @@ def new_layout(
     return DeepSpecLayout.of(lengths, taps=taps, hidden_size=hidden_size, shard_bytes=cache.shard_bytes, extra=extra)
 
 
-def sample_sizes(
-    cache: CacheConfig, lengths: np.ndarray, predicting: np.ndarray, *, num_taps: int, hidden_size: int
-) -> np.ndarray:
-    """Bytes that each sample takes in the format that ``cache`` asks for, its record included, int64 [samples]."""
+def stored_bytes(
+    cache: CacheConfig, tokens: Count, predicting: Count, samples: int = 1, *, num_taps: int, hidden_size: int
+) -> Count:
+    """Bytes that ``samples`` take in the format that ``cache`` asks for, records included and shard headers not.
+
+    They have so many ``tokens`` together, of which so many are ``predicting``; or arrays of both, for samples each.
+    """
     if cache.format == "compact":
-        sizes = compact.sample_sizes(lengths, predicting, num_taps=num_taps, hidden_size=hidden_size)
-        return sizes + compact.RECORD.itemsize
-    return lengths * bytes_per_token(num_taps, hidden_size) + RECORD_SIZE
+        size = compact.stored_bytes(tokens, predicting, samples, num_taps=num_taps, hidden_size=hidden_size)
+        return size + samples * compact.RECORD.itemsize
+    return tokens * bytes_per_token(num_taps, hidden_size) + samples * RECORD_SIZE

@@ -116,7 +116,7 @@ class TargetCache:
 
 def _fill(file: int, piece: np.ndarray, offset: int) -> bool:
     """Read ``piece`` at ``offset``; False where the file ends before."""
-    view = memoryview(piece)
+    view = piece.data
     while view:  # one call reads at most 2 GiB
         count = os.preadv(file, [view], offset)
         if not count:

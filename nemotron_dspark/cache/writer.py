@@ -234,7 +234,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     while view:  # one call writes at most 2 GiB
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count

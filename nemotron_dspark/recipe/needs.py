@@ -8,18 +8,16 @@ machine's peak, and every assumption is in `ASSUMED`.
 import dataclasses
 import math
 
-from nemotron_dspark.cache import compact
-from nemotron_dspark.cache.format import RECORD_SIZE, bytes_per_token
-from nemotron_dspark.cache.quantise import Int4
-from nemotron_dspark.config import CacheConfig, EvalConfig, TrainConfig
+from nemotron_dspark.cache.format import bytes_per_token
+from nemotron_dspark.cache.needs import config_size
+from nemotron_dspark.config import EvalConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.layers import activation_bytes, context_bytes
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
 from nemotron_dspark.recipe.workload import Workload
-from nemotron_dspark.targets.mamba2 import even_chunk
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.training import checkpoints, optimiser
 from nemotron_dspark.training.batches import batch_bytes, read_ahead_bytes
 from nemotron_dspark.training.fused import CHUNK_ELEMENTS
@@ -101,33 +99,6 @@ class Shape:
 # --- disk ---
 
 
-def cache_bytes(shape: Shape, samples: int, tokens: int) -> int:
-    """2·H·(T+1) + 6 a token and 56 a sample. While it is built 5 more a token lie beside it."""
-    return bytes_per_token(shape.taps, shape.hidden) * tokens + RECORD_SIZE * samples
-
-
-def compact_bytes(shape: Shape, workload: Workload) -> int:
-    """Likewise in the compact format: quantised, last hidden states only of positions that are a target.
-
-    Without the headers of shards, about a kilobyte each.
-    """
-    state = Int4(shape.hidden).state_bytes
-    states = state * (shape.taps * workload.tokens + workload.targets)
-    return states + token_bytes(workload.tokens) + (16 + compact.RECORD.itemsize) * workload.samples
-
-
-def stored_bytes(shape: Shape, cache: CacheConfig, workload: Workload) -> int:
-    """All hidden states in the format that ``cache`` asks for."""
-    if cache.format == "compact":
-        return compact_bytes(shape, workload)
-    return cache_bytes(shape, workload.samples, workload.tokens)
-
-
-def token_bytes(tokens: int) -> int:
-    """Tokenised samples: an int32 id and a mask byte a token."""
-    return 5 * tokens
-
-
 def checkpoint_bytes(shape: Shape) -> int:
     """12·D and headers."""
     return checkpoints.checkpoint_bytes(shape.trainable, shape.tensors)
@@ -139,66 +110,6 @@ def draft_bytes(shape: Shape, weight_bytes: int) -> int:
 
 
 # --- memory ---
-
-
-def capture_bytes(shape: Shape, batch_tokens: int, length: int, weight_bytes: int) -> float:
-    """Activations of one forward of the target over ``batch_tokens`` padded tokens in rows of ``length``.
-
-    The largest of two moments: inside the most demanding kind of layer, with the residual stream, its norm and the
-    taps so far; or at the end, where the taps are put side by side (in the target's type) and rounded to bf16.
-    """
-    hidden, taps = shape.hidden, shape.taps
-    ends = weight_bytes * hidden * (2 * taps + 2) + 2 * hidden * (taps + 1)
-    most = max((layer_bytes(shape, kind, length, weight_bytes) for kind in set(shape.spec.layers)), default=0.0)
-    return batch_tokens * max(ends, most + weight_bytes * hidden * (taps + 2))
-
-
-def layer_bytes(shape: Shape, kind: LayerKind, length: int, b: int) -> float:
-    """Bytes a token of the activations inside one layer of ``kind``, through plain torch operations.
-
-    CUDA kernels for Mamba need less than Mamba-2 takes here. Kinds without a count of their own take
-    Mamba-2's or the MLP's.
-    """
-    spec, values = shape.spec, shape.config
-    attention = b * (4 * spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
-    mlp = b * (4 if spec.mlp == "gated" else 3) * (spec.intermediate_size or 0)
-    if kind is LayerKind.ATTENTION:
-        return attention
-    if kind is LayerKind.MLP:
-        return mlp
-    if kind in (LayerKind.DECODER, LayerKind.MOE):
-        used = _size(values, 1, "num_experts_per_tok")
-        expert = _size(values, 0, "moe_intermediate_size")
-        experts = b * used * (2 * shape.hidden + 3 * expert) if expert else 0
-        return max(experts, mlp, attention if kind is LayerKind.DECODER else 0) + b * shape.hidden
-    mamba = _mamba_bytes(shape, length, b)
-    return max(mamba, attention) + b * shape.hidden if kind is LayerKind.PARALLEL else mamba
-
-
-def _mamba_bytes(shape: Shape, length: int, b: int) -> float:
-    """Mamba-2's chunked scan: in fp32 per token seven vectors of its width, B and C for every head, and three scores
-    for every head and position of a chunk, which `targets.mamba2.even_chunks` makes of equal size. The projection and
-    the convolution before it are in the weights' type.
-    """
-    values = shape.config
-    heads = _size(values, shape.spec.num_attention_heads, "mamba_num_heads", "mamba_n_heads", "linear_num_value_heads")
-    head = _size(values, shape.spec.head_dim, "mamba_head_dim", "mamba_d_head", "linear_value_head_dim")
-    state = _size(values, 64, "ssm_state_size", "mamba_d_state", "linear_key_head_dim")
-    groups = _size(values, 1, "n_groups", "mamba_n_groups")
-    chunk = even_chunk(_size(values, 64, "chunk_size", "mamba_chunk_size"), length)
-    inner = heads * head
-    padded = math.ceil(length / chunk) * chunk / length
-    scan = 7 * inner + 3 * heads * state + 3 * heads * chunk + inner * state / chunk
-    return 4 * padded * scan + b * (3 * inner + 4 * groups * state + heads)
-
-
-def _size(values: dict, default: int, *keys: str) -> int:
-    return int(next((values[key] for key in keys if values.get(key)), default))
-
-
-def cache_batch_bytes(shape: Shape, tokens: int) -> float:
-    """Hidden states of a batch as a cache stores them, in main memory."""
-    return float(bytes_per_token(shape.taps, shape.hidden) * tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,9 +176,9 @@ def _objective(shape: Shape, slots: int, positions: float, b: int, *, gpu: bool)
 def serving_bytes(shape: Shape, weight_bytes: int, requests: int, length: int) -> float:
     """Target and draft, and per request recurrent states in fp32 and the keys and values of ``length`` tokens."""
     spec, values = shape.spec, shape.config
-    heads = _size(values, 0, "mamba_num_heads", "mamba_n_heads", "linear_num_value_heads")
-    head = _size(values, spec.head_dim, "mamba_head_dim", "mamba_d_head", "linear_value_head_dim")
-    state = _size(values, 64, "ssm_state_size", "mamba_d_state", "linear_key_head_dim")
+    heads = config_size(values, 0, "mamba_num_heads", "mamba_n_heads", "linear_num_value_heads")
+    head = config_size(values, spec.head_dim, "mamba_head_dim", "mamba_d_head", "linear_value_head_dim")
+    state = config_size(values, 64, "ssm_state_size", "mamba_d_state", "linear_key_head_dim")
     recurrent = 4 * sum(kind.recurrent for kind in spec.layers) * heads * head * state
     attending = sum(kind.attends for kind in spec.layers)
     keys = 2 * weight_bytes * attending * spec.num_key_value_heads * spec.head_dim * length

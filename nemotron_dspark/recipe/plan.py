@@ -11,7 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemotron_dspark.cache.format import bytes_per_token
+from nemotron_dspark.cache.formats import stored_bytes
+from nemotron_dspark.cache.needs import capture_bytes
 from nemotron_dspark.config import CacheConfig, RunConfig
+from nemotron_dspark.data.tokens import TOKEN_BYTES
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import size_text as size
 from nemotron_dspark.recipe import needs
@@ -232,7 +236,7 @@ class _Case:
         if stored:
             found["cache"] = float(stored)
         if mode.setting:
-            found["tokens"] = float(needs.token_bytes(self.workload.tokens))
+            found["tokens"] = float(TOKEN_BYTES * self.workload.tokens)
         one = needs.checkpoint_bytes(self.shape)
         found["checkpoints"] = float((self.config.train.keep_checkpoints + 1) * one)
         found["draft"] = float(needs.draft_bytes(self.shape, self.machine.weight_bytes))
@@ -243,7 +247,11 @@ class _Case:
         width = self.machine.weight_bytes
         train_batch = self.config.train.local_batch_size * self.workload.longest
         cache_batch, before = self.workload.largest_batch(self.config.cache.batch_tokens)
-        capture = needs.capture_bytes(self.shape, cache_batch, self.workload.longest, width)
+
+        def capture(tokens: float) -> float:
+            shape = self.shape
+            return capture_bytes(shape.spec, shape.config, shape.taps, tokens, self.workload.longest, width)
+
         train = needs.training_bytes(
             self.shape,
             self.config.train,
@@ -257,11 +265,11 @@ class _Case:
         found = {}  # on the device; in main memory; there for each further process, and how many there are
         others = mode.processes(self.config, self.machine) - 1
         if mode.setting is None:
-            written = needs.cache_batch_bytes(self.shape, before)
-            found["cache"] = (target + capture, written, written, max(1, self.machine.gpus) - 1)
+            written = float(before * bytes_per_token(self.shape.taps, self.shape.hidden))
+            found["cache"] = (target + capture(cache_batch), written, written, max(1, self.machine.gpus) - 1)
             found["train"] = (train.device, train.host, train.other, others)
         else:
-            beside = needs.capture_bytes(self.shape, mode.batch(cache_batch, train_batch), self.workload.longest, width)
+            beside = capture(mode.batch(cache_batch, train_batch))
             found["train"] = (train.device + target + beside, train.host, train.other, others)
         found["eval"] = (serve, 0.0, 0.0, 0)
         if not self.machine.gpus:
@@ -294,7 +302,14 @@ class _Case:
     def states(self, mode: Mode) -> int:
         """Bytes of all hidden states as ``mode`` would store them."""
         asked = {"format": mode.format} if mode.format else {}
-        return needs.stored_bytes(self.shape, self.config.cache.model_copy(update=asked), self.workload)
+        return stored_bytes(
+            self.config.cache.model_copy(update=asked),
+            self.workload.tokens,
+            self.workload.targets,
+            self.workload.samples,
+            num_taps=self.shape.taps,
+            hidden_size=self.shape.hidden,
+        )
 
     def _smaller_cache(self, mode: Mode, disk: dict[str, float]) -> list[str]:
         """Fewer samples, or fewer taps, with which the cache fits."""

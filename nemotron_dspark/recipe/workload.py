@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_dspark.cache.batches import batches
+from nemotron_dspark.cache import needs
 from nemotron_dspark.chat.mask import Tokenised, predicts_loss_token
 from nemotron_dspark.config import DataConfig
 from nemotron_dspark.data.conversations import Skipped, read
@@ -44,9 +44,7 @@ class Workload:
         if self.lengths is None:
             full = min(max(batch_tokens, self.longest), self.samples * self.longest)
             return full, full
-        sizes = [len(batch) * int(self.lengths[batch].max()) for batch in batches(self.lengths, batch_tokens)]
-        largest = int(np.argmax(sizes))
-        return sizes[largest], sizes[largest - 1] if largest else 0
+        return needs.largest_batch(self.lengths, batch_tokens)
 
 
 def from_numbers(

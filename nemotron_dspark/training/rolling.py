@@ -16,7 +16,7 @@ import numpy as np
 from nemotron_dspark import files
 from nemotron_dspark.cache.build import check_cache_space
 from nemotron_dspark.cache.capture_all import BuildProgress, capture_all
-from nemotron_dspark.cache.formats import new_layout, sample_sizes
+from nemotron_dspark.cache.formats import new_layout, stored_bytes
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
@@ -74,7 +74,7 @@ class RollingSource(Source):
                 f"cache.mode=rolling makes its segments in one process, and there are {context.world_size}.",
                 "Start one process, set cache.mode=online, or build a cache once with `nds cache build`.",
             )
-        sizes = sample_sizes(
+        sizes = stored_bytes(
             self._cache,
             self.lengths,
             self._tokens.predicting,

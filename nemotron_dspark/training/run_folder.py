@@ -38,8 +38,8 @@ def lock_run_dir(run_folder: Path, settings: Mapping[str, Any], resume: bool) ->
     begun = files.read_json(path).get("settings", {}) if path.is_file() else None
     if begun is not None and not resume:
         raise InputError(f"{run_folder} already holds a run.", "Give a new folder to --out, or leave out --fresh.")
-    for key in FREE_KEYS if begun else ():  # some were not free once
-        begun.get("train", {}).pop(key, None)
+    for key in FREE_KEYS:  # some were not free once
+        (begun or {}).get("train", {}).pop(key, None)
     check_claim(run_folder, "a run", begun, settings, ours=[online.FOLDER])  # samples of a run that never began
 
 

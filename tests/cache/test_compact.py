@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from nemotron_dspark.cache import convert as room
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.cache.compact import CompactLayout, sample_sizes
+from nemotron_dspark.cache.compact import CompactLayout, stored_bytes
 from nemotron_dspark.cache.convert import convert_cache
 from nemotron_dspark.cache.format import Manifest, bytes_per_token
 from nemotron_dspark.cache.formats import read_layout
@@ -136,7 +136,7 @@ def test_the_layout_covers_every_byte_once():
     kept[:9] = 0
     settings = {"taps": (0, 3, 4), "hidden_size": 96}
     layout = CompactLayout.of(lengths, kept, shard_bytes=9_000, **settings)
-    sizes = sample_sizes(lengths, kept, num_taps=3, hidden_size=96)
+    sizes = stored_bytes(lengths, kept, num_taps=3, hidden_size=96)
     assert len(layout.shard_files) > 3
     for shard, size in enumerate(layout.shard_sizes):
         begun = len(layout.preamble(shard))
@@ -168,7 +168,7 @@ def test_a_sample_is_refused_whose_last_states_were_not_laid_out(compact):
 @pytest.mark.parametrize("hidden", [2048, 2688, 3072, 3136, 4096, 4480, 5120, 8192])
 def test_at_most_030_of_deepspecs_bytes(hidden):
     """For the hidden sizes of the known targets and five taps, even where every token carries loss."""
-    (size,) = sample_sizes([1000], [999], num_taps=5, hidden_size=hidden)
+    size = stored_bytes(1000, 999, num_taps=5, hidden_size=hidden)
     assert size <= 0.30 * 1000 * bytes_per_token(5, hidden)
 
 

@@ -12,13 +12,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nemotron_dspark.cache.compact import CompactLayout
+from nemotron_dspark.cache.formats import stored_bytes
 from nemotron_dspark.cli import plan_command, shell
-from nemotron_dspark.config import load_config
+from nemotron_dspark.config import CacheConfig, load_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import needs, plan
 from nemotron_dspark.recipe.describe import inspect
 from nemotron_dspark.recipe.machines import MACHINES, Machine, machine
-from nemotron_dspark.recipe.workload import Workload, from_file, from_numbers
+from nemotron_dspark.recipe.workload import from_file, from_numbers
 from nemotron_dspark.resources import resource_folder
 from tests.kill9 import prepared_forkserver
 from tests.recipe.nemotrons import NEMOTRONS
@@ -120,7 +121,7 @@ def test_a_full_disk_changes_the_recommendation_and_says_what_would_fit(shape):
     assert not column(planned(shape, MACHINES["dgx-spark"], samples=fitting), "cached").problems
     assert column(planned(shape, MACHINES["dgx-spark"], samples=fitting + 1000), "cached").problems
     taps = int(re.search(r"num_taps=(\d)", cached.advice[1]).group(1))
-    assert needs.cache_bytes(shape, 150_000, 120_000_000) * (taps + 1) / 6 < 3.6e12
+    assert stored_bytes(CacheConfig(), 120_000_000, 0, 150_000, num_taps=taps, hidden_size=shape.hidden) < 3.6e12
     assert tight.recommended == "compact"
     assert tight.commands[0].endswith("--cache-format compact")
     tighter = planned(shape, MACHINES["dgx-spark"], samples=600_000)
@@ -148,10 +149,11 @@ def test_disk_of_a_compact_cache_is_that_of_its_layout(shape):
     generator = np.random.default_rng(0)
     lengths = generator.integers(20, 900, 400)
     kept = lengths // 2
-    workload = Workload(400, int(lengths.sum()), int(kept.sum()) + 400, int(kept.sum()), 900, "")
     layout = CompactLayout.of(lengths, kept, taps=range(5), hidden_size=4096, shard_bytes=1 << 30)
     written = sum(layout.shard_sizes) + len(layout.index())
-    predicted = needs.compact_bytes(shape, workload)
+    predicted = stored_bytes(
+        CacheConfig(format="compact"), int(lengths.sum()), int(kept.sum()), 400, num_taps=5, hidden_size=4096
+    )
     assert predicted == pytest.approx(written, rel=1e-4)
     assert predicted < written
 
