@@ -25,7 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import transformers
 from torch import Tensor
 
 from nemotron_dspark import files
@@ -43,7 +42,7 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.recipe.corpus import HELD_OUT, passages, sources
 from nemotron_dspark.recipe.demo import Budget, Progress, answer_prompts
 from nemotron_dspark.resources import resource_folder
-from nemotron_dspark.targets import Target, spec_from_folder
+from nemotron_dspark.targets import Checkpoint, Target
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import LossWeights, dspark_loss
@@ -135,8 +134,9 @@ def train_and_measure(
     demo: Path, config: RunConfig, training: InMemory, held: InMemory, taps: tuple[int, ...], seed: int
 ) -> dict:
     folder = demo / "target"
-    spec = spec_from_folder(folder, str(folder))
-    mask = choose_mask_token(transformers.AutoTokenizer.from_pretrained(folder), spec).id
+    checkpoint = Checkpoint.find(folder)
+    spec = checkpoint.read_spec()
+    mask = choose_mask_token(checkpoint.load_tokenizer(), spec).id
     settings = config.train.model_copy(update={"seed": seed})
     section = config.draft.model_copy(update={"taps": list(taps)})
     draft_config, _ = build_draft_config(spec, section, mask_token_id=mask, num_anchors=settings.num_anchors)

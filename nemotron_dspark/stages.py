@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
 
 from nemotron_dspark.cache.build import BuildProgress, BuildReport, helper_loads
 from nemotron_dspark.cache.build import build_cache as write_cache
@@ -25,10 +24,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
 from nemotron_dspark.evaluation.measure import prompt_ids
 from nemotron_dspark.evaluation.report import EvalReport
-from nemotron_dspark.files import read_json
-from nemotron_dspark.targets import Target, proofs
-from nemotron_dspark.targets.families import needs_remote_code, spec_from_folder
-from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets import Checkpoint, Target, proofs
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.taps import chosen_taps
 from nemotron_dspark.targets.target import resolve_device, resolve_dtype
@@ -120,21 +116,19 @@ class _Unloaded:
 
 def _unloaded(config: TargetConfig, device: torch.device) -> _Unloaded | None:
     """The target of ``config`` before it is loaded; None where its files do not tell, and loading it says more."""
-    allowed = config.trust_remote_code
-    folder = locate(config.named, revision=config.revision, weights=True, code=allowed)
-    spec = spec_from_folder(folder, config.named, trust_remote_code=allowed)
-    values = read_json(folder / "config.json")
+    checkpoint = Checkpoint.of(config, weights=True)
+    spec = checkpoint.read_spec()
     kind = resolve_dtype(config.dtype, device)
     if kind == "auto":
-        kind = values.get("dtype", values.get("torch_dtype"))
+        kind = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     dtype = getattr(torch, str(kind).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=allowed and needs_remote_code(values))
-    except (OSError, ValueError, KeyError):
+        tokenizer = checkpoint.load_tokenizer()
+    except InputError:
         return None
-    return _Unloaded(folder, spec, tokenizer, dtype)
+    return _Unloaded(checkpoint.folder, spec, tokenizer, dtype)
 
 
 def train(

@@ -35,10 +35,10 @@ def chat(
     Needs the target's tokenizer and config only. Settings such as data.thinking are those of `nds cache build`.
     """
     from nemotron_dspark.chat.format import recognise
-    from nemotron_dspark.chat.tokenizer import load_tokenizer
     from nemotron_dspark.data.samples import read_samples
+    from nemotron_dspark.targets import Checkpoint
 
-    tokenizer = load_tokenizer(config.target.named, config.target.revision)
+    tokenizer = Checkpoint.of(config.target).load_tokenizer()
     chat_format = recognise(tokenizer)
     items = read_samples(file, tokenizer, config.data)
     shown, skipped, more = _first(items, limit)

@@ -63,11 +63,10 @@ def check(
 
     With --target they are also tokenised, by its tokenizer and chat format.
     """
-    from nemotron_dspark.chat.tokenizer import load_tokenizer
     from nemotron_dspark.data.check import check_data
+    from nemotron_dspark.targets import Checkpoint
 
-    wanted = config.target
-    tokenizer = load_tokenizer(wanted.name, wanted.revision) if wanted.name else None
+    tokenizer = Checkpoint.of(config.target).load_tokenizer() if config.target.name else None
     with shell.err.status("reading") as status:
 
         def tell(line: int) -> None:

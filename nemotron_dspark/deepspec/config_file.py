@@ -11,8 +11,7 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.drafts.config import EAGLE3_TAPS, build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
-from nemotron_dspark.targets import spec_from_folder
-from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
 
 ALGORITHMS = ("dspark", "eagle3")
@@ -25,12 +24,8 @@ def config_for(run: RunConfig, *, algorithm: str = "dspark", file: str | None = 
     Raises:
         InputError: no such target, or values no such draft can have.
     """
-    from transformers import AutoTokenizer
-
-    target = run.target.named
-    folder = locate(target, revision=run.target.revision)
-    spec = spec_from_folder(folder, target)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    checkpoint = Checkpoint.of(run.target)
+    spec, tokenizer = checkpoint.read_spec(), checkpoint.load_tokenizer()
     mask = choose_mask_token(tokenizer, spec, override=run.draft.mask_token_id)
     return config_text(
         spec, run, mask_token_id=mask.id, template=template_name(tokenizer), algorithm=algorithm, file=file

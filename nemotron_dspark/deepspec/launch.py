@@ -20,7 +20,7 @@ from nemotron_dspark.deepspec.config_file import config_for
 from nemotron_dspark.errors import EnvironmentFault, InputError, NdsError, first_line
 from nemotron_dspark.files import write_text
 from nemotron_dspark.resources import resource_folder
-from nemotron_dspark.targets import spec_from_folder
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 
@@ -110,7 +110,7 @@ def spec_of(cfg: Mapping[str, Any]) -> TargetSpec:
     name = cfg["model"].get("target_model_name_or_path")
     if not name:
         raise InputError("The config names no target.", "Set model.target_model_name_or_path.")
-    return spec_from_folder(locate(str(name)), str(name))
+    return Checkpoint.find(name).read_spec()
 
 
 def check_training(cfg: Mapping[str, Any], workers: int) -> tuple[str, ...]:

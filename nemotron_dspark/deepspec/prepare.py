@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from nemotron_dspark import stages
 from nemotron_dspark.cache.build import REPORT, BuildProgress
@@ -25,8 +24,7 @@ from nemotron_dspark.config.run import CacheConfig, DataConfig, DraftSection, Ru
 from nemotron_dspark.deepspec.config_file import template_name
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import fsync_folder, read_json, write_json, write_whole
-from nemotron_dspark.targets import spec_from_folder
-from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.taps import check_taps
 
 PARTS = ".parts"
@@ -124,9 +122,9 @@ def begin(job: Preparation) -> bool:
         return finished and not (job.out / PARTS).exists()
     if job.out.is_dir() and any(not path.name.startswith(".") for path in job.out.iterdir()):
         raise InputError(f"{job.out} holds other files.", "Choose another folder for --out.")
-    folder = locate(job.config.target.named, weights=True)
-    check_taps(spec_from_folder(folder, job.config.target.named), job.taps)
-    name = template_name(AutoTokenizer.from_pretrained(folder))
+    checkpoint = Checkpoint.of(job.config.target, weights=True)
+    check_taps(checkpoint.read_spec(), job.taps)
+    name = template_name(checkpoint.load_tokenizer())
     if job.chat_template is not None and job.chat_template != name:
         raise InputError(
             f"The config says the chat template {job.chat_template!r}, the target's tokenizer has {name!r}.",

@@ -8,8 +8,7 @@ from typing import Any
 
 from nemotron_dspark.deepspec.checkout import COMMIT, Checkout, find
 from nemotron_dspark.errors import EnvironmentFault
-from nemotron_dspark.targets import spec_from_folder
-from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
 PINNED_TORCH, PINNED_TRANSFORMERS = "2.9.1", "5.10.2"
@@ -94,7 +93,7 @@ def status(target: str | None) -> Status:
         home = find()
     except EnvironmentFault:
         home = None
-    spec = spec_from_folder(locate(target), target) if target else None
+    spec = Checkpoint.find(target).read_spec() if target else None
     found = faults(spec, transformers.__version__, kernels=has_kernels(spec)) if spec else []
     return Status(environment(home), target, transformers.__version__, found)
 

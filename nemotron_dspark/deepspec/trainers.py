@@ -9,15 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from nemotron_dspark.deepspec import fit
 from nemotron_dspark.deepspec.builders import dspark_config, eagle3_config
 from nemotron_dspark.deepspec.checkout import deepspec_module
 from nemotron_dspark.deepspec.templates import register_templates
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets import spec_from_config, spec_from_folder
-from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets import Checkpoint, spec_from_config
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.weights import read_embedding_and_head
 
@@ -43,18 +41,18 @@ class _FromCheckpoint:
             InputError: the cache does not fit the config, or the checkpoint lacks or damages one of the two tensors.
         """
         name = self.args.model.target_model_name_or_path
-        folder = locate(name, weights=True)
-        spec = spec_from_folder(folder, name)
+        checkpoint = Checkpoint.find(name, weights=True)
+        spec = checkpoint.read_spec()
         fit.check_cache(self.args, spec)
         draft = self._build_draft_model(target_config=spec, model_args=self.args.model)
         draft = draft.to(device=self.device, dtype=self.precision_dtype)
-        found = read_embedding_and_head(folder, spec)
+        found = read_embedding_and_head(checkpoint.folder, spec)
         draft.initialize_embeddings_and_head(
             embed_tokens=SimpleNamespace(weight=found.embedding),
             lm_head=SimpleNamespace(weight=found.head),
             freeze=True,
         )
-        return draft, AutoTokenizer.from_pretrained(folder)
+        return draft, checkpoint.load_tokenizer()
 
 
 class NemotronDSparkTrainer(_FromCheckpoint, _trainer.Qwen3DSparkTrainer):

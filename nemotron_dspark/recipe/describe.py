@@ -20,9 +20,7 @@ from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError, first_line
 from nemotron_dspark.files import read_json
-from nemotron_dspark.targets import spec_from_folder
-from nemotron_dspark.targets.families import needs_remote_code
-from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
 from nemotron_dspark.targets.weights import missing_shards, parameter_count
 
@@ -79,30 +77,21 @@ def inspect(config: RunConfig) -> Description:
     return _Inspection(config).describe()
 
 
-def tokenizer_in(found: Description, *, trusted: bool = False) -> Any | None:
-    """The described target's tokenizer, or None where its folder has none that loads."""
-    return _load_tokenizer(found.folder, trusted)[0]
-
-
 class _Inspection:
     """One target, looked at file by file; what is odd becomes a warning."""
 
     def __init__(self, config: RunConfig):
         self.config, self.name = config, config.target.named
-        allowed = config.target.trust_remote_code
-        self.folder = locate(self.name, revision=config.target.revision, code=allowed)
-        self.values = read_json(self.folder / "config.json")
-        if not isinstance(self.values, dict):
-            raise InputError(f"{self.folder / 'config.json'} is not a JSON object.", "Restore it from the checkpoint.")
-        self.trusted = allowed and needs_remote_code(self.values)
-        self.spec = spec_from_folder(self.folder, self.name, trust_remote_code=self.trusted)
+        self.checkpoint = Checkpoint.of(config.target)
+        self.folder, self.values = self.checkpoint.folder, self.checkpoint.config
+        self.spec = self.checkpoint.read_spec()
         self.warnings: list[str] = []
 
     def describe(self) -> Description:
         spec, values = self.spec, self.values
         parameters, active = self.built_parameters()
         known = self.published(parameters)
-        tokenizer, fault = _load_tokenizer(self.folder, self.trusted)
+        tokenizer, fault = tokenizer_in(self.checkpoint)
         self.warnings += [fault] if fault else []
         mask_token, mask_reason = self.mask_token(tokenizer, known)
         draft, notes = build_draft_config(
@@ -143,10 +132,11 @@ class _Inspection:
 
     def built_parameters(self) -> tuple[int | None, int | None]:
         """Parameters of the model as transformers builds it, all and active ones, without memory for one of them."""
+        trusted = self.checkpoint.remote_code
         try:
             with torch.device("meta"):
-                config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusted)
-                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=self.trusted)
+                config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=trusted)
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         except Exception as error:  # whatever the library raises on a config it does not like
             self.warnings.append(f"transformers cannot build a model from this config: {first_line(error)}.")
             return None, None
@@ -267,14 +257,16 @@ class _Inspection:
             warn(f"{len(missing)} of the shards that the index names are missing, {missing[0]} among them.")
 
 
-def _load_tokenizer(folder: Path, trusted: bool) -> tuple[Any | None, str | None]:
-    """The tokenizer in ``folder``, or None and why."""
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+def tokenizer_in(checkpoint: Checkpoint) -> tuple[transformers.PreTrainedTokenizerBase | None, str | None]:
+    """The checkpoint's tokenizer, or None and why."""
+    if not any(
+        (checkpoint.folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
         return None, "There are no tokenizer files here: chats, mask token and vocabulary could not be checked."
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted), None
-    except Exception as error:  # whatever the library raises on damaged files
-        return None, f"The tokenizer cannot be loaded: {first_line(error)}."
+        return checkpoint.load_tokenizer(), None
+    except InputError as error:
+        return None, f"The tokenizer cannot be loaded: {error.what}"
 
 
 def _first(values: dict[str, Any], *keys: str) -> Any:

@@ -24,6 +24,7 @@ from nemotron_dspark.recipe.machines import GB, Machine
 from nemotron_dspark.recipe.machines import machine as machine_called
 from nemotron_dspark.recipe.needs import ASSUMED, Shape
 from nemotron_dspark.recipe.workload import ANSWER_SHARE, Workload, from_file, from_numbers
+from nemotron_dspark.targets import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ def plan(
     if numbers is not None:
         workload = from_numbers(*numbers, config.data, positions, answer_share)
     else:
-        tokenizer = tokenizer_in(found, trusted=config.target.trust_remote_code)
+        tokenizer, _ = tokenizer_in(Checkpoint.of(config.target))
         workload = from_file(Path(str(data)), tokenizer, config.data, positions)
     answers = str(data) if data else "answers.jsonl"
     return estimate(Shape.of(found), config, workload, where, price=price, options=options, data=answers)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
-from nemotron_dspark.files import read_json
-from nemotron_dspark.targets.families import family_for, needs_remote_code, spec_from_folder
+from nemotron_dspark.targets.checkpoint import Checkpoint
+from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.kv import RaggedKV
-from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.replay import ReplayState
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
 from nemotron_dspark.targets.state import State, TargetState
@@ -74,12 +73,10 @@ class Target:
             EnvironmentFault: no such device, not enough memory, or the hub cannot be reached.
         """
         from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, __version__
 
-        folder = locate(str(name), revision=revision, weights=True, code=trust_remote_code)
-        spec = spec_from_folder(folder, str(name), trust_remote_code=trust_remote_code)
-        # A type that transformers knows is built by transformers, whatever code its checkpoint brings.
-        trusted = trust_remote_code and needs_remote_code(read_json(folder / "config.json"))
+        checkpoint = Checkpoint.find(name, revision=revision, weights=True, trust_remote_code=trust_remote_code)
+        folder, spec, trusted = checkpoint.folder, checkpoint.read_spec(), checkpoint.remote_code
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         # Code of the checkpoint's own may raise anything.
@@ -92,7 +89,6 @@ class Target:
                 trust_remote_code=trusted,
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         except SafetensorError as error:
             raise InputError(
                 f"The weights in {folder} are damaged: {error}.", "Download or copy the checkpoint again."
@@ -100,13 +96,16 @@ class Target:
         except faults as error:
             raise InputError(
                 f"{folder} cannot be loaded as a target: {first_line(error)}.",
-                "Check that the folder holds config.json, safetensors weights and the tokenizer's files.",
+                "Check that the folder holds config.json and the safetensors weights that belong to it.",
             ) from None
+        tokenizer = checkpoint.load_tokenizer()
         absent = sorted(report["missing_keys"])
         if absent:  # transformers would go on with random values in their place
             raise InputError(
-                f"The weights in {folder} lack {len(absent)} tensors, among them {absent[0]}.",
-                "Download or copy the checkpoint again.",
+                f"The weights in {folder} lack {len(absent)} tensors that the model has in transformers {__version__}, "
+                f"among them {absent[0]}.",
+                "Download or copy the checkpoint again; if it is whole, upgrade transformers: an older version may "
+                "look for them elsewhere.",
             )
         try:
             model = model.to(where)

@@ -9,19 +9,15 @@ import dataclasses
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
-import transformers
 
 from nemotron_dspark import files
 from nemotron_dspark.config import RunConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.targets import spec_from_folder
-from nemotron_dspark.targets.families import needs_remote_code
-from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.target import resolve_device
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training import run_folder as folders
@@ -131,13 +127,9 @@ def _read_target(
     config: RunConfig, out: Path, resume: bool, dtype: torch.dtype, callback: Callback, context: DistContext
 ) -> Setup:
     """Find the target and read its config and tokenizer, not its weights."""
-    allowed = config.target.trust_remote_code
-    folder = locate(config.target.named, revision=config.target.revision, weights=True, code=allowed)
-    spec = spec_from_folder(folder, config.target.named, trust_remote_code=allowed)
-    trusted = allowed and needs_remote_code(files.read_json(folder / "config.json"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-    tokenizer = cast("transformers.PreTrainedTokenizerBase", tokenizer)  # never None, whatever its type says
-    return Setup(config, out, resume, folder, spec, tokenizer, dtype, callback, context)
+    target = Checkpoint.of(config.target, weights=True)
+    tokenizer = target.load_tokenizer()
+    return Setup(config, out, resume, target.folder, target.read_spec(), tokenizer, dtype, callback, context)
 
 
 def _new_draft(setup: Setup, draft_config: DraftConfig, device: torch.device) -> DSparkDraft:

@@ -14,7 +14,7 @@ from nemotron_dspark.config import load_config
 from nemotron_dspark.deepspec import checkout, fit, launch, status
 from nemotron_dspark.deepspec.config_file import config_for
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.targets import spec_from_folder
+from nemotron_dspark.targets import Checkpoint
 
 SMALL = ("draft.num_layers=1", "draft.markov_rank=4", "train.global_batch_size=4", "draft.intermediate_size=64")
 
@@ -230,7 +230,7 @@ def test_check_lists_what_is_missing_and_explains_the_override(tiny_hybrid, monk
 
 
 def test_faults_are_those_of_the_family_and_the_version(tiny_hybrid, tiny_llama):
-    hybrid, llama = (spec_from_folder(folder) for folder in (tiny_hybrid, tiny_llama))
+    hybrid, llama = (Checkpoint.find(folder).read_spec() for folder in (tiny_hybrid, tiny_llama))
     assert status.faults(llama, "5.23.0", kernels=False) == []
     old = {fault.what: here for fault, _, here in status.faults(hybrid, "5.14.1", kernels=False)}
     new = {fault.what: here for fault, _, here in status.faults(hybrid, "5.15.0", kernels=False)}
@@ -242,7 +242,7 @@ def test_faults_are_those_of_the_family_and_the_version(tiny_hybrid, tiny_llama)
 
 
 def test_a_cache_that_deepspec_wrote_has_no_template_to_compare(tiny_hybrid):
-    spec = spec_from_folder(tiny_hybrid)
+    spec = Checkpoint.find(tiny_hybrid).read_spec()
     manifest = Manifest(1, (1,), spec.hidden_size, ("shard-00000.bin",), {})
     cfg = {"model": {"target_model_name_or_path": "x", "target_layer_ids": [1]}, "data": {"chat_template": "chatml"}}
     fit._check_manifest(manifest, cfg, spec, types.SimpleNamespace())

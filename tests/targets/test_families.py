@@ -17,7 +17,7 @@ from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target, spec_from_config, spec_from_folder
+from nemotron_dspark.targets import Checkpoint, Target, spec_from_config
 from nemotron_dspark.targets.families import FAMILIES
 from nemotron_dspark.targets.proofs import run_proofs
 from nemotron_dspark.targets.taps import default_taps
@@ -61,7 +61,7 @@ def test_every_family_module_is_tested():
 
 
 def test_spec_of_the_config_alone_describes_the_loaded_model(target):
-    spec, model = spec_from_folder(target.folder), target.model
+    spec, model = Checkpoint.find(target.folder).read_spec(), target.model
     assert spec == spec_from_config(model.config, spec.name)
     layers = model.get_submodule(spec.names.layers)
     assert len(layers) == spec.num_layers

@@ -7,7 +7,7 @@ import torch
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target, spec_from_config, spec_from_folder
+from nemotron_dspark.targets import Checkpoint, Target, spec_from_config
 from nemotron_dspark.targets.proofs import run_proofs
 from tests.targets.tiny_families import VOCAB, bamba, falcon_h1, granitemoehybrid, zamba2
 
@@ -185,7 +185,7 @@ def test_an_infinity_as_transformers_writes_it_is_read(tmp_path):
     """``"time_step_limit": [0.0, {"__float__": "Infinity"}]``."""
     granitemoehybrid().save_pretrained(tmp_path)
     assert "__float__" in (tmp_path / "config.json").read_text()
-    assert spec_from_folder(tmp_path, "target") == spec_from_config(granitemoehybrid(), "target")
+    assert Checkpoint.find(tmp_path).read_spec() == spec_from_config(granitemoehybrid(), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 from nemotron_dspark.errors import CheckError, InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import LayerKind, Target, spec_from_config, spec_from_folder
+from nemotron_dspark.targets import Checkpoint, LayerKind, Target, spec_from_config
 from nemotron_dspark.targets.families import FAMILIES
 from nemotron_dspark.targets.proofs import prove
 from tests.targets import tiny_families
@@ -189,4 +189,4 @@ def test_a_target_without_attention_is_refused(tmp_path):
 
     MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"'mamba'.* states no num_attention_heads"):
-        spec_from_folder(tmp_path)
+        Checkpoint.find(tmp_path).read_spec()

@@ -15,7 +15,7 @@ from nemotron_dspark.cli import inspect_command, shell
 from nemotron_dspark.config import load_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import Target, spec_from_folder
+from nemotron_dspark.targets import Checkpoint, Target
 from nemotron_dspark.targets.proofs import prove
 from tests.targets.tiny_families import IDS, VOCAB
 
@@ -113,7 +113,7 @@ def nothing_ran(checkpoint, monkeypatch):
 
 def test_without_the_flag_it_is_refused_before_any_of_its_code_runs(checkpoint):
     for refused in (
-        lambda: spec_from_folder(checkpoint),
+        lambda: Checkpoint.find(checkpoint).read_spec(),
         lambda: Target.load(str(checkpoint)),
         lambda: inspect_command.inspect(load_config(str(checkpoint))),
     ):
@@ -126,7 +126,7 @@ def test_without_the_flag_it_is_refused_before_any_of_its_code_runs(checkpoint):
 def test_with_the_flag_it_takes_the_general_path_and_every_proof_passes(checkpoint):
     target = Target.load(str(checkpoint), trust_remote_code=True)
     assert RAN in os.environ
-    assert target.spec == spec_from_folder(checkpoint, trust_remote_code=True)
+    assert target.spec == Checkpoint.find(checkpoint, trust_remote_code=True).read_spec()
     assert (target.spec.model_type, target.spec.layout) == ("nemotron-nas", "DDDDD")
     assert "general path" in target.spec.assumed[0]
     prove(target, (1, 3))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.targets import spec_from_folder
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.weights import INDEX, parameter_count, read_embedding_and_head
 
 
@@ -25,7 +25,7 @@ def folder(model, tmp_path):
 
 @pytest.fixture
 def spec(folder):
-    return spec_from_folder(folder)
+    return Checkpoint.find(folder).read_spec()
 
 
 def shard(folder, renamed=None):
@@ -65,7 +65,7 @@ def test_every_spelling_of_the_embedding_is_found(folder, spec, model, spelling)
 def test_a_tied_head_is_the_embedding(tmp_path):
     tied = tiny.random_model(tiny.decoder_config("llama", hidden_size=32, num_layers=2, tie_word_embeddings=True))
     tied.save_pretrained(tmp_path)
-    read = read_embedding_and_head(tmp_path, spec_from_folder(tmp_path))
+    read = read_embedding_and_head(tmp_path, Checkpoint.find(tmp_path).read_spec())
     assert read.head is read.embedding
     assert torch.equal(read.head, tied.get_output_embeddings().weight)
     assert parameter_count(tmp_path) == sum(p.numel() for p in tied.parameters())

@@ -11,7 +11,7 @@ from nemotron_dspark.cli import app
 from nemotron_dspark.config import load_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.targets import spec_from_folder
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.metrics import read_metrics
 from tests.caches import write_cache
@@ -41,7 +41,7 @@ def test_run_leaves_a_draft_of_the_target_and_explains_itself(tiny_hybrid, cache
     report = train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
     assert (report.steps, report.resumed_from, report.samples) == (4, 0, 8)
     draft = DSparkDraft.load(report.draft_folder)
-    spec = spec_from_folder(tiny_hybrid)
+    spec = Checkpoint.find(tiny_hybrid).read_spec()
     draft.config.check_target(spec)
     assert draft.config.target_layer_ids == TAPS  # the cache's, without being asked for
     embeddings = read_embedding_and_head(tiny_hybrid, spec)

@@ -3,11 +3,9 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import read_json
 from nemotron_dspark.targets.families import (
     bamba,
     decoders,
@@ -58,14 +56,6 @@ def spec_from_config(config: "Mapping[str, Any] | PreTrainedConfig", name: str =
     file = ConfigFile(values, name or str(values.get("_name_or_path") or "target"))
     spec = family.spec(file)
     return dataclasses.replace(spec, assumed=(*spec.assumed, *file.assumed))
-
-
-def spec_from_folder(folder: Path, name: str = "", *, trust_remote_code: bool = False) -> TargetSpec:
-    """Spec of a folder that holds at least a ``config.json``; code in it runs only when that is trusted."""
-    values = read_json(Path(folder) / "config.json")
-    if trust_remote_code and isinstance(values, dict) and needs_remote_code(values):
-        return general.remote_spec(Path(folder), name or str(folder))
-    return spec_from_config(values, name or str(folder))
 
 
 def family_for(spec: TargetSpec) -> Family:
