@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.cache.format import DeepSpecLayout
+from nemotron_dspark.cache.deepspec_layout import DeepSpecLayout
 from nemotron_dspark.cache.layout import WORK
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.cli.shell import quiet_libraries

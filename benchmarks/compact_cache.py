@@ -30,7 +30,7 @@ from torch import Tensor
 from nemotron_dspark import files
 from nemotron_dspark.cache import quantise
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.cache.format import bytes_per_token
+from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.cache.quantise import Int4
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.chat.mask import predicts_loss_token

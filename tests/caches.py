@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_dspark.cache.format import DeepSpecLayout
+from nemotron_dspark.cache.deepspec_layout import DeepSpecLayout
 from nemotron_dspark.cache.layout import Sample
 from nemotron_dspark.cache.writer import CacheWriter
 

@@ -22,8 +22,8 @@ from nemotron_dspark._version import __version__
 from nemotron_dspark.cache.capture import CapturesStates, TargetFacts
 from nemotron_dspark.cache.capture_all import BuildProgress, LoadTarget, capture_all
 from nemotron_dspark.cache.compact import QUANTISATION
-from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK
+from nemotron_dspark.cache.open import new_layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.format import recognise

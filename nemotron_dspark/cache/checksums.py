@@ -17,14 +17,14 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256, write_json
 
 CHECKSUMS = "checksums.json"
-SAMPLES = "samples.crc"  # little-endian uint32 [samples]: CRC-32 of a sample's pieces, one after the other
+SAMPLES = "samples.crc"  # little-endian uint32 [samples]: CRC-32 of a sample's fields, one after the other
 
 
-def sample_checksum(pieces: Iterable[Any]) -> int:
-    """CRC-32 over ``pieces``, contiguous buffers."""
+def sample_checksum(fields: Iterable[Any]) -> int:
+    """CRC-32 over ``fields``, contiguous buffers."""
     value = 0
-    for piece in pieces:
-        value = zlib.crc32(piece, value)
+    for field in fields:
+        value = zlib.crc32(field, value)
     return value
 
 

@@ -10,19 +10,22 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from nemotron_dspark.cache.layout import (
     INDEX,
     Layout,
+    ManifestFile,
     Sample,
     manifest_of,
     require_index_size,
     split_into_shards,
+    validated_manifest,
 )
 from nemotron_dspark.cache.quantise import Int4, Part
 from nemotron_dspark.chat.mask import predicts_loss_token
@@ -42,6 +45,28 @@ _NAMES = {  # dtypes as a safetensors header spells them
     torch.uint8: "U8",
 }
 _REMEDY = "Build the cache again with `nds cache build --cache-format compact`."
+
+
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    file_name: str
+    num_samples: int = Field(gt=0)
+
+
+class _ManifestFile(ManifestFile):
+    format: str
+    version: Literal[1]
+    quantisation: str
+    shards: list[_Shard]
+    num_samples: int
+
+    @field_validator("num_samples")
+    @classmethod
+    def _counted(cls, count: int, info: ValidationInfo) -> int:
+        if (stored := sum(shard.num_samples for shard in info.data.get("shards", []))) != count:
+            raise ValueError(f"the shards hold {stored}")
+        return count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +106,7 @@ class CompactLayout(Layout):
         self.extra = extra or {}
         self._quantiser = Int4(hidden_size)
         self.columns = columns(len(self.taps), self._quantiser.parts)
-        self.mask_piece = [column.name for column in self.columns].index("loss_mask")
+        self.mask_field = [column.name for column in self.columns].index("loss_mask")
         count = int(shards[-1]) + 1 if len(shards) else 0
         self._bounds = np.searchsorted(shards, np.arange(count + 1))
         self.shard_files = tuple(f"shard-{number:05d}.safetensors" for number in range(count))
@@ -94,7 +119,7 @@ class CompactLayout(Layout):
         rows = self._rows(sample_id)
         return sum(rows[column.of_last] * column.row_bytes for column in self.columns)
 
-    def pieces(self, sample_id: int) -> list[tuple[int, int]]:
+    def fields(self, sample_id: int) -> list[tuple[int, int]]:
         rows, starts = self._rows(sample_id), self._starts[int(self.shards[sample_id])]
         return [
             (
@@ -120,8 +145,8 @@ class CompactLayout(Layout):
         }
         return [found[column.name] for column in self.columns]
 
-    def decode(self, sample_id: int, pieces: Sequence[np.ndarray]) -> Sample:
-        found = self._tensors(pieces)
+    def decode(self, sample_id: int, fields: Sequence[np.ndarray]) -> Sample:
+        found = self._tensors(fields)
         loss = found["loss_mask"] != 0
         last = torch.zeros(len(loss), self.hidden_size, dtype=torch.bfloat16)
         last[:-1][predicts_loss_token(loss)] = self._quantiser.decode(_parts_of("last", found))
@@ -132,8 +157,8 @@ class CompactLayout(Layout):
             last,
         )
 
-    def faults(self, sample_id: int, pieces: Sequence[np.ndarray]) -> list[str]:
-        found = self._tensors(pieces)
+    def faults(self, sample_id: int, fields: Sequence[np.ndarray]) -> list[str]:
+        found = self._tensors(fields)
         faults = []
         if (found["input_ids"] < 0).any():
             faults.append("has a negative token id")
@@ -207,28 +232,11 @@ class CompactLayout(Layout):
         """
         path = manifest_of(folder)
         values = read_json(path)
-        if values.get("version") != VERSION:
-            raise InputError(f"{path}: version {values.get('version')!r} is not {VERSION}.", _REMEDY)
-        required = ("num_samples", "target_layer_ids", "hidden_size", "quantisation", "shards")
-        try:
-            samples, taps, hidden, quantisation, shards = (values.pop(key) for key in required)
-            counts = [shard["num_samples"] for shard in shards]
-            names = [shard["file_name"] for shard in shards]
-            sound = (
-                all(type(number) is int for number in (samples, hidden, *taps, *counts))
-                and hidden > 0
-                and min(counts, default=1) > 0
-                and sum(counts) == samples
-                and taps
-                and taps == sorted(set(taps))
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: {' or '.join(required)} is missing or malformed ({error}).", _REMEDY) from None
-        if not sound:
-            raise InputError(f"{path}: its fields contradict one another or are impossible.", _REMEDY)
-        if quantisation != QUANTISATION:
+        found = validated_manifest(path, values, _ManifestFile, _REMEDY)
+        counts, samples = [shard.num_samples for shard in found.shards], found.num_samples
+        if found.quantisation != QUANTISATION:
             raise InputError(
-                f"{path}: its hidden states are stored as {quantisation!r}; only {QUANTISATION} is read.",
+                f"{path}: its hidden states are stored as {found.quantisation!r}; only {QUANTISATION} is read.",
                 "Build the cache again, or convert the cache in DeepSpec's format that it was made from.",
             )
         require_index_size(folder / INDEX, samples * RECORD.itemsize, samples)
@@ -239,11 +247,11 @@ class CompactLayout(Layout):
         layout = CompactLayout(
             records,
             np.repeat(np.arange(len(counts)), counts),
-            taps=taps,
-            hidden_size=hidden,
-            extra={key: value for key, value in values.items() if key not in ("format", "version")},
+            taps=found.target_layer_ids,
+            hidden_size=found.hidden_size,
+            extra=found.model_extra,
         )
-        if list(layout.shard_files) != names:
+        if list(layout.shard_files) != [shard.file_name for shard in found.shards]:
             raise InputError(f"{path}: its shards are not named {layout.shard_files[0]} and so on.", _REMEDY)
         return layout
 
@@ -284,13 +292,13 @@ class CompactLayout(Layout):
             for part, tensor in zip(self._quantiser.parts, self._quantiser.encode(states), strict=True)
         }
 
-    def _tensors(self, pieces: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    def _tensors(self, fields: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """By column name; of one sample."""
         return {
-            column.name: torch.from_numpy(piece).view(column.dtype).view(-1, *column.row)
-            if len(piece)
+            column.name: torch.from_numpy(field).view(column.dtype).view(-1, *column.row)
+            if len(field)
             else torch.empty(0, *column.row, dtype=column.dtype)
-            for column, piece in zip(self.columns, pieces, strict=True)
+            for column, field in zip(self.columns, fields, strict=True)
         }
 
 

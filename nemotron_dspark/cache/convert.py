@@ -17,8 +17,8 @@ from nemotron_dspark.cache.build import REPORT, check_cache_space
 from nemotron_dspark.cache.capture_all import BuildProgress
 from nemotron_dspark.cache.checksums import fingerprint
 from nemotron_dspark.cache.compact import QUANTISATION, CompactLayout
-from nemotron_dspark.cache.formats import new_layout
 from nemotron_dspark.cache.layout import MANIFEST, WORK
+from nemotron_dspark.cache.open import new_layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.mask import predicts_loss_token

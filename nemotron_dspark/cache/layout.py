@@ -8,11 +8,13 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
+from nemotron_dspark.config.validation import input_error
 from nemotron_dspark.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -30,7 +32,7 @@ class Sample:
 
 
 class Layout(abc.ABC):
-    """One cache in one format. Pieces of a sample are given in a fixed order; the first holds its int32 ids."""
+    """One cache in one format. Fields of a sample are given in a fixed order; the first holds its int32 ids."""
 
     label: str  # the format in a few words
     lengths: np.ndarray  # int64 [samples], tokens of each
@@ -39,15 +41,15 @@ class Layout(abc.ABC):
     shard_sizes: tuple[int, ...]  # bytes
     taps: tuple[int, ...]  # layer ids, ascending
     hidden_size: int
-    mask_piece: int  # which of the pieces holds the loss mask, a byte a token
+    mask_field: int  # which of the fields holds the loss mask, a byte a token
     extra: Mapping[str, Any]  # what the manifest holds beside the layout
 
     def sample_bytes(self, sample_id: int) -> int:
-        return sum(size for _, size in self.pieces(sample_id))
+        return sum(size for _, size in self.fields(sample_id))
 
     @abc.abstractmethod
-    def pieces(self, sample_id: int) -> Sequence[tuple[int, int]]:
-        """Offset in its shard, and bytes, of each piece of a sample."""
+    def fields(self, sample_id: int) -> Sequence[tuple[int, int]]:
+        """Offset in its shard, and bytes, of each field of a sample."""
 
     @abc.abstractmethod
     def encode(
@@ -58,15 +60,15 @@ class Layout(abc.ABC):
         taps: Tensor,  # [S, T·H]
         last: Tensor,  # [S, H]
     ) -> Sequence[np.ndarray]:
-        """What lies in each of `pieces`, contiguous arrays."""
+        """What lies in each of `fields`, contiguous arrays."""
 
     @abc.abstractmethod
-    def decode(self, sample_id: int, pieces: Sequence[np.ndarray]) -> Sample:
-        """The sample whose ``pieces`` (uint8 each) were read; it may keep their memory."""
+    def decode(self, sample_id: int, fields: Sequence[np.ndarray]) -> Sample:
+        """The sample whose ``fields`` (uint8 each) were read; it may keep their memory."""
 
     @abc.abstractmethod
-    def faults(self, sample_id: int, pieces: Sequence[np.ndarray]) -> list[str]:
-        """What cannot be true of the values in ``pieces``; each completes "sample N …"."""
+    def faults(self, sample_id: int, fields: Sequence[np.ndarray]) -> list[str]:
+        """What cannot be true of the values in ``fields``; each completes "sample N …"."""
 
     def preamble(self, shard: int) -> bytes:
         """What a shard begins with, before its first sample."""
@@ -104,6 +106,33 @@ def manifest_of(folder: Path) -> Path:
             else "Give the folder that `nds cache build --out` wrote.",
         )
     return path
+
+
+class ManifestFile(BaseModel):
+    """The fields of `manifest.json` that both formats have; a format adds its own."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    target_layer_ids: list[int] = Field(min_length=1)
+    hidden_size: int = Field(gt=0)
+
+    @field_validator("target_layer_ids")
+    @classmethod
+    def _ascending(cls, taps: list[int]) -> list[int]:
+        if taps != sorted(set(taps)):
+            raise ValueError("layers must ascend")
+        return taps
+
+
+ManifestKind = TypeVar("ManifestKind", bound=ManifestFile)
+
+
+def validated_manifest(path: Path, values: Any, kind: type[ManifestKind], remedy: str) -> ManifestKind:
+    """``values``, which were read from ``path``; `InputError` names the field that is missing or impossible."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise input_error(error, str(path), remedy) from None
 
 
 def split_into_shards(sizes: Sequence[int] | np.ndarray, shard_bytes: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a build needs beside its disk (`cache.formats.stored_bytes`): memory, at its highest point.
+"""What a build needs beside its disk (`cache.open.stored_bytes`): memory, at its highest point.
 
 Compared with real builds on a CPU by `benchmarks/plan.py`.
 """

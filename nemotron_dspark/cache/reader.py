@@ -17,8 +17,8 @@ from nemotron_dspark.cache.checksums import (
     read_sample_checksums,
     sample_checksum,
 )
-from nemotron_dspark.cache.formats import read_layout
 from nemotron_dspark.cache.layout import RESTORE, Sample
+from nemotron_dspark.cache.open import read_layout
 from nemotron_dspark.errors import InputError
 
 
@@ -69,29 +69,29 @@ class TargetCache:
         """The sample; `InputError` when its bytes, read for the first time, are not those that were written."""
         if not 0 <= sample_id < len(self):
             raise IndexError(sample_id)
-        pieces = self.pieces(sample_id)
+        fields = self.fields(sample_id)
         if self._unread[sample_id]:
-            if not self.intact(sample_id, pieces):
+            if not self.intact(sample_id, fields):
                 raise InputError(f"{self.where(sample_id)} is not what was written: its checksum differs.", RESTORE)
             self._unread[sample_id] = False
-        return self.layout.decode(sample_id, pieces)
+        return self.layout.decode(sample_id, fields)
 
-    def pieces(self, sample_id: int) -> list[np.ndarray]:
+    def fields(self, sample_id: int) -> list[np.ndarray]:
         """Bytes of one sample as they lie in its shard, uint8 each."""
-        return self._read(sample_id, self.layout.pieces(sample_id))
+        return self._read(sample_id, self.layout.fields(sample_id))
 
-    def intact(self, sample_id: int, pieces: Sequence[np.ndarray]) -> bool:
-        """Whether ``pieces`` have the checksum they were written with; True where there is none."""
-        return self._checksums is None or sample_checksum(pieces) == int(self._checksums[sample_id])
+    def intact(self, sample_id: int, fields: Sequence[np.ndarray]) -> bool:
+        """Whether ``fields`` have the checksum they were written with; True where there is none."""
+        return self._checksums is None or sample_checksum(fields) == int(self._checksums[sample_id])
 
     def input_ids(self, sample_id: int) -> Tensor:
         """int64 [S], without its hidden states being read or its checksum looked at."""
-        (ids,) = self._read(sample_id, self.layout.pieces(sample_id)[:1])
+        (ids,) = self._read(sample_id, self.layout.fields(sample_id)[:1])
         return torch.from_numpy(ids.view("<i4").astype(np.int64))
 
     def loss_mask(self, sample_id: int) -> np.ndarray:
         """Bool [S], without its hidden states being read or its checksum looked at."""
-        (mask,) = self._read(sample_id, [self.layout.pieces(sample_id)[self.layout.mask_piece]])
+        (mask,) = self._read(sample_id, [self.layout.fields(sample_id)[self.layout.mask_field]])
         return mask != 0
 
     def where(self, sample_id: int) -> str:
@@ -100,23 +100,23 @@ class TargetCache:
 
     def _read(self, sample_id: int, places: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """The bytes at these offsets, of these sizes."""
-        pieces = [np.empty(size, dtype=np.uint8) for _, size in places]
+        fields = [np.empty(size, dtype=np.uint8) for _, size in places]
         try:
             file = os.open(self.folder / self.layout.shard_files[int(self.layout.shards[sample_id])], os.O_RDONLY)
             try:
-                whole = all(_fill(file, piece, place) for piece, (place, _) in zip(pieces, places, strict=True))
+                whole = all(_fill(file, field, place) for field, (place, _) in zip(fields, places, strict=True))
             finally:
                 os.close(file)
         except OSError as error:
             raise InputError(f"{self.where(sample_id)} cannot be read: {error.strerror}.", RESTORE) from None
         if not whole:
             raise InputError(f"{self.where(sample_id)} is cut off: the file has become too short.", RESTORE)
-        return pieces
+        return fields
 
 
-def _fill(file: int, piece: np.ndarray, offset: int) -> bool:
-    """Read ``piece`` at ``offset``; False where the file ends before."""
-    view = piece.data
+def _fill(file: int, field: np.ndarray, offset: int) -> bool:
+    """Read ``field`` at ``offset``; False where the file ends before."""
+    view = field.data
     while view:  # one call reads at most 2 GiB
         count = os.preadv(file, [view], offset)
         if not count:

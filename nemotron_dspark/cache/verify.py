@@ -1,7 +1,7 @@
 """Is this cache whole? Every checksum, every record's bounds, every sample's values; one sentence a fault."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from nemotron_dspark.cache.checksums import (
     sample_checksum,
     write_checksums,
 )
-from nemotron_dspark.cache.formats import read_layout
 from nemotron_dspark.cache.layout import INDEX, MANIFEST, RESTORE
+from nemotron_dspark.cache.open import read_layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.data.tokens import check_no_mask_token
 from nemotron_dspark.errors import InputError
@@ -78,8 +78,8 @@ def verify(folder: Path | str, *, progress: Callable[[str], None] = lambda name:
     return VerifyReport(folder, samples, len(digests), tuple(dict.fromkeys(problems)))
 
 
-def write_missing_checksums(folder: Path | str) -> None:
-    """Give a cache that has none, DeepSpec's, the checksums by which later damage is found.
+def write_missing_checksums(folder: Path | str, *, progress: Callable[[str], None] = lambda name: None) -> VerifyReport:
+    """Give a cache that has none, DeepSpec's, the checksums by which later damage is found; all values are checked.
 
     Raises:
         InputError: it has them, or a value in it cannot be right.
@@ -88,12 +88,19 @@ def write_missing_checksums(folder: Path | str) -> None:
     if (folder / CHECKSUMS).is_file():
         raise InputError(f"{folder} has checksums already.", "`nds cache verify` compares them.")
     cache = TargetCache(folder, check_files=False)
-    for fault in _sample_faults(cache):  # of a cache that has lost its checksums.json, each sample's checksum too
-        raise InputError(fault, RESTORE)
-    checksums = np.array([sample_checksum(cache.pieces(sample_id)) for sample_id in range(len(cache))], dtype="<u4")
+    checksums, digests = np.zeros(len(cache), dtype="<u4"), {}
+    for shard, name in enumerate(cache.layout.shard_files):
+        progress(name)
+        digests[name] = sha256(folder / name)
+        for sample_id in np.flatnonzero(cache.layout.shards == shard).tolist():  # in memory, as the shard was just read
+            fields = cache.fields(sample_id)
+            for fault in _faults(cache, sample_id, fields):
+                raise InputError(fault, RESTORE)
+            checksums[sample_id] = sample_checksum(fields)
     write_whole(folder / SAMPLES, lambda file: file.write(checksums.tobytes()))
-    names = (MANIFEST, INDEX, SAMPLES, *cache.layout.shard_files)
-    write_checksums(folder, {name: sha256(folder / name) for name in names})
+    digests |= {name: sha256(folder / name) for name in (MANIFEST, INDEX, SAMPLES)}
+    write_checksums(folder, digests)
+    return VerifyReport(folder, len(cache), len(digests), ())
 
 
 def check_mask_token(cache: TargetCache, mask_token_id: int) -> None:
@@ -104,10 +111,13 @@ def check_mask_token(cache: TargetCache, mask_token_id: int) -> None:
 def _sample_faults(cache: TargetCache) -> list[str]:
     faults: list[str] = []
     for sample_id in range(len(cache)):
-        pieces = cache.pieces(sample_id)
-        if not cache.intact(sample_id, pieces):
-            faults.append(f"{cache.where(sample_id)} is not what was written: its checksum differs.")
-        faults += [f"{cache.where(sample_id)} {fault}." for fault in cache.layout.faults(sample_id, pieces)]
+        faults += _faults(cache, sample_id, cache.fields(sample_id))
         if len(faults) >= _LIMIT:
             break
     return faults
+
+
+def _faults(cache: TargetCache, sample_id: int, fields: Sequence[np.ndarray]) -> list[str]:
+    """Sentences on one sample; its checksum is compared where there is one."""
+    changed = [] if cache.intact(sample_id, fields) else ["is not what was written: its checksum differs"]
+    return [f"{cache.where(sample_id)} {fault}." for fault in changed + cache.layout.faults(sample_id, fields)]

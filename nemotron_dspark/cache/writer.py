@@ -61,7 +61,7 @@ class ShardFiles:
         parts = self.layout.encode(sample_id, input_ids, loss_mask, taps, last)
         descriptor = self._descriptor(int(self.layout.shards[sample_id]))
         with disk_errors(self.folder):
-            for part, (offset, _) in zip(parts, self.layout.pieces(sample_id), strict=True):
+            for part, (offset, _) in zip(parts, self.layout.fields(sample_id), strict=True):
                 _write_at(descriptor, part, offset)
         return sample_checksum(parts)
 

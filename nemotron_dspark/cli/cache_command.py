@@ -65,9 +65,8 @@ def verify(
     from nemotron_dspark.cache import verify as checking
 
     with shell.err.status("reading") as status:
-        if write_checksums:
-            checking.write_missing_checksums(folder)
-        return checking.verify(folder, progress=lambda name: status.update(f"reading {escape(name)}"))
+        check = checking.write_missing_checksums if write_checksums else checking.verify
+        return check(folder, progress=lambda name: status.update(f"reading {escape(name)}"))
 
 
 def convert(

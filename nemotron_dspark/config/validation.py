@@ -27,5 +27,6 @@ def input_error(
         return InputError(f"{origin or 'The config'} has no {key}.", do)
     if first["type"] == "extra_forbidden":
         return InputError(f"{prefix}{'t' if prefix else 'T'}here is no key {key}.", unknown(key) if unknown else do)
-    why = first["msg"][:1].lower() + first["msg"][1:]
+    why = first["msg"].removeprefix("Value error, ")
+    why = why[:1].lower() + why[1:]
     return InputError(f"{prefix}{key} = {first['input']!r} is not accepted: {why}.", do)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemotron_dspark.cache.format import Manifest
+from nemotron_dspark.cache.deepspec_layout import Manifest
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import TargetSpec

@@ -17,7 +17,7 @@ import numpy as np
 from nemotron_dspark import stages
 from nemotron_dspark.cache.build import REPORT, BuildProgress
 from nemotron_dspark.cache.checksums import read_checksums, read_sample_checksums
-from nemotron_dspark.cache.format import RECORD, DeepSpecLayout, Manifest, shard_name
+from nemotron_dspark.cache.deepspec_layout import RECORD, DeepSpecLayout, Manifest, shard_name
 from nemotron_dspark.cache.layout import INDEX, MANIFEST
 from nemotron_dspark.cache.writer import finish_cache
 from nemotron_dspark.config.run import CacheConfig, DataConfig, DraftSection, RunConfig, TargetConfig

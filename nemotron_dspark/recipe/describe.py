@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from nemotron_dspark.cache.format import bytes_per_token
+from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.chat.format import recognise
 from nemotron_dspark.chat.mask_token import NEMOTRON_MASK, choose_mask_token
 from nemotron_dspark.config import RunConfig

@@ -8,7 +8,7 @@ machine's peak, and every assumption is in `ASSUMED`.
 import dataclasses
 import math
 
-from nemotron_dspark.cache.format import bytes_per_token
+from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.cache.needs import config_size
 from nemotron_dspark.config import EvalConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig

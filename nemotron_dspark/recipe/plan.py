@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron_dspark.cache.format import bytes_per_token
-from nemotron_dspark.cache.formats import stored_bytes
+from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.cache.needs import capture_bytes
+from nemotron_dspark.cache.open import stored_bytes
 from nemotron_dspark.config import CacheConfig, RunConfig
 from nemotron_dspark.data.tokens import TOKEN_BYTES
 from nemotron_dspark.errors import InputError

@@ -16,8 +16,8 @@ import numpy as np
 from nemotron_dspark import files
 from nemotron_dspark.cache.build import check_cache_space
 from nemotron_dspark.cache.capture_all import BuildProgress, capture_all
-from nemotron_dspark.cache.formats import new_layout, stored_bytes
 from nemotron_dspark.cache.layout import MANIFEST, WORK
+from nemotron_dspark.cache.open import new_layout, stored_bytes
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig

@@ -12,7 +12,7 @@ import torch
 from nemotron_dspark.cache import build as room
 from nemotron_dspark.cache.batches import batches
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.cache.format import bytes_per_token
+from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
 from nemotron_dspark.chat.mask import tokenise

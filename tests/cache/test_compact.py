@@ -16,8 +16,8 @@ from nemotron_dspark.cache import convert as room
 from nemotron_dspark.cache.build import build_cache
 from nemotron_dspark.cache.compact import CompactLayout, stored_bytes
 from nemotron_dspark.cache.convert import convert_cache
-from nemotron_dspark.cache.format import Manifest, bytes_per_token
-from nemotron_dspark.cache.formats import read_layout
+from nemotron_dspark.cache.deepspec_layout import Manifest, bytes_per_token
+from nemotron_dspark.cache.open import read_layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import verify
 from nemotron_dspark.chat.mask import predicts_loss_token
@@ -143,7 +143,7 @@ def test_the_layout_covers_every_byte_once():
         assert begun % 8 == 0
         samples = np.flatnonzero(layout.shards == shard)
         assert len(samples) == 1 or sizes[samples].sum() <= 9_000
-        spans = sorted(piece for sample in samples for piece in layout.pieces(int(sample)) if piece[1])
+        spans = sorted(field for sample in samples for field in layout.fields(int(sample)) if field[1])
         for offset, length in spans:
             assert offset == begun
             begun += length
@@ -208,7 +208,7 @@ def test_a_flipped_bit_anywhere_is_found(copy):
     header = int.from_bytes(shard.read_bytes()[:8], "little")
     places += [(shard.name, at) for at in (2, 9, 8 + header // 2, 8 + header + 9, len(layout.preamble(1)) - 5)]
     sample = int(np.flatnonzero(layout.shards == 1)[2])
-    places += [(shard.name, offset + size // 2) for offset, size in layout.pieces(sample)]
+    places += [(shard.name, offset + size // 2) for offset, size in layout.fields(sample)]
     for name, at in places:
         path = copy / name
         whole = path.read_bytes()
@@ -231,10 +231,10 @@ def test_values_are_checked_where_there_are_no_checksums(copy):
     names = [column.name for column in layout.columns]
     path = copy / layout.shard_files[0]
     data = bytearray(path.read_bytes())
-    pieces = dict(zip(names, layout.pieces(2), strict=True))
-    data[pieces["input_ids"][0] + 3] = 0xFF
-    data[pieces["loss_mask"][0]] = 7
-    data[pieces["taps.scales"][0] : pieces["taps.scales"][0] + 2] = b"\x80\x7f"  # infinity
+    fields = dict(zip(names, layout.fields(2), strict=True))
+    data[fields["input_ids"][0] + 3] = 0xFF
+    data[fields["loss_mask"][0]] = 7
+    data[fields["taps.scales"][0] : fields["taps.scales"][0] + 2] = b"\x80\x7f"  # infinity
     path.write_bytes(data)
     problems = "\n".join(verify(copy).problems)
     assert problems.count("sample 2") == 3
@@ -245,12 +245,12 @@ def test_values_are_checked_where_there_are_no_checksums(copy):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"version": 2}, "version 2 is not 1"),
+        ({"version": 2}, "version = 2 is not accepted: input should be 1"),
         ({"quantisation": "int8"}, "stored as 'int8'; only int4 is read"),
-        ({"hidden_size": ...}, "hidden_size"),
-        ({"shards": [3]}, "malformed"),
-        ({"num_samples": 7}, "contradict"),
-        ({"target_layer_ids": [4, 1]}, "contradict"),
+        ({"hidden_size": ...}, "has no hidden_size"),
+        ({"shards": [3]}, r"shards\.0 = 3 is not accepted"),
+        ({"num_samples": 7}, f"num_samples = 7 .*the shards hold {SAMPLES}"),
+        ({"target_layer_ids": [4, 1]}, "layers must ascend"),
         ({"format": "other"}, "format other"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from nemotron_dspark.cache.format import RECORD, DeepSpecLayout, Manifest, bytes_per_token, field_sizes
+from nemotron_dspark.cache.deepspec_layout import RECORD, DeepSpecLayout, Manifest, bytes_per_token, field_sizes
 from nemotron_dspark.cache.info import length_bins, summarise
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.verify import check_mask_token, verify
@@ -46,17 +46,17 @@ def flip(path, at):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"version": 3}, "version 3 is not 2"),
-        ({"hidden_dtype": "float16"}, "hidden_dtype is 'float16'"),
-        ({"index_record_size": 48}, "index_record_size is 48"),
-        ({"hidden_size": ...}, "hidden_size"),
-        ({"shards": [3]}, "malformed"),
-        ({"num_shards": 1}, "contradict"),
-        ({"target_layer_ids": [4, 1]}, "contradict"),
-        ({"target_layer_ids": []}, "contradict"),
-        ({"num_samples": "9"}, "contradict"),
+        ({"version": 3}, r"version = 3 is not accepted: input should be 2"),
+        ({"hidden_dtype": "float16"}, "hidden_dtype = 'float16'"),
+        ({"index_record_size": 48}, "index_record_size = 48"),
+        ({"hidden_size": ...}, "has no hidden_size"),
+        ({"shards": [3]}, r"shards\.0 = 3 is not accepted"),
+        ({"num_shards": 1}, "num_shards = 1 is not accepted: there are 13 shards"),
+        ({"target_layer_ids": [4, 1]}, "layers must ascend"),
+        ({"target_layer_ids": []}, r"target_layer_ids = \[\]"),
+        ({"num_samples": "9"}, "num_samples = '9' is not accepted"),
         ({"num_samples": 99}, "promises 99 samples"),
-        ({"shards": [{"shard_id": 0, "file_name": "../x"}], "num_shards": 1}, "contradict"),
+        ({"shards": [{"shard_id": 0, "file_name": "../x"}], "num_shards": 1}, r"shards\.0\.file_name = '\.\./x'"),
     ],
 )
 def test_a_manifest_that_cannot_be_true(copy, changes, said):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nemotron_dspark.cache.format import bytes_per_token as deepspec_bytes
+from nemotron_dspark.cache.deepspec_layout import bytes_per_token as deepspec_bytes
 from nemotron_dspark.config import DraftSection, load_config
 from nemotron_dspark.config.known import KNOWN, known_target, preset_for
 from nemotron_dspark.drafts.config import build_draft_config

@@ -8,7 +8,7 @@ import types
 import pytest
 from typer.testing import CliRunner
 
-from nemotron_dspark.cache.format import Manifest
+from nemotron_dspark.cache.deepspec_layout import Manifest
 from nemotron_dspark.cli import app
 from nemotron_dspark.config import load_config
 from nemotron_dspark.deepspec import checkout, fit, launch, status

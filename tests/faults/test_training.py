@@ -68,7 +68,7 @@ def test_a_fault_of_the_cache_costs_no_step_and_the_same_command_goes_on(
     sample = needed_at(copy, 2)
     opened = TargetCache(copy)
     shard = copy / opened.layout.shard_files[opened.layout.shards[sample]]
-    offset, size = opened.layout.pieces(sample)[-1]
+    offset, size = opened.layout.fields(sample)[-1]
     content = shard.read_bytes()
 
     def damage():

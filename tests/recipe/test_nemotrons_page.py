@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemotron_dspark.cache.format import bytes_per_token as deepspec_bytes
+from nemotron_dspark.cache.deepspec_layout import bytes_per_token as deepspec_bytes
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.config.known import KNOWN
 from nemotron_dspark.drafts.config import build_draft_config

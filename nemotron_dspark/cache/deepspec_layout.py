@@ -5,23 +5,25 @@ A cache is a folder with `manifest.json`, `samples.idx` (one fixed record a samp
 
 import dataclasses
 import json
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from nemotron_dspark.cache.layout import (
     INDEX,
     Layout,
+    ManifestFile,
     Sample,
     manifest_of,
     require_index_size,
     split_into_shards,
+    validated_manifest,
 )
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
@@ -57,6 +59,32 @@ def bytes_per_token(num_taps: int, hidden_size: int) -> int:
 def field_sizes(length: int, num_taps: int, hidden_size: int) -> tuple[int, ...]:
     """Bytes of each of `FIELDS` in a sample of ``length`` tokens."""
     return 4 * length, length, length, 2 * length * num_taps * hidden_size, 2 * length * hidden_size
+
+
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    shard_id: int
+    file_name: str = Field(pattern=r"^[\w.-]+$")
+
+
+class _ManifestFile(ManifestFile):
+    version: Literal[2]
+    hidden_dtype: Literal["bfloat16"]
+    token_dtype: Literal["int32"]
+    mask_dtype: Literal["uint8"]
+    index_record_size: Literal[56]
+    num_samples: int = Field(ge=0)
+    shards: list[_Shard]
+    num_shards: int
+
+    @field_validator("num_shards")
+    @classmethod
+    def _counted(cls, count: int, info: ValidationInfo) -> int:
+        shards = info.data.get("shards", [])
+        if [shard.shard_id for shard in shards] != list(range(count)):
+            raise ValueError(f"there are {len(shards)} shards, and their ids must count from 0")
+        return count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,39 +128,18 @@ class Manifest:
                 f"{folder} is a cache in the format {values['format']}, not in DeepSpec's.",
                 f"Make one that DeepSpec reads: nds cache convert {folder} OUT --to deepspec.",
             )
-        if values.get("version") != VERSION:
-            raise InputError(f"{path}: version {values.get('version')!r} is not {VERSION}.", _REMEDY)
-        for key, wanted in {**_TYPES, "index_record_size": RECORD_SIZE}.items():
-            if values.get(key) != wanted:
-                raise InputError(f"{path}: {key} is {values.get(key)!r}, not {wanted!r}.", _REMEDY)
-        required = ("num_samples", "num_shards", "target_layer_ids", "hidden_size", "shards")
-        try:
-            samples, count, taps, hidden, shards = (values.pop(key) for key in required)
-            names = tuple(shard["file_name"] for shard in shards)
-            ids = [shard["shard_id"] for shard in shards]
-            sound = (
-                all(type(number) is int for number in (samples, count, hidden, *taps))
-                and samples >= 0
-                and hidden > 0
-                and count == len(shards)
-                and ids == list(range(count))
-                and taps
-                and taps == sorted(set(taps))
-                and all(re.fullmatch(r"[\w.-]+", name) for name in names)
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: {' or '.join(required)} is missing or malformed ({error}).", _REMEDY) from None
-        if not sound:
-            raise InputError(f"{path}: its fields contradict one another or are impossible.", _REMEDY)
-        extra = {key: value for key, value in values.items() if key not in ("version", "index_record_size", *_TYPES)}
-        return Manifest(samples, tuple(taps), hidden, names, extra)
+        found = validated_manifest(path, values, _ManifestFile, _REMEDY)
+        names = tuple(shard.file_name for shard in found.shards)
+        return Manifest(
+            found.num_samples, tuple(found.target_layer_ids), found.hidden_size, names, found.model_extra or {}
+        )
 
 
 class DeepSpecLayout(Layout):
     """Samples one after the other, each with its ids, masks and bf16 hidden states."""
 
     label = "deepspec, bf16"
-    mask_piece = FIELDS.index("loss_mask")
+    mask_field = FIELDS.index("loss_mask")
 
     def __init__(
         self,
@@ -150,7 +157,7 @@ class DeepSpecLayout(Layout):
         self.extra = manifest.extra
         self._manifest = manifest
 
-    def pieces(self, sample_id: int) -> list[tuple[int, int]]:
+    def fields(self, sample_id: int) -> list[tuple[int, int]]:
         record = self.records[sample_id]
         sizes = field_sizes(int(record["seq_len"]), len(self.taps), self.hidden_size)
         return [(int(record[name]), size) for name, size in zip(FIELDS, sizes, strict=True)]
@@ -166,9 +173,9 @@ class DeepSpecLayout(Layout):
             _bf16_bits(last),
         )
 
-    def decode(self, sample_id: int, pieces: Sequence[np.ndarray]) -> Sample:
+    def decode(self, sample_id: int, fields: Sequence[np.ndarray]) -> Sample:
         length = int(self.lengths[sample_id])
-        ids, _, loss, taps, last = pieces
+        ids, _, loss, taps, last = fields
         return Sample(
             torch.from_numpy(ids.view("<i4").astype(np.int64)),
             torch.from_numpy(loss != 0),
@@ -176,8 +183,8 @@ class DeepSpecLayout(Layout):
             torch.from_numpy(last).view(torch.bfloat16).view(length, -1),
         )
 
-    def faults(self, sample_id: int, pieces: Sequence[np.ndarray]) -> list[str]:
-        ids, attention, loss, *states = pieces
+    def faults(self, sample_id: int, fields: Sequence[np.ndarray]) -> list[str]:
+        ids, attention, loss, *states = fields
         faults = []
         if (ids.view("<i4") < 0).any():
             faults.append("has a negative token id")

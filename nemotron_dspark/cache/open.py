@@ -8,7 +8,7 @@ import numpy as np
 
 from nemotron_dspark.cache import compact
 from nemotron_dspark.cache.compact import CompactLayout, Count
-from nemotron_dspark.cache.format import RECORD_SIZE, DeepSpecLayout, bytes_per_token
+from nemotron_dspark.cache.deepspec_layout import RECORD_SIZE, DeepSpecLayout, bytes_per_token
 from nemotron_dspark.cache.layout import Layout, manifest_of
 from nemotron_dspark.config.run import CacheConfig
 from nemotron_dspark.files import read_json
