@@ -230,7 +230,7 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
 class DSparkContext(DraftContext):
     """What decoding remembers, with the key and value weights of all layers: a new position takes one matrix product.
 
-    They are copies of the weights as they were when the context was made: [layers, 2·kv_heads·d, H] elements.
+    They are the weights as they were when the context was made, shared by all contexts of that time.
     """
 
     key_value_weights: Tensor  # [layers, 2·kv_heads·d, H], k_proj over v_proj
@@ -256,6 +256,7 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
             recompute_layers: compute the layers again in the backward instead of keeping their activations.
         """
         super().__init__(config, seed)
+        self._fused: tuple[tuple, Tensor, Tensor] | None = None
         self.attention: AttentionKind = attention
         self.recompute_layers = recompute_layers
 
@@ -325,12 +326,20 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
     def new_context(self, rows: int = 1) -> DSparkContext:
         """An empty context of ``rows`` rows, for the weights as they are now."""
         self._require_embeddings()
-        attentions = [layer.self_attn for layer in self._each_layer()]
-        with torch.no_grad():
+        return DSparkContext([0] * rows, [RaggedKV() for _ in self.layers], *self._fused_keys_and_values())
+
+    @torch.no_grad()
+    def _fused_keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """`DSparkContext`'s two tensors; made again when a weight they are made of has changed."""
+        attentions, dtype = [layer.self_attn for layer in self._each_layer()], self.compute_dtype
+        sources = [weight for each in attentions for weight in (each.k_proj.weight, each.v_proj.weight)]
+        sources += [each.k_norm.weight for each in attentions]
+        versions = (dtype, *((weight.data_ptr(), weight._version) for weight in sources))
+        if self._fused is None or self._fused[0] != versions:
             weights = torch.stack([torch.cat((each.k_proj.weight, each.v_proj.weight)) for each in attentions])
-            norms = torch.stack([each.k_norm.weight.detach() for each in attentions])[:, None]
-        dtype = self.compute_dtype
-        return DSparkContext([0] * rows, [RaggedKV() for _ in attentions], weights.to(dtype), norms.to(dtype))
+            norms = torch.stack([each.k_norm.weight for each in attentions])[:, None]
+            self._fused = versions, weights.to(dtype), norms.to(dtype)
+        return self._fused[1:]
 
     @torch.no_grad()
     def extend(
