@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -113,23 +114,17 @@ class Trainer:
         last = None
         try:
             self.callbacks.on_begin(self.schedule, self.step)
-            with (
-                graceful_stop() as stopped,
-                contextlib.closing(batches(self.load, self.config, first_step=self.step, stopped=stopped)) as feed,
-            ):
-                self._feed = feed
-                while self.step < self.schedule.total_steps:
-                    done = self.train_step(self._micro_batches(feed, stopped))
-                    last = self._log(done) or last
-                    if self.step % self.config.checkpoint_every == 0 or self.schedule.must_save(self.step):
-                        self.save()
-        except _Interrupted as stop:  # an unfinished step is done again; its gradients are not kept
-            self.save()
-            if stop.failure is not None:
-                raise _stopped_by(stop.failure, self.step) from stop.failure
-            if stop.elsewhere:
-                self.context.barrier()  # does not come back from here: another rank raises
-            raise KeyboardInterrupt from None
+            with graceful_stop() as stopped:  # to the end of the last save: a rank may hear of a stop before its signal
+                try:
+                    feed = batches(self.load, self.config, first_step=self.step, stopped=stopped)
+                    with contextlib.closing(feed) as self._feed:
+                        while self.step < self.schedule.total_steps:
+                            done = self.train_step(self._micro_batches(feed, stopped))
+                            last = self._log(done) or last
+                            if self.step % self.config.checkpoint_every == 0 or self.schedule.must_save(self.step):
+                                self.save()
+                except _Interrupted as stop:  # an unfinished step is done again; its gradients are not kept
+                    self._save_and_raise(stop)
         finally:
             self.callbacks.on_end()
         self.draft.eval()
@@ -174,6 +169,15 @@ class Trainer:
         self.context.barrier()  # torchrun ends all processes when one has ended, also the one that writes
         self._saved = self.step
         self.source.saved(self.step)
+
+    def _save_and_raise(self, stop: "_Interrupted") -> NoReturn:
+        """Save the finished steps, then raise what ended the run; of several ranks one raises a failure."""
+        self.save()
+        if stop.failure is not None:
+            raise _stopped_by(stop.failure, self.step) from stop.failure
+        if stop.elsewhere:
+            self.context.barrier()  # does not come back from here: another rank raises
+        raise KeyboardInterrupt from None
 
     def _set_up(self, step: int) -> None:
         """Everything that a step needs, as it was after ``step`` steps."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
+from nemotron_dspark.training import trainer
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.metrics import read_metrics
@@ -85,6 +86,30 @@ def test_signal_saves_and_the_resumed_run_equals_the_undisturbed_one(
     assert result.resumed_from == 5  # between two lines of metrics
     assert_same(weights(resumed), weights(whole))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_signal_that_comes_while_the_last_checkpoint_is_written_does_not_cost_it(
+    make_cache, make_draft, make_settings, tmp_path, monkeypatch
+):
+    """As where another rank was signalled a moment before, and this one saves already."""
+    cache, settings = make_cache(), make_settings(checkpoint_every=100)
+    bad = int(SampleSchedule.of(settings, len(cache)).samples(2, settings)[0])
+    real_item, real_save = type(cache).__getitem__, trainer.save_checkpoint
+
+    def damaged(self, index):
+        if index == bad:
+            raise InputError(f"Sample {bad} is damaged.", "Restore it.")
+        return real_item(self, index)
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real_save(*arguments)
+
+    monkeypatch.setattr(type(cache), "__getitem__", damaged)
+    monkeypatch.setattr(trainer, "save_checkpoint", signalled)
+    with pytest.raises((InputError, KeyboardInterrupt), match="Training stopped after step 2"):
+        Trainer(cache, make_draft(cache=cache), settings, tmp_path).run()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 
 
 def test_signal_handling_leaves_other_threads_alone(make_cache, make_draft, make_settings, tmp_path):
