@@ -45,7 +45,7 @@ from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Checkpoint, Target
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training.batches import collate
-from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 from nemotron_dspark.training.trainer import Trainer
 
 
@@ -117,15 +117,14 @@ def held_out(demo: Path, out: Path, config: RunConfig, prompts: int) -> TargetCa
 
 def accepted_length(draft: DSparkDraft, cache: InMemory, weights: LossWeights) -> tuple[float, int]:
     """Expected tokens of a round, averaged over every block of ``cache`` that can start; and their number."""
-    draft.eval()
+    objective = DSparkObjective(draft.eval(), weights)
     total, blocks = 0.0, 0
     with torch.no_grad():
         for first in range(0, len(cache), 16):
             samples = [cache[number] for number in range(first, min(first + 16, len(cache)))]
             anchors = [(sample.loss_mask[:-1] & sample.loss_mask[1:]).nonzero()[:, 0] for sample in samples]
             batch = collate(samples, anchors, draft.config.block_size)
-            hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-            loss = dspark_loss(draft, hidden, batch, weights)
+            loss = objective(batch)
             total, blocks = total + loss.tau.item(), blocks + int(loss.blocks)
     return total / blocks, blocks
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.batches import collate
-from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 
 Step = Callable[[], Tensor]
 
@@ -70,15 +70,16 @@ class Case:
         return self.anchors[None], torch.ones(1, len(self.anchors), dtype=torch.bool)
 
 
-def nds(case: Case) -> tuple[nn.Module, Step]:
+def nds(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Step]:
     draft = DSparkDraft.load(case.folder / "draft").train()
+    draft.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight, dtype)
     batch = collate([case], [case.anchors], draft.config.block_size)
+    objective = DSparkObjective(draft, LossWeights())
+    return draft, lambda: objective(batch).value
 
-    def step() -> Tensor:
-        hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-        return dspark_loss(draft, hidden, batch, LossWeights()).value
 
-    return draft, step
+def nds_bf16(case: Case) -> tuple[nn.Module, Step]:
+    return nds(case, torch.bfloat16)
 
 
 def nemo_automodel(case: Case) -> tuple[nn.Module, Step]:
@@ -184,8 +185,8 @@ def deepspec(case: Case) -> tuple[nn.Module, Step]:
     return model.train(), step
 
 
-ENTRIES = {entry.__name__: entry for entry in (nds, nemo_automodel, deepspec, specforge, speculators)}
-OTHER_LOSS = ("speculators",)
+ENTRIES = {entry.__name__: entry for entry in (nds, nds_bf16, nemo_automodel, deepspec, specforge, speculators)}
+OTHER_LOSS = ("speculators", "nds_bf16")
 
 
 @contextlib.contextmanager

@@ -121,7 +121,9 @@ class TrainConfig(_Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
     attention: AttentionKind = Field("auto", description="auto = FlexAttention on CUDA, a dense mask elsewhere")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto = bf16 on CUDA, fp32 elsewhere")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto = bf16 on CUDA and on CPUs where it is measured to be faster, else fp32"
+    )
     device: str = Field("auto", description="auto = cuda when there is one, else cpu")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="under torchrun: ddp = every process has all weights, fsdp = each keeps a part of them"

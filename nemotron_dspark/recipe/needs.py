@@ -6,7 +6,6 @@ machine's peak, and every assumption is in `ASSUMED`.
 """
 
 import dataclasses
-import math
 
 from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.cache.needs import config_size
@@ -20,7 +19,7 @@ from nemotron_dspark.recipe.workload import Workload
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.training import checkpoints, optimiser
 from nemotron_dspark.training.batches import batch_bytes, read_ahead_bytes
-from nemotron_dspark.training.fused import CHUNK_ELEMENTS
+from nemotron_dspark.training.tiling import objective_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +128,7 @@ def training_bytes(
     Fixed: parameters, gradients and moments (`optimiser.state_bytes`); the frozen embedding and head; the micro-batches
     read ahead. On top of it the larger of
 
-    - what the forward keeps (`activation_bytes`) with the objective's chunk or the last layer's gradients;
+    - what the forward keeps (`activation_bytes`) with the objective (`objective_bytes`) or the last layer's gradients;
     - a checkpoint being written, after the gradients were freed.
     """
     b = weight_bytes
@@ -140,9 +139,8 @@ def training_bytes(
     slots = rows * anchors * shape.block
     saved = activation_bytes(shape.draft, rows, length, slots, answer_share, b, dense=not gpu)
     positions = rows * distinct_positions(answer_share * length, anchors, shape.block)
-    top = max(
-        _objective(shape, slots, positions, b, gpu=gpu), 3 * b * slots * shape.width + b * shape.hidden * shape.width
-    )
+    objective = objective_bytes(shape.vocab, shape.hidden, shape.rank, b, slots, positions, gpu=gpu)
+    top = max(objective, 3 * b * slots * shape.width + b * shape.hidden * shape.width)
     saving = checkpoints.saving_bytes(trained)
     fixed = optimiser.state_bytes(trained, b) + b * frozen
     if gpu:  # the moments come to main memory, and once more as the file's bytes
@@ -157,20 +155,6 @@ def distinct_positions(eligible: float, anchors: int, block: int) -> float:
     """Positions that at least one of ``anchors`` blocks, drawn among ``eligible``, predicts from (expected)."""
     share = min(1.0, anchors / max(1.0, eligible))
     return eligible * (1 - (1 - share) ** block)
-
-
-def _objective(shape: Shape, slots: int, positions: float, b: int, *, gpu: bool) -> float:
-    """A chunk of the fused objective at its highest, and the gradients it makes.
-
-    fp32 logits of the chunk's slots and of the positions they predict from, and once more in the weights' type where
-    that is narrower; on a GPU two more of the former (difference and its size). Gradients of hidden states, latents
-    and the sequential head in fp32; hidden states of draft and target.
-    """
-    chunks = math.ceil((slots + positions) * shape.vocab / CHUNK_ELEMENTS)
-    narrow = b if b < 4 else 0
-    logits = ((4 + narrow) * (slots + positions) + (8 * slots if gpu else 0)) / chunks
-    gradients = (4 + narrow) * (shape.vocab * shape.rank + slots * (shape.hidden + shape.rank))
-    return shape.vocab * logits + gradients + b * (slots * (shape.hidden + 2 * shape.rank) + positions * shape.hidden)
 
 
 def serving_bytes(shape: Shape, weight_bytes: int, requests: int, length: int) -> float:

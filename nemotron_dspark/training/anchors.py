@@ -4,6 +4,9 @@ A draw depends on (seed, epoch, sample) alone: neither on the batch a sample fal
 resumed run needs no generator state.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,6 +43,50 @@ def counted_slots(
     after = anchors[:, None] + torch.arange(1, block_size + 1)
     inside = after < len(loss_mask)
     return (inside & loss_mask[after.clamp(max=len(loss_mask) - 1)]).cumprod(dim=1).bool()
+
+
+def unrolled_slots(
+    loss_mask: Tensor,  # [S] bool
+    anchors: Tensor,  # [A] positions from 1 on
+    steps: int,
+) -> Tensor:
+    """Bool [A, steps]: EAGLE-3's step s counts where the token anchor - 1 + s carries loss and is not the last one."""
+    at = anchors[:, None] - 1 + torch.arange(steps)
+    return (at < len(loss_mask) - 1) & loss_mask[at.clamp(max=len(loss_mask) - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSlots:
+    """The slots of a micro-batch that carry loss, in the order of the positions they predict from.
+
+    Made on the host together with the batch: a GPU would have to be waited for to know how many there are.
+    """
+
+    index: Tensor  # int64 [N] slots, in the flattened [B, A, γ]
+    positions: Tensor  # int64 [P] of the target's states they are measured against, in the flattened [B, S], ascending
+    position: Tensor  # int64 [N] which of ``positions`` each slot has, ascending
+    host_position: list[int]  # the same, for cutting the slots into chunks
+
+    @staticmethod
+    def of(
+        anchors: Tensor,  # [B, A] positions
+        slot_mask: Tensor,  # bool [B, A, γ]
+        length: int,  # S
+    ) -> "LossSlots":
+        rows, blocks, slots = slot_mask.nonzero(as_tuple=True)
+        place, order = (rows * length + anchors[rows, blocks] + slots).sort(stable=True)
+        index = slot_mask.flatten().nonzero()[:, 0][order]
+        positions, position = place.unique_consecutive(return_inverse=True)
+        return LossSlots(index, positions, position, position.tolist())
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "LossSlots":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "LossSlots":
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "LossSlots":
+        return LossSlots(move(self.index), move(self.positions), move(self.position), self.host_position)
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:

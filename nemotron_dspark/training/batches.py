@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.training.anchors import counted_slots, draw_anchors
+from nemotron_dspark.training.anchors import LossSlots, counted_slots, draw_anchors, unrolled_slots
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import SampleLike, Source
 
@@ -29,6 +29,7 @@ class Batch:
     anchors: Tensor  # int64 [B, A]
     valid: Tensor  # bool [B, A]; False: a filler
     counted: Tensor  # bool [B, A, γ]
+    slots: LossSlots  # those that count
     tokens: int  # without padding
 
     def to(self, device: torch.device) -> "Batch":
@@ -36,7 +37,7 @@ class Batch:
         moved = {
             field.name: value.to(device, non_blocking=ahead)
             for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            if isinstance(value := getattr(self, field.name), Tensor | LossSlots)
         }
         return dataclasses.replace(self, **moved)
 
@@ -44,7 +45,8 @@ class Batch:
         pinned = {
             field.name: value.pin_memory()
             for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.device.type == "cpu"
+            if isinstance(value := getattr(self, field.name), LossSlots)
+            or (isinstance(value, Tensor) and value.device.type == "cpu")
         }
         return dataclasses.replace(self, **pinned)
 
@@ -55,8 +57,12 @@ def collate(
     block_size: int,
     *,
     with_last: bool = True,
+    slots_of: Callable[[Tensor, Tensor, int], Tensor] = counted_slots,
 ) -> Batch:
-    """One batch; A is the largest number of anchors any of the samples has (at least 1)."""
+    """One batch; A is the largest number of anchors any of the samples has (at least 1).
+
+    ``slots_of`` a sample's loss mask, its anchors and ``block_size`` says which slots carry loss.
+    """
     width = max(1, *(len(drawn) for drawn in anchors))
     counted = torch.zeros(len(samples), width, block_size, dtype=torch.bool)
     positions = torch.zeros(len(samples), width, dtype=torch.long)
@@ -64,16 +70,24 @@ def collate(
     for row, (sample, drawn) in enumerate(zip(samples, anchors, strict=True)):
         positions[row, : len(drawn)] = drawn
         valid[row, : len(drawn)] = True
-        counted[row, : len(drawn)] = counted_slots(sample.loss_mask, drawn, block_size)
+        counted[row, : len(drawn)] = slots_of(sample.loss_mask, drawn, block_size)
+    input_ids = pad_sequence([sample.input_ids for sample in samples], batch_first=True)
     return Batch(
-        pad_sequence([sample.input_ids for sample in samples], batch_first=True),
+        input_ids,
         pad_sequence([sample.taps for sample in samples], batch_first=True),
         pad_sequence([sample.last for sample in samples], batch_first=True) if with_last else None,
         positions,
         valid,
         counted,
+        LossSlots.of(positions, counted, input_ids.shape[1]),
         sum(len(sample.input_ids) for sample in samples),
     )
+
+
+def collate_unrolled(samples: Sequence[SampleLike], steps: int) -> Batch:
+    """A batch for EAGLE-3: the block of anchor i + 1 holds the unrolled steps of position i."""
+    anchors = [torch.arange(1, len(sample.input_ids)) for sample in samples]
+    return collate(samples, anchors, steps, slots_of=unrolled_slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +101,19 @@ class Loader:
     block_size: int
     with_last: bool
     device: torch.device = _CPU  # where batches go
+    unrolled: bool = False  # for EAGLE-3
 
     def __call__(self, step: int, ids: np.ndarray) -> Batch:
         samples = self.source.samples(ids.tolist(), step)
-        epoch = self.schedule.sample_epoch(step)
-        anchors = [
-            draw_anchors(sample.loss_mask, self.num_anchors, seed=self.seed, epoch=epoch, sample_id=sample_id)
-            for sample_id, sample in zip(ids.tolist(), samples, strict=True)
-        ]
-        batch = collate(samples, anchors, self.block_size, with_last=self.with_last)
+        if self.unrolled:
+            batch = collate_unrolled(samples, self.block_size)
+        else:
+            epoch = self.schedule.sample_epoch(step)
+            anchors = [
+                draw_anchors(sample.loss_mask, self.num_anchors, seed=self.seed, epoch=epoch, sample_id=sample_id)
+                for sample_id, sample in zip(ids.tolist(), samples, strict=True)
+            ]
+            batch = collate(samples, anchors, self.block_size, with_last=self.with_last)
         return batch.pinned() if self.device.type == "cuda" else batch  # copied while the GPU computes
 
 

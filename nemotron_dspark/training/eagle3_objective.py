@@ -1,75 +1,110 @@
-"""DeepSpec's objective for EAGLE-3: cross-entropy to the target's distribution at every unrolled step.
+"""EAGLE-3's objective (arXiv:2503.01840) as DeepSpec has it: cross-entropy to the target at every unrolled step.
 
-At step s, position i counts when token i+s carries loss and is not the last one; its target q is the distribution at
-i+1+s. With B·S positions in the batch, padding included,
+At step s, position i counts when token i+s carries loss and is not the last one (`anchors.unrolled_slots`); its target
+q is the distribution at i+1+s. In a sequence of S positions, padding included,
 
-    loss = Σ_s decay^s · Σ_i -Σ_v q_v · log p_v / (B·S)
+    loss = Σ_s decay^s · Σ_i -Σ_v q_v · log p_v / S
+
+and the loss of a step is the mean over its sequences. In a `Batch` position i is the anchor i+1, its unrolled steps are
+the slots of that block.
 """
 
-import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets.spec import finish_logits
+from nemotron_dspark.training.batches import Batch
+from nemotron_dspark.training.fused import chunked_losses, softmax
+from nemotron_dspark.training.metrics import StepSums
+from nemotron_dspark.training.objective import Loss, Objective
+from nemotron_dspark.training.tiling import Tiling, choose_tiling
 
 
-@dataclasses.dataclass(frozen=True)
-class Eagle3Loss:
-    """The loss of one forward and what it is made of. All but ``value`` is detached."""
+class Eagle3Objective(Objective[Eagle3Draft]):
+    """The objective of an EAGLE-3 draft."""
 
-    value: Tensor  # scalar, to be differentiated
-    steps: Tensor  # [steps] each step's part, before its weight
-    counted: Tensor  # [steps] positions that count
-    correct: Tensor  # [steps] of them those whose likeliest token is the target's
-    accepted: Tensor  # [steps] sum of their acceptance rates 1 - TV
-    tau: Tensor  # sum over the first step's positions of 1 + Σ_s Π_{j≤s} acceptance_j
-    tau_greedy: Tensor  # the same with agreement in place of acceptance
+    unrolled = True
+
+    def __init__(self, draft: Eagle3Draft, tiling: Tiling | None = None):
+        super().__init__()
+        self.draft = draft
+        self.tiling = tiling or choose_tiling(draft.lm_head.weight)
+        self.needs_target = True
+        self.measures_confidence = False
+
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of one micro-batch, whose blocks are all positions (`collate_unrolled`).
+
+        ``details``: ``correct`` [steps], slots whose likeliest token is the target's; ``tau_greedy``, as ``sums.tau``
+        with that in place of acceptance; ``steps`` [steps], what each step adds to the loss before its decay.
+        """
+        draft, slots, shape = self.draft, batch.slots, batch.counted.shape  # [B, S - 1, steps]
+        if batch.last is None:
+            raise InputError("The cache holds no last hidden states.", "EAGLE-3 learns from them: build it again.")
+        length = batch.input_ids.shape[1]
+        hidden = torch.stack(draft(batch.input_ids, batch.taps), dim=2)[:, :-1]  # [B, S - 1, steps, H]
+        hidden_n = draft.norm(hidden.flatten(0, 2)[slots.index])
+        step = slots.index % shape[2]
+        weight = draft.config.step_loss_decay ** step.to(torch.promote_types(hidden.dtype, torch.float32)) / length
+        reported = torch.zeros_like(weight)
+        total, terms = chunked_losses(
+            eagle3_formula,
+            hidden_n,
+            None,
+            draft.lm_head.weight,
+            None,
+            step,  # no label is looked at
+            (weight, reported, reported),
+            batch.last.flatten(0, 1)[slots.positions].to(hidden.dtype),
+            slots,
+            partial(
+                finish_logits,
+                multiplier=draft.config.target_logit_multiplier,
+                softcap=draft.config.target_logit_softcap,
+            ),
+            self.tiling,
+        )
+        ce, rates, agreed = (
+            term.new_zeros(shape).view(-1).index_copy_(0, slots.index, term).view(shape) for term in terms
+        )
+        reached = batch.counted[..., 0]
+        tau, tau_greedy = (((1 + kept.cumprod(-1).sum(-1)) * reached).sum() for kept in (rates, agreed))
+        zero = total.new_zeros(())
+        sums = StepSums(
+            loss=total.detach(),
+            weight=torch.full_like(zero, shape[0]),
+            ce=total.detach(),
+            l1=zero,
+            confidence=zero,
+            blocks=reached.sum(),
+            tau=tau,
+            tokens=torch.full((), batch.tokens, device=hidden.device),
+            slots=batch.counted.sum(dim=(0, 1)),
+            accepted=rates.sum(dim=(0, 1)),
+        )
+        steps = ce.sum(dim=(0, 1)) / length
+        return Loss(total, sums, {"correct": agreed.sum(dim=(0, 1)), "tau_greedy": tau_greedy, "steps": steps})
 
 
-def eagle3_loss(
-    draft: Eagle3Draft,
-    input_ids: Tensor,  # [B, S], right padded
-    loss_mask: Tensor,  # [B, S] bool, False on padding
-    lengths: Tensor,  # [B] tokens without padding
-    taps: Tensor,  # [B, S, T·H]
-    last: Tensor,  # [B, S, H]
-) -> Eagle3Loss:
-    """Loss of one forward. Positions that do not count are left out before the vocabulary is touched."""
-    rows, length = input_ids.shape
-    at = torch.arange(length, device=input_ids.device)
-    starts = loss_mask & (at < lengths[:, None] - 1)  # [B, S]
-    rates = last.new_zeros(draft.config.ttt_length, rows, length, dtype=torch.float32)
-    agreed = torch.zeros_like(rates)
-    steps, counts = [], []
-    for step, hidden in enumerate(draft(input_ids, taps)):
-        counted = functional.pad(starts[:, step:], (0, min(step, length)))
-        row, position = counted.nonzero(as_tuple=True)  # [N] each
-        log_probs = torch.log_softmax(draft.logits(hidden[row, position]).float(), dim=-1)
-        with torch.no_grad():
-            logits = draft.target_logits(last[row, position + 1 + step].to(draft.compute_dtype))
-            target = torch.softmax(logits.float(), dim=-1)
-        steps.append(-(target * log_probs).sum() / (rows * length))
-        with torch.no_grad():
-            distance = (log_probs.exp() - target).abs().sum(-1)
-            rates[step, row, position] = (1 - distance / 2).clamp(0, 1)
-            agreed[step, row, position] = (log_probs.argmax(-1) == target.argmax(-1)).float()
-        counts.append(counted.sum())
-    decay = draft.config.step_loss_decay
-    parts = torch.stack(steps)
-    weights = torch.tensor([decay**step for step in range(len(steps))], device=parts.device)
-    return Eagle3Loss(
-        (weights * parts).sum(),
-        parts.detach(),
-        torch.stack(counts),
-        agreed.sum(dim=(1, 2)),
-        rates.sum(dim=(1, 2)),
-        _rounds(rates, starts),
-        _rounds(agreed, starts),
-    )
+def eagle3_formula(
+    logits: Tensor,  # [n, V] of the draft
+    target: Tensor,  # [n, V] of the target
+    labels: Tensor,
+    ce_weight: Tensor,  # [n]
+    *reported: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """Cross-entropy to the target's distribution, acceptance rate and agreement of slots; the gradient of the first.
 
-
-def _rounds(kept: Tensor, starts: Tensor) -> Tensor:
-    """Σ over ``starts`` [B, S] of 1 + Σ_s Π_{j≤s} kept_j, with ``kept`` [steps, B, S]."""
-    return ((1 + kept.cumprod(dim=0).sum(dim=0)) * starts).sum()
+    With p and q the softmax of both logits, ∂(-Σ_v q_v log p_v)/∂logits = p - q.
+    """
+    p, log_mass = softmax(logits)
+    q, _ = softmax(target)
+    ce = log_mass[:, 0] - (q * logits).sum(-1)
+    agreed = (logits.argmax(-1) == target.argmax(-1)).to(ce.dtype)
+    difference = p.sub_(q)
+    rate = (1 - difference.abs().sum(-1) / 2).clamp(0, 1)
+    return [ce, rate, agreed], difference.mul_(ce_weight[:, None])

@@ -1,124 +1,130 @@
-"""Cross-entropy and L1 of many slots, with their gradients, in one pass that never holds slots x vocabulary.
+"""Losses of many slots over a large vocabulary, with their gradients, without ever holding slots x vocabulary.
 
-Slots are taken a chunk at a time: logits of draft and target, the two losses, and straight away the gradient with
-respect to the logits, which is multiplied back into hidden states and weights before the chunk is dropped. With
-p the draft's distribution, q the target's, s = sign(p - q) and y the label's one-hot:
+A chunk of slots at a time: logits of draft and target in one matrix product, the losses and their gradient with respect
+to the logits (`Formula`, which the objective brings), and straight away the products of that gradient with the weights
+and the hidden states, before the chunk is dropped. So the backward only scales what the forward has made. (As Liger
+Kernel's fused linear cross-entropy, arXiv:2410.10989, but for losses against a second distribution.)
 
-    d CE / d logits = p - y          d L1 / d logits = p ⊙ (s - Σ_v s_v p_v)
-
-Slots that predict the same position share the target's logits, which are computed once per position of a chunk, in one
-product with those of the draft.
-
-Two sizes decide the speed. A chunk is large, because every chunk reads the weights from memory several times over.
-What lies between its matrix products touches each logit a dozen times, so on a CPU it goes through the chunk in groups
-of a few rows that stay in the processor's cache. The products are batches over tiles of the vocabulary, which BLAS
-shares out among threads better than one product with few rows. All of it works in place on buffers that the chunks
-share.
+Slots that predict the same position share the target's logits, which are computed once a chunk. How the work is cut
+(`Tiling`) decides the speed and, beyond the order of summation, nothing else.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 7 << 21  # logits of draft and target held at a time, slots and positions x vocabulary
-GROUP_ELEMENTS = 1 << 17  # of them worked on at a time by one thread of a CPU
-TILE = 1 << 14  # words of the vocabulary that one product of a batch covers on a CPU, at least
+from nemotron_dspark.training.anchors import LossSlots
+from nemotron_dspark.training.tiling import Tiling
+
+# (logits of the draft [n, V], of the target [n, V] or None, labels [n], a weight [n] per term) to (a term [n] for each,
+# the gradient [n, V] of Σ weight·term by the draft's logits). Logits are at least fp32, and not to be changed.
+Formula = Callable[..., tuple[Sequence[Tensor], Tensor]]
 
 
-def slot_losses(
-    hidden: Tensor,  # [N, H]
+def chunked_losses(
+    formula: Formula,
+    hidden: Tensor,  # [N, H] of the draft, a row per slot
     latents: Tensor | None,  # [N, r] of the sequential head
-    head: Tensor,  # [V, H] the LM head, frozen
+    head: Tensor,  # [V, H] the LM head of draft and target, frozen
     markov: Tensor | None,  # [V, r] the sequential head's output weight
     labels: Tensor,  # [N]
-    weights: tuple[Tensor, Tensor],  # [N] each: what CE and L1 of a slot count in the sum
+    weights: Sequence[Tensor],  # [N] for each term; zeros for one that is only reported
     last: Tensor | None,  # [P, H] the target's hidden states of the positions that slots predict from
-    position: Tensor,  # [N] row of ``last`` each slot belongs to, ascending
+    slots: LossSlots,
     finish: Callable[[Tensor], Tensor],  # what the target does to the output of its head before the softmax
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Σ w_ce·CE + w_l1·L1, differentiable in ``hidden``, ``latents`` and ``markov``; CE [N] and L1 [N], which are not.
+    tiling: Tiling,
+) -> tuple[Tensor, Tensor]:
+    """Σ of weight·term over slots and terms, differentiable in the first three tensors but ``head``; the terms [T, N].
 
-    L1 is None without ``last``. Sums and softmaxes are at least fp32; matrix products are in the type of the weights.
+    Matrix products are in the type of ``head``, all else is at least fp32.
     """
     wanted = torch.is_grad_enabled()
-    total, ce, l1 = _SlotLosses.apply(hidden, latents, markov, head, labels, *weights, last, position, finish, wanted)
-    return total, ce, l1 if last is not None else None
+    arguments = (formula, head, labels, tuple(weights), last, slots, finish, tiling, wanted)
+    return _ChunkedLosses.apply(hidden, latents, markov, *arguments)
 
 
-class _SlotLosses(torch.autograd.Function):
+class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, latents, markov, head, labels, w_ce, w_l1, last, position, finish, wanted):
+    def forward(ctx, hidden, latents, markov, formula, head, labels, weights, last, slots, finish, tiling, wanted):
+        vocabulary, tiles = len(head), tiling.tiles
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        ce = torch.zeros(len(labels), dtype=wide, device=hidden.device)
-        l1 = torch.zeros_like(ce)
-        grad_hidden, grad_latents, grad_markov = (
-            torch.zeros_like(given, dtype=wide) if wanted and given is not None else None
+        terms = torch.zeros(len(weights), len(labels), dtype=wide, device=hidden.device)
+        gradients = [
+            None if given is None or not wanted else torch.zeros_like(given, dtype=wide)
             for given in (hidden, latents, markov)
-        )
-        chunks = list(_chunks(position.tolist(), CHUNK_ELEMENTS // len(head), with_targets=last is not None))
-        most = max((_length(slots) for slots, _ in chunks), default=0)
-        both = max((_length(slots) + _length(places) for slots, places in chunks), default=0)
-        logits = head.new_empty(both, len(head), dtype=wide)
-        group = _group_rows(head, most)
-        difference, size = (logits.new_empty(group if last is not None else 0, len(head)) for _ in range(2))
-        tiles = _tiles(head)
-        tiled_logits = logits.unflatten(1, (tiles, -1)).transpose(0, 1)  # [tiles, rows, words]
-        tiled_head, tiled_markov, tiled_grad = (
-            None if weight is None else weight.unflatten(0, (tiles, -1)) for weight in (head, markov, grad_markov)
-        )
-        for slots, places in chunks:
-            count, beyond = _length(slots), _length(slots) + _length(places)
-            p, q, tiled_p = logits[:count], logits[count:beyond], tiled_logits[:, :count]
-            states = hidden[slots] if last is None else torch.cat((hidden[slots], last[places]))
-            _product(tiled_logits[:, :beyond], states, tiled_head.mT)
-            if markov is not None:
-                _add_product(tiled_p, latents[slots], tiled_markov.mT)
-            for part in _slices(len(q), group):
-                _softmax_(_finish_(q[part], finish))
-            for part in _slices(count, group):
-                at = slice(slots.start + part.start, slots.start + part.stop)
-                p_part = p[part]
-                label, scale = labels[at, None], w_ce[at, None]
-                chosen = p_part.gather(1, label)
-                ce[at] = (_softmax_(p_part) - chosen)[:, 0]
+        ]
+        grad_hidden, grad_latents, grad_markov = gradients
+        # Tiles of the vocabulary are the batch of every product; a tile's logits lie together in memory.
+        tiled_head = head.unflatten(0, (tiles, -1))
+        tiled_markov = None if markov is None else markov.to(head.dtype).unflatten(0, (tiles, -1))
+        chunks = list(_chunks(slots.host_position, tiling.chunk, with_targets=last is not None))
+        most = max((_length(own) + _length(places) for own, places in chunks), default=0)
+        buffer = head.new_empty(most * vocabulary)  # one for all chunks: fresh memory is paid for page by page
+        for own, places in chunks:
+            count, rows = _length(own), _length(own) + _length(places)
+            logits = buffer[: rows * vocabulary].view(tiles, rows, -1)  # the draft's rows, then the target's
+            of_draft, of_target = logits[:, :count], logits[:, count:]
+            # One product for both: BLAS leaves threads and matrix units idle where there are few rows.
+            states = hidden[own] if last is None else torch.cat((hidden[own], last[places]))
+            torch.bmm(states.expand(tiles, -1, -1), tiled_head.mT, out=logits)
+            if tiled_markov is not None:
+                of_draft.baddbmm_(latents[own].expand(tiles, -1, -1), tiled_markov.mT)
+            # The formula reads a row a dozen times, so on a CPU it gets few enough to stay in the processor's cache.
+            for part in _slices(count, tiling.group):
+                at = slice(own.start + part.start, own.start + part.stop)
+                target = None
                 if last is not None:
-                    d, absolute = difference[: len(p_part)], size[: len(p_part)]
-                    torch.index_select(q, 0, position[at] - places.start, out=d)
-                    torch.sub(p_part, d, out=d)
-                    torch.sum(torch.abs(d, out=absolute), -1, out=l1[at])
-                    if wanted:
-                        d.sign_().mul_(p_part)
-                        w = w_l1[at, None]
-                        p_part.mul_(scale - w * d.sum(-1, keepdim=True)).addcmul_(d, w)
-                elif wanted:
-                    p_part.mul_(scale)
-                if wanted:
-                    p_part.scatter_add_(1, label, -scale)
-            if not wanted:
-                continue
-            gradient = tiled_p.to(hidden.dtype)
-            torch.sum(gradient @ tiled_head, 0, dtype=wide, out=grad_hidden[slots])
-            if markov is not None:
-                torch.sum(gradient @ tiled_markov, 0, dtype=wide, out=grad_latents[slots])
-                _add_product(tiled_grad, gradient.mT, latents[slots])
-        if wanted:
-            ctx.gradients = [
-                None if gradient is None else gradient.to(given.dtype)
-                for gradient, given in ((grad_hidden, hidden), (grad_latents, latents), (grad_markov, markov))
-            ]
-        ctx.mark_non_differentiable(ce, l1)
-        return (w_ce * ce).sum() + (w_l1 * l1).sum(), ce, l1
+                    target = finish(_by_row(of_target[:, slots.position[at] - places.start], wide))
+                found, gradient = formula(
+                    _by_row(of_draft[:, part], wide), target, labels[at], *(weight[at] for weight in weights)
+                )
+                torch.stack(tuple(found), out=terms[:, at])
+                of_draft[:, part] = gradient.unflatten(1, (tiles, -1)).transpose(0, 1)
+            if grad_hidden is not None:
+                torch.sum(of_draft @ tiled_head, 0, dtype=wide, out=grad_hidden[own])
+            if tiled_markov is not None and grad_latents is not None and grad_markov is not None:
+                torch.sum(of_draft @ tiled_markov, 0, dtype=wide, out=grad_latents[own])
+                _add_product(grad_markov.unflatten(0, (tiles, -1)), of_draft.mT, latents[own])
+        ctx.gradients = [
+            None if gradient is None else gradient.to(given.dtype)
+            for gradient, given in zip(gradients, (hidden, latents, markov), strict=True)
+        ]
+        ctx.mark_non_differentiable(terms)
+        return sum((weight * term).sum() for weight, term in zip(weights, terms, strict=True)), terms
 
     @staticmethod
-    def backward(ctx, grad_total, _grad_ce, _grad_l1):
-        scaled = [None if gradient is None else gradient.mul_(grad_total) for gradient in ctx.gradients]
+    def backward(ctx, *grad_outputs):
+        scaled = [None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in ctx.gradients]
         del ctx.gradients
-        return (*scaled, *[None] * 8)
+        return (*scaled, *[None] * 9)
 
 
-def _chunks(places: list[int], most: int, *, with_targets: bool) -> Iterator[tuple[slice, slice]]:
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of rows [n, V], and the logarithm of what was divided by [n, 1]."""
+    # Plain passes over what lies in the cache: as fast as torch.softmax, which does not give the logarithm.
+    largest = logits.amax(-1, keepdim=True)
+    exponentials = (logits - largest).exp_()
+    mass = exponentials.sum(-1, keepdim=True)
+    return exponentials.div_(mass), largest + mass.log()
+
+
+def _by_row(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[tiles, n, words] to [n, V] in ``dtype``."""
+    return logits.transpose(0, 1).flatten(1).to(dtype)
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left`` [tiles, m, k] times ``right`` [k, n] to ``to`` [tiles, m, n], in the type of ``to``."""
+    right = right.expand(len(to), -1, -1)
+    if left.dtype == to.dtype:
+        to.baddbmm_(left, right)
+    else:
+        to += left @ right
+
+
+def _chunks(places: Sequence[int], most: int, *, with_targets: bool) -> Iterator[tuple[slice, slice]]:
     """Runs of slots of about the same work, with the positions they predict from: both together at most ``most``.
 
     (Two where ``most`` is less.) No positions without targets.
@@ -129,51 +135,6 @@ def _chunks(places: list[int], most: int, *, with_targets: bool) -> Iterator[tup
         first, beyond = bisect.bisect_left(work, share.start), bisect.bisect_left(work, share.stop)
         if first < beyond:
             yield slice(first, beyond), slice(places[first], places[beyond - 1] + 1) if with_targets else slice(0, 0)
-
-
-def _product(to: Tensor, left: Tensor, right: Tensor) -> None:
-    """``to`` [tiles, m, n] becomes ``left`` [m, k] times each of ``right`` [tiles, k, n]."""
-    left = left.expand(len(right), -1, -1)
-    if left.dtype == to.dtype:
-        torch.bmm(left, right, out=to)
-    else:
-        to.copy_(left @ right)
-
-
-def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds ``left`` times ``right`` to ``to``, [tiles, m, n]; one of the two may be the same for every tile."""
-    left, right = (factor.expand(len(to), -1, -1) for factor in (left, right))
-    if left.dtype == to.dtype:
-        to.baddbmm_(left, right)
-    else:
-        to += left @ right
-
-
-def _finish_(logits: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
-    finished = finish(logits)
-    return logits if finished is logits else logits.copy_(finished)
-
-
-def _softmax_(logits: Tensor) -> Tensor:
-    """Softmax in place; returns the log of what was divided by, [n, 1]."""
-    # Four plain passes over what lies in the cache: measured faster than torch.softmax, and one row uses all threads.
-    largest = logits.amax(-1, keepdim=True)
-    mass = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    logits.div_(mass)
-    return largest + mass.log()
-
-
-def _tiles(weight: Tensor) -> int:
-    """Into how many equal parts of at least `TILE` words the vocabulary is cut."""
-    if weight.device.type != "cpu":
-        return 1
-    return next((count for count in range(len(weight) // TILE, 1, -1) if len(weight) % count == 0), 1)
-
-
-def _group_rows(weight: Tensor, most: int) -> int:
-    if weight.device.type != "cpu":  # a kernel's launch costs more than its way to memory
-        return max(1, most)
-    return max(1, min(most, GROUP_ELEMENTS // len(weight) * torch.get_num_threads()))
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

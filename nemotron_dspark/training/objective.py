@@ -11,8 +11,9 @@ slots of one optimiser step, however it is cut into micro-batches and processes:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,17 @@ from torch.nn import functional
 
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
+from nemotron_dspark.drafts.heads import VanillaHead
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
-from nemotron_dspark.training.fused import slot_losses
+from nemotron_dspark.training.fused import chunked_losses, softmax
 from nemotron_dspark.training.metrics import StepSums
+from nemotron_dspark.training.tiling import Tiling, choose_tiling
 
 EPSILON = 1e-6
+
+_Draft = TypeVar("_Draft", bound=Draft)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Loss(NamedTuple):  # a tuple, so that FSDP finds the tensor to be differen
 
     total: Tensor  # Σ w·(α_ce·CE + α_l1·L1 + α_conf·BCE), to be differentiated
     sums: StepSums
+    details: Mapping[str, Tensor] = {}  # what a kind of draft measures beside them
 
     @property
     def value(self) -> Tensor:
@@ -61,117 +67,134 @@ class Loss(NamedTuple):  # a tuple, so that FSDP finds the tensor to be differen
         return self.total / (self.sums.weight + EPSILON)
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, Generic[_Draft]):
     """A draft and its loss as one module: in its forward sharded parameters are full, and the loss needs some."""
 
-    draft: Draft
+    draft: _Draft
     needs_target: bool  # the loss reads the target's last hidden states, and so measures acceptance
     measures_confidence: bool
+    unrolled = False  # every position is trained for some steps, and no anchors are drawn
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of one micro-batch."""
         raise NotImplementedError
 
 
-class DSparkObjective(Objective):
+class DSparkObjective(Objective[DSparkDraft]):
     """The objective of a DSpark draft."""
 
-    def __init__(self, draft: DSparkDraft, weights: LossWeights):
+    def __init__(self, draft: DSparkDraft, weights: LossWeights, tiling: Tiling | None = None):
         super().__init__()
         self.draft = draft
         self.weights = weights
+        self.tiling = tiling or choose_tiling(draft.lm_head.weight)
         self.needs_target = weights.needs_target
         self.measures_confidence = weights.confidence > 0
 
     def forward(self, batch: Batch) -> Loss:
-        hidden = self.draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-        return dspark_loss(self.draft, hidden, batch, self.weights)
+        """The loss of one micro-batch.
 
+        Raises:
+            InputError: a term needs the target's last hidden states and ``batch`` has none.
+        """
+        return self.loss(self.draft(batch.input_ids, batch.taps, batch.anchors, batch.valid), batch)
 
-def objective_for(draft: Draft, config: TrainConfig) -> Objective:
-    """The objective of a draft of its kind."""
-    if isinstance(draft, DSparkDraft):
-        return DSparkObjective(draft, LossWeights.of(config, draft))
-    raise TypeError(f"there is no objective for {type(draft).__name__}")
-
-
-def dspark_loss(
-    draft: DSparkDraft,
-    hidden: Tensor,  # [B, A, γ, H] from draft.forward
-    batch: Batch,
-    weights: LossWeights,
-) -> Loss:
-    """The loss of one micro-batch. Slots that do not count are left out before the vocabulary is touched.
-
-    Raises:
-        InputError: a term needs the target's last hidden states and ``batch`` has none.
-    """
-    if weights.needs_target and batch.last is None:
-        raise InputError(
-            "The cache holds no last hidden states.",
-            "Build it again, or train on cross-entropy alone (train.l1_alpha=0 train.confidence_alpha=0).",
+    def loss(self, hidden: Tensor, batch: Batch) -> Loss:
+        """`forward` from where the draft's own forward has given ``hidden`` [B, A, γ, H]."""
+        draft, weights, slots = self.draft, self.weights, batch.slots
+        last = batch.last if weights.needs_target else None
+        if weights.needs_target and last is None:
+            raise InputError(
+                "The cache holds no last hidden states.",
+                "Build it again, or train on cross-entropy alone (train.l1_alpha=0 train.confidence_alpha=0).",
+            )
+        # Slots without loss never meet the vocabulary.
+        hidden_n = hidden.flatten(0, 2)[slots.index]  # [N, H]
+        embedded = latents = markov = None  # [N, r] each; [V, r]
+        if isinstance(draft.markov_head, VanillaHead):
+            # W1 is read once for both heads: its gradient is as large as the vocabulary.
+            table = draft.markov_head.embed(_previous_tokens(batch), hidden.dtype)  # [B, A, γ, r]
+            embedded, latents = (
+                each.flatten(0, 2)[slots.index] for each in (table, draft.markov_head.latents(hidden, table))
+            )
+            markov = draft.markov_head.markov_w2.weight
+        weight = torch.ones(
+            len(slots.index), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
         )
-    rows, blocks, slots = batch.counted.nonzero(as_tuple=True)  # [N] each
-    place = rows * batch.input_ids.shape[1] + batch.anchors[rows, blocks] + slots
-    place, order = place.sort(stable=True)  # the position whose next token the slot predicts, in the flattened batch
-    rows, blocks, slots = rows[order], blocks[order], slots[order]
-    previous = _previous_tokens(batch)  # [B, A, γ]
-
-    hidden_n = hidden[rows, blocks, slots]  # [N, H]
-    # Once for both heads: its gradient is as large as the vocabulary.
-    embedded = draft.markov_head.embed(previous, hidden.dtype)
-    latents = draft.markov_head.latents(hidden, embedded)
-    weight = torch.ones(len(place), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    if weights.decay is not None:
-        weight = torch.exp(-slots.to(weight.dtype) / weights.decay)
-    zero = weight.new_zeros(())
-    places, position = place.unique_consecutive(return_inverse=True)
-    total, ce, l1 = slot_losses(
-        hidden_n,
-        None if latents is None else latents[rows, blocks, slots],
-        draft.lm_head.weight,
-        None if latents is None else draft.markov_head.markov_w2.weight.to(hidden.dtype),
-        batch.input_ids.flatten()[place + 1],
-        (weights.ce * weight, weights.l1 * weight),
-        batch.last.flatten(0, 1)[places].to(hidden.dtype) if weights.needs_target else None,
-        position,
-        partial(
-            finish_logits,
-            multiplier=draft.config.target_logit_multiplier,
-            softcap=draft.config.target_logit_softcap,
-        ),
-    )
-    ce_sum = (weight * ce).sum()
-    l1_sum = (weight * l1).sum() if l1 is not None else zero
-    accept = (1 - l1 / 2).clamp(0, 1) if l1 is not None else None
-    confidence_sum = zero
-    if weights.confidence:
-        seen = embedded[rows, blocks, slots] if draft.config.confidence_head_with_markov else None
-        logit = _wide(draft.confidence_head(hidden_n, seen))
-        bce = functional.binary_cross_entropy_with_logits(logit, accept, reduction="none")
-        confidence_sum = (weight * bce).sum()
-
-    accepted = zero.expand(batch.counted.shape[-1])
-    tau = zero
-    if accept is not None:
-        rates = accept.new_zeros(batch.counted.shape)
-        rates[rows, blocks, slots] = accept
-        accepted = rates.sum(dim=(0, 1))
+        if weights.decay is not None:
+            weight = torch.exp(-(slots.index % hidden.shape[2]).to(weight.dtype) / weights.decay)
+        total, terms = chunked_losses(
+            dspark_formula,
+            hidden_n,
+            latents,
+            draft.lm_head.weight,
+            markov,
+            batch.input_ids.flatten()[slots.positions + 1][slots.position],
+            (weights.ce * weight, weights.l1 * weight) if last is not None else (weights.ce * weight,),
+            None if last is None else last.flatten(0, 1)[slots.positions].to(hidden.dtype),
+            slots,
+            partial(
+                finish_logits,
+                multiplier=draft.config.target_logit_multiplier,
+                softcap=draft.config.target_logit_softcap,
+            ),
+            self.tiling,
+        )
+        l1_sum = confidence_sum = tau = weight.new_zeros(())
+        rates = weight.new_zeros(batch.counted.shape)  # of acceptance
         reached = batch.counted[..., 0]
-        tau = ((1 + rates.cumprod(dim=-1).sum(dim=-1)) * reached).sum()
-    sums = StepSums(
-        loss=total.detach() + weights.confidence * confidence_sum.detach(),
-        weight=weight.sum(),
-        ce=ce_sum.detach(),
-        l1=l1_sum.detach(),
-        confidence=confidence_sum.detach(),
-        blocks=batch.counted[..., 0].sum(),
-        tau=tau,
-        tokens=torch.full((), batch.tokens, device=hidden.device),
-        slots=batch.counted.sum(dim=(0, 1)),
-        accepted=accepted,
-    )
-    return Loss(total + weights.confidence * confidence_sum, sums)
+        if last is not None:
+            l1_sum = (weight * terms[1]).sum()
+            accept = (1 - terms[1] / 2).clamp(0, 1)
+            rates.view(-1).index_copy_(0, slots.index, accept)
+            tau = ((1 + rates.cumprod(dim=-1).sum(dim=-1)) * reached).sum()
+            if weights.confidence and draft.confidence_head is not None:
+                seen = embedded if draft.config.confidence_head_with_markov else None
+                logit = _wide(draft.confidence_head(hidden_n, seen))
+                bce = functional.binary_cross_entropy_with_logits(logit, accept, reduction="none")
+                confidence_sum = (weight * bce).sum()
+        total = total + weights.confidence * confidence_sum
+        sums = StepSums(
+            loss=total.detach(),
+            weight=weight.sum(),
+            ce=(weight * terms[0]).sum(),
+            l1=l1_sum,
+            confidence=confidence_sum.detach(),
+            blocks=reached.sum(),
+            tau=tau,
+            tokens=torch.full((), batch.tokens, device=hidden.device),
+            slots=batch.counted.sum(dim=(0, 1)),
+            accepted=rates.sum(dim=(0, 1)),
+        )
+        return Loss(total, sums)
+
+
+def dspark_formula(
+    logits: Tensor,  # [n, V] of the draft
+    target: Tensor | None,  # [n, V] of the target
+    labels: Tensor,  # [n]
+    ce_weight: Tensor,  # [n]
+    l1_weight: Tensor | None = None,  # [n]; None without the target's logits
+) -> tuple[list[Tensor], Tensor]:
+    """CE and, with a target, L1 of slots; and the gradient of their weighted sum with respect to the draft's logits.
+
+    With p and q the softmax of both logits, y the label's one-hot and s = sign(p - q):
+
+        ∂CE/∂logits = p - y          ∂L1/∂logits = p ⊙ (s - Σ_v s_v p_v)
+    """
+    labels, ce_weight = labels[:, None], ce_weight[:, None]
+    chosen = logits.gather(1, labels)
+    p, log_mass = softmax(logits)
+    terms = [(log_mass - chosen)[:, 0]]
+    if target is None or l1_weight is None:
+        return terms, p.mul_(ce_weight).scatter_add_(1, labels, -ce_weight)
+    q, _ = softmax(target)
+    difference = torch.sub(p, q, out=q)
+    terms.append(difference.abs().sum(-1))
+    signed = difference.sign_().mul_(p)  # s ⊙ p
+    l1_weight = l1_weight[:, None]
+    gradient = p.mul_(ce_weight - l1_weight * signed.sum(-1, keepdim=True)).addcmul_(signed, l1_weight)
+    return terms, gradient.scatter_add_(1, labels, -ce_weight)
 
 
 def _previous_tokens(batch: Batch) -> Tensor:

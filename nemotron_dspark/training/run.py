@@ -7,8 +7,9 @@ conversations the target itself runs beside the draft.
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Checkpoint
+from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.target import resolve_device
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training import run_folder as folders
@@ -27,6 +29,7 @@ from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.hidden_states import SOURCES, HiddenStates, Setup
 from nemotron_dspark.training.metrics import StepMetrics
 from nemotron_dspark.training.sharding import uses_fsdp
+from nemotron_dspark.training.tiling import Tiling, choose_precision, choose_tiling
 from nemotron_dspark.training.trainer import Trainer
 
 _SUMMARIES = {
@@ -87,16 +90,20 @@ def train(
                     f"Process {context.rank} on {platform.node()} does not see what the first one wrote to {out}.",
                     "Give --out on a disk that all machines share.",
                 )
-        device, dtype = training_device(config.train, context)
-        setup = _read_target(config, out, resume, dtype, tell, context)
+        before = folders.read_run_info(out)
+        device = training_device(config.train, context)
+        setup, measured = _read_target(config, out, resume, device, before, tell, context)
         mode, read_from = ("cached", cache) if cache is not None else (config.cache.mode, data)
         if read_from is None:
             raise TypeError("train() takes a cache or data")
         states = SOURCES[mode](setup, Path(read_from))
-        notes = [*states.notes, *_notes_on_settings(config)]
+        notes = [*measured, *states.notes, *_notes_on_settings(config)]
         draft = _new_draft(setup, states.draft, device)
+        tilings = before.get("tilings", {})
+        if device.type not in tilings:
+            tilings[device.type] = dataclasses.asdict(choose_tiling(draft.lm_head.weight))
         if context.is_main:
-            folders.write_run_info(out, states.settings, config, notes, read_from)
+            folders.write_run_info(out, states.settings, config, notes, read_from, tilings)
             check_space(out, draft, config.train.keep_checkpoints)
     for note in notes:
         tell.on_message(f"note: {note}")
@@ -104,7 +111,8 @@ def train(
     if context.world_size > 1:
         tell.on_message(f"{context.world_size} processes, train.parallel={config.train.parallel}.")
     with contextlib.closing(states.source):
-        trainer = Trainer(states.source, draft, config.train, out, callbacks=callbacks, context=context)
+        tiling = Tiling(**tilings[device.type])
+        trainer = Trainer(states.source, draft, config.train, out, tiling=tiling, callbacks=callbacks, context=context)
         result = trainer.run()
     if context.is_main:
         folders.export_draft(result.checkpoint, draft, out / "draft")
@@ -124,12 +132,20 @@ def train(
 
 
 def _read_target(
-    config: RunConfig, out: Path, resume: bool, dtype: torch.dtype, callback: Callback, context: DistContext
-) -> Setup:
-    """Find the target and read its config and tokenizer, not its weights."""
+    config: RunConfig,
+    out: Path,
+    resume: bool,
+    device: torch.device,
+    before: Mapping[str, Any],  # what the run's folder says of it
+    callback: Callback,
+    context: DistContext,
+) -> tuple[Setup, list[str]]:
+    """Find the target and read its config and tokenizer, not its weights; a note where the precision was measured."""
     target = Checkpoint.of(config.target, weights=True)
-    tokenizer = target.load_tokenizer()
-    return Setup(config, out, resume, target.folder, target.read_spec(), tokenizer, dtype, callback, context)
+    tokenizer, spec = target.load_tokenizer(), target.read_spec()
+    dtype, reason = _precision(config.train, device, spec, before)
+    setup = Setup(config, out, resume, target.folder, spec, tokenizer, dtype, callback, context)
+    return setup, [reason] if reason else []
 
 
 def _new_draft(setup: Setup, draft_config: DraftConfig, device: torch.device) -> DSparkDraft:
@@ -171,8 +187,8 @@ def _summary(states: HiddenStates, draft: DSparkDraft, config: RunConfig, out: P
     return f"{text} Expected in {out}: {files.size_text(disk)}."
 
 
-def training_device(config: TrainConfig, context: DistContext = SINGLE) -> tuple[torch.device, torch.dtype]:
-    """The device of this process and the type to compute in.
+def training_device(config: TrainConfig, context: DistContext = SINGLE) -> torch.device:
+    """The device of this process.
 
     Raises:
         InputError: no device's name, or one GPU for several processes.
@@ -191,7 +207,18 @@ def training_device(config: TrainConfig, context: DistContext = SINGLE) -> tuple
                 f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}.",
             )
         device = torch.device("cuda", context.local_rank)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    return device
+
+
+def _precision(
+    config: TrainConfig, device: torch.device, spec: TargetSpec, before: Mapping[str, Any]
+) -> tuple[torch.dtype, str | None]:
+    """The type to compute in, and a note where it was measured; a run that goes on keeps what it was begun with."""
+    if config.precision != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision], None
+    if before:
+        return getattr(torch, before["settings"]["draft"]["dtype"]), None
+    if device.type != "cpu":
+        return torch.bfloat16, None
+    dtype, reason = choose_precision(spec.vocab_size, spec.hidden_size)
+    return dtype, f"trains in bf16: {reason} (train.precision=fp32 rounds less)." if dtype == torch.bfloat16 else None

@@ -43,10 +43,24 @@ def lock_run_dir(run_folder: Path, settings: Mapping[str, Any], resume: bool) ->
     check_claim(run_folder, "a run", begun, settings, ours=[online.FOLDER])  # samples of a run that never began
 
 
+def read_run_info(run_folder: Path) -> dict[str, Any]:
+    """What `write_run_info` wrote in an earlier call; empty for a new run."""
+    path = run_folder / RUN_FILE
+    return files.read_json(path) if path.is_file() else {}
+
+
 def write_run_info(
-    run_folder: Path, settings: Mapping[str, Any], config: RunConfig, notes: Sequence[str], read_from: Path
+    run_folder: Path,
+    settings: Mapping[str, Any],
+    config: RunConfig,
+    notes: Sequence[str],
+    read_from: Path,
+    tilings: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Write what was asked, what was assumed, and what it runs with. ``read_from`` is the cache or the conversations.
+
+    ``tilings`` are the objective's by type of device. They are measured once: with others, a run that goes on would sum
+    in another order.
 
     ``config.yaml`` can be given to --config again.
     """
@@ -56,7 +70,13 @@ def write_run_info(
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    content = {"settings": settings, "read_from": str(read_from), "notes": list(notes), "versions": versions}
+    content = {
+        "settings": settings,
+        "read_from": str(read_from),
+        "tilings": tilings,
+        "notes": list(notes),
+        "versions": versions,
+    }
     files.write_json(run_folder / RUN_FILE, content)
     files.write_text(run_folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 

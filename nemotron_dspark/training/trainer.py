@@ -20,7 +20,8 @@ from typing import NoReturn
 import torch
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.errors import CheckError, EnvironmentFault, NdsError
 from nemotron_dspark.training.batches import Batch, Loader, batches
 from nemotron_dspark.training.callbacks import Callback, Callbacks
@@ -34,13 +35,15 @@ from nemotron_dspark.training.checkpoints import (
     step_folder,
 )
 from nemotron_dspark.training.distributed import SINGLE, DistContext
+from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 from nemotron_dspark.training.faults import samples_at_fault
 from nemotron_dspark.training.loggers import MetricsLog
 from nemotron_dspark.training.metrics import MetricAccumulator, StepMetrics, StepSums
-from nemotron_dspark.training.objective import EPSILON, objective_for
+from nemotron_dspark.training.objective import EPSILON, DSparkObjective, LossWeights, Objective
 from nemotron_dspark.training.optimiser import Optimiser, learning_rate
 from nemotron_dspark.training.sharding import shard, uses_fsdp
 from nemotron_dspark.training.source import CacheLike, CacheSource, Source
+from nemotron_dspark.training.tiling import Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +67,21 @@ class TrainResult:
     checkpoint: Path  # holds the parameters of the last step
 
 
+def objective_for(draft: Draft, config: TrainConfig, tiling: Tiling | None = None) -> Objective:
+    """The objective of a draft of its kind."""
+    if isinstance(draft, DSparkDraft):
+        return DSparkObjective(draft, LossWeights.of(config, draft), tiling)
+    if isinstance(draft, Eagle3Draft):
+        return Eagle3Objective(draft, tiling)
+    raise TypeError(f"there is no objective for {type(draft).__name__}")
+
+
 class Trainer:
     """Trains ``draft`` in place to the end of the schedule, from the newest whole checkpoint in ``run_folder`` on.
 
     The draft holds the target's embeddings in the type to compute in, on the device to train on. Its other parameters
-    are there too, unless they are to be sharded, and become fp32. Checkpoints go to ``run_folder/checkpoints``, metrics
-    beside them. Whoever made ``source`` closes it.
+    are there too, unless they are to be sharded, and become fp32. ``tiling`` is the objective's; None: measured.
+    Checkpoints go to ``run_folder/checkpoints``, metrics beside them. Whoever made ``source`` closes it.
 
     Raises:
         InputError: batch sizes, data and number of processes do not fit.
@@ -82,6 +94,7 @@ class Trainer:
         config: TrainConfig,
         run_folder: Path,
         *,
+        tiling: Tiling | None = None,
         callbacks: Iterable[Callback] = (),
         context: DistContext = SINGLE,
     ):
@@ -89,6 +102,7 @@ class Trainer:
         self.schedule = self.source.schedule(config, context)
         self.draft = draft
         self.config = config
+        self.tiling = tiling
         self.context = context
         self.device = draft.embed_tokens.weight.device
         self.checkpoints = run_folder / "checkpoints"
@@ -188,7 +202,7 @@ class Trainer:
         if step:
             state = read_state(step_folder(self.checkpoints, step))
             moments = restore_parameters(step_folder(self.checkpoints, step), draft)
-        self.objective = objective_for(draft, config)
+        self.objective = objective_for(draft, config, self.tiling)
         if uses_fsdp(config, self.context):
             shard(self.objective, draft, self.device, self.context)
         self.optimiser = Optimiser(draft.trainable_parameters(), config)
@@ -202,10 +216,11 @@ class Trainer:
             self.source,
             self.schedule,
             config.seed,
-            draft.config.num_anchors,
+            draft.config.num_anchors if isinstance(draft, DSparkDraft) else 0,
             draft.config.block_size,
             with_last=self.objective.needs_target,
             device=self.device,
+            unrolled=self.objective.unrolled,
         )
         draft.train()
 

@@ -27,7 +27,7 @@ from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training.anchors import counted_slots
 from nemotron_dspark.training.batches import collate
-from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 from nemotron_dspark.training.trainer import Trainer
 from tests.cache.conftest import CACHE, DATA, SAMPLES, TAPS, write_conversations
 from tests.drafts.conftest import small_draft
@@ -87,8 +87,7 @@ def test_the_loss_never_looks_at_the_others(built):
     for samples in (whole, holes):
         anchors = [(sample.loss_mask[:-1] & sample.loss_mask[1:]).nonzero()[:, 0] for sample in samples]
         batch = collate(samples, anchors, 4)
-        hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-        losses.append(dspark_loss(draft, hidden, batch, LossWeights()))
+        losses.append(DSparkObjective(draft, LossWeights())(batch))
     assert losses[0].sums.to_tensor().equal(losses[1].sums.to_tensor())
     assert losses[0].sums.l1 > 0
 

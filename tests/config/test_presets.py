@@ -13,7 +13,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import spec_from_config
 from nemotron_dspark.targets.spec import LayerKind
-from nemotron_dspark.training.fused import CHUNK_ELEMENTS
+from nemotron_dspark.training.tiling import objective_bytes
 from tests.recipe.nemotrons import NEMOTRONS
 
 FILES = sorted(resource_folder("configs").glob("*.yaml"))
@@ -93,7 +93,8 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
     with torch.device("meta"):
         trainable = sum(p.numel() for p in DSparkDraft(draft).trainable_parameters().values())
     embedding = spec.vocab_size * spec.hidden_size
-    activations, objective = training_activations(draft), 11 * CHUNK_ELEMENTS + 6 * spec.vocab_size * draft.markov_rank
+    activations, slots = training_activations(draft), 512 * draft.block_size
+    objective = objective_bytes(spec.vocab_size, spec.hidden_size, draft.markov_rank, 2, slots, slots, gpu=True)
     bytes_per_token = deepspec_bytes(len(draft.target_layer_ids), spec.hidden_size)
     count = {kind: spec.layers.count(kind) for kind in LayerKind}
     heads, width, state = row.mamba
@@ -120,7 +121,7 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
         ),
         "Memory": (
             f"{2 * row.billions:.1f} GB of target",
-            f"Training: {(20 * trainable + 4 * embedding + activations + objective) / 1e9:.1f} GB",
+            f"Training: {(18 * trainable + 4 * embedding + activations + objective) / 1e9:.1f} GB",
             f"{4 * embedding / 1e9:.1f} of frozen embedding",
             f"{activations / 1e9:.1f} of activations, {objective / 1e9:.1f} of the objective",
             f"{4 * count[LayerKind.MAMBA2] * heads * width * state / 1e6:.0f} MB of state a request",

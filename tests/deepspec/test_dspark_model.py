@@ -7,7 +7,7 @@ from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
-from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 from tests.drafts.conftest import block_logits, small_config
 
 LENGTH = 40
@@ -97,7 +97,7 @@ def test_loss_gradients_and_metrics_are_deepspecs(deepspec_on_cpu, tmp_path, mon
     expected.backward()
     reported = metrics.flush()
 
-    loss = dspark_loss(draft, draft(batch.input_ids, batch.taps, batch.anchors, batch.valid), batch, weights)
+    loss = DSparkObjective(draft, weights)(batch)
     loss.value.backward()
     assert torch.equal(outputs.eval_mask, batch.counted)
     torch.testing.assert_close(loss.value, expected, rtol=1e-6, atol=1e-6)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.drafts.config import Eagle3Config
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
-from nemotron_dspark.training.eagle3_objective import eagle3_loss
+from nemotron_dspark.training.batches import collate_unrolled
+from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 
 
 @pytest.fixture
@@ -42,12 +42,7 @@ def padded_batch(cfg, rows=2):
             for s in samples
         ]
     )
-    ours = (
-        *(pad_sequence([getattr(s, key) for s in samples], batch_first=True) for key in ("input_ids", "loss_mask")),
-        torch.tensor([len(s.input_ids) for s in samples]),
-        *(pad_sequence([getattr(s, key).float() for s in samples], batch_first=True) for key in ("taps", "last")),
-    )
-    return theirs, ours
+    return theirs, collate_unrolled(samples, cfg.model.ttt_length)
 
 
 def test_loss_gradients_and_metrics_are_deepspecs(pair, deepspec_on_cpu):
@@ -61,7 +56,7 @@ def test_loss_gradients_and_metrics_are_deepspecs(pair, deepspec_on_cpu):
     )
     expected.backward()
     reported = metrics.flush()
-    loss = eagle3_loss(draft, *ours)
+    loss = Eagle3Objective(draft)(ours)
     loss.value.backward()
     torch.testing.assert_close(loss.value, expected, rtol=1e-6, atol=1e-6)
     for name, parameter in model.named_parameters():
@@ -72,15 +67,15 @@ def test_loss_gradients_and_metrics_are_deepspecs(pair, deepspec_on_cpu):
             torch.testing.assert_close(mine, parameter.grad, rtol=0, atol=1e-6 * max(scale, 1), msg=name)
     found = {
         "train/loss": loss.value.detach(),
-        "train/tau_probabilistic": loss.tau / loss.counted[0],
-        "train/tau_greedy": loss.tau_greedy / loss.counted[0],
+        "train/tau_probabilistic": loss.sums.tau / loss.sums.slots[0],
+        "train/tau_greedy": loss.details["tau_greedy"] / loss.sums.slots[0],
     }
     for step in range(model.ttt_length):
         found |= {
-            f"train/ploss_{step}": loss.steps[step],
-            f"train/accuracy@{step}": loss.correct[step] / loss.counted[step],
-            f"train/accept_rate@{step}": loss.accepted[step] / loss.counted[step],
-            f"train/valid_tokens@{step}": loss.counted[step],
+            f"train/ploss_{step}": loss.details["steps"][step] / loss.sums.weight,
+            f"train/accuracy@{step}": loss.details["correct"][step] / loss.sums.slots[step],
+            f"train/accept_rate@{step}": loss.sums.accepted[step] / loss.sums.slots[step],
+            f"train/valid_tokens@{step}": loss.sums.slots[step],
         }
     assert {name: float(value) for name, value in found.items()} == pytest.approx(reported, rel=1e-6, abs=1e-6)
 

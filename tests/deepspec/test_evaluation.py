@@ -15,9 +15,9 @@ from nemotron_dspark.drafts.config import build_draft_config, build_eagle3_confi
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.evaluation.measure import evaluate, prompt_ids
-from nemotron_dspark.training.batches import collate
-from nemotron_dspark.training.eagle3_objective import eagle3_loss
-from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from nemotron_dspark.training.batches import collate, collate_unrolled
+from nemotron_dspark.training.eagle3_objective import Eagle3Objective
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 
 TAPS = (1, 2, 3, 4, 5)
 NEW_TOKENS = 16
@@ -51,14 +51,11 @@ def answers(target, datasets):
 def dspark_step(draft, sample):
     anchors = torch.arange(len(sample.input_ids) - 1)[sample.loss_mask[:-1]]
     batch = collate([sample], [anchors], draft.config.block_size)
-    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-    return dspark_loss(draft, hidden, batch, LossWeights()).value
+    return DSparkObjective(draft, LossWeights())(batch).value
 
 
 def eagle3_step(draft, sample):
-    length = torch.tensor([len(sample.input_ids)])
-    rows = (sample.input_ids, sample.loss_mask), (sample.taps, sample.last)
-    return eagle3_loss(draft, *(r[None] for r in rows[0]), length, *(r[None] for r in rows[1])).value
+    return Eagle3Objective(draft)(collate_unrolled([sample], draft.config.ttt_length)).value
 
 
 @pytest.fixture(scope="module", params=["dspark", "eagle3"])

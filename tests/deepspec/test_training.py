@@ -13,7 +13,8 @@ from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.training import schedule
-from nemotron_dspark.training.eagle3_objective import eagle3_loss
+from nemotron_dspark.training.batches import collate_unrolled
+from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 from nemotron_dspark.training.optimiser import Optimiser, learning_rate
 from nemotron_dspark.training.source import CacheSource
 from nemotron_dspark.training.trainer import Trainer
@@ -75,12 +76,10 @@ def test_three_steps_of_an_eagle3_draft_too(make_config):
     draft.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight)
     cache, config = TargetCache(cfg.data.target_cache_path), settings(cfg)
     order = order_of_deepspec(len(cache), 0)
-    optimiser = Optimiser(draft.trainable_parameters(), config)
+    objective, optimiser = Eagle3Objective(draft), Optimiser(draft.trainable_parameters(), config)
     for step in range(3):
         for sample in (cache[int(at)] for at in order[step * 4 : step * 4 + 4]):
-            batch = (value[None] for value in (sample.input_ids, sample.loss_mask))
-            states = (value[None].float() for value in (sample.taps, sample.last))
-            (eagle3_loss(draft, *batch, torch.tensor([len(sample.input_ids)]), *states).value / 4).backward()
+            (objective(collate_unrolled([sample], draft.config.ttt_length)).value / 4).backward()
         optimiser.clip(config.max_grad_norm)
         optimiser.step(learning_rate(step, 4, config))
     assert_same_weights(draft, theirs, before)

@@ -11,8 +11,10 @@ from nemotron_dspark.drafts.config import Eagle3Config, build_eagle3_config, rea
 from nemotron_dspark.drafts.eagle3 import Eagle3Context, Eagle3Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target
-from nemotron_dspark.training.eagle3_objective import eagle3_loss
+from nemotron_dspark.training.batches import collate_unrolled
+from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 from tests.drafts.conftest import SHAPE
+from tests.training.conftest import Sample
 
 CONFIG = SHAPE | {"target_layer_ids": (0, 1, 2, 4, 6), "ttt_length": 4}
 
@@ -35,6 +37,11 @@ def sequence(rows=1, length=20, seed=2):
         torch.randint(0, 97, (rows, length), generator=generator),
         torch.randn(rows, length, 5 * 64, generator=generator),
     )
+
+
+def batch_of(ids, mask, lengths, taps, last, steps=4):
+    rows = zip(ids, mask, taps, last, lengths, strict=True)
+    return collate_unrolled([Sample(*(part[: int(length)] for part in parts)) for *parts, length in rows], steps)
 
 
 def test_drafting_gives_the_numbers_of_training_for_rows_of_any_length(draft):
@@ -64,7 +71,7 @@ def test_the_objective_is_its_formula_in_plain_loops(draft):
     mask &= torch.arange(12) < lengths[:, None]
     mask[0, 6] = False
     last = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(3))
-    loss = eagle3_loss(draft, ids, mask, lengths, taps, last)
+    loss = Eagle3Objective(draft)(batch_of(ids, mask, lengths, taps, last))
     expected, counted = 0.0, [0, 0, 0, 0]
     with torch.no_grad():
         for step, hidden in enumerate(draft(ids, taps)):
@@ -78,17 +85,20 @@ def test_the_objective_is_its_formula_in_plain_loops(draft):
                     expected -= 0.8**step * float((q * log_p).sum()) / 24
                     counted[step] += 1
     assert float(loss.value.detach()) == pytest.approx(expected, rel=1e-5)
-    assert loss.counted.tolist() == counted
-    assert torch.all(loss.accepted <= loss.counted)
+    assert loss.sums.slots.tolist() == counted
+    assert torch.all(loss.sums.accepted <= loss.sums.slots)
 
 
 def test_padding_and_what_lies_behind_it_change_nothing(draft):
     ids, taps = sequence(length=12)
-    mask, last = torch.ones(1, 8, dtype=torch.bool), torch.randn(1, 12, 64)
-    short = eagle3_loss(draft, ids[:, :8], mask, torch.tensor([8]), taps[:, :8], last[:, :8])
-    padded = torch.nn.functional.pad(mask, (0, 4))
-    long = eagle3_loss(draft, ids, padded, torch.tensor([8]), taps, last)
-    torch.testing.assert_close(long.value * 12, short.value * 8)  # it is divided by all positions, as DeepSpec's is
+    mask, last = torch.ones(1, 12, dtype=torch.bool), torch.randn(1, 12, 64)
+    objective = Eagle3Objective(draft)
+    short = objective(batch_of(ids, mask, [8], taps, last))
+    ids, mask, taps, last = (part.repeat(2, *[1] * (part.dim() - 1)) for part in (ids, mask, taps, last))
+    mask[1] = False
+    long = objective(batch_of(ids, mask, [8, 12], taps, last))
+    # A sequence is divided by all its positions, padding included, as DeepSpec's is.
+    torch.testing.assert_close(long.total * 12, short.total * 8)
 
 
 def test_a_folder_is_read_back_and_recognised(draft, tmp_path):

@@ -7,10 +7,12 @@ import torch
 
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.training.anchors import LossSlots
 from nemotron_dspark.training.batches import Batch
-from nemotron_dspark.training.eagle3_objective import eagle3_loss
+from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 from tests.drafts.test_dspark import HEADS
+from tests.drafts.test_eagle3 import batch_of as batch_of_all_positions
 from tests.drafts.test_eagle3 import draft as eagle3_draft  # noqa: F401
 
 
@@ -26,13 +28,15 @@ def batch_of(draft: DSparkDraft) -> Batch:
     config = draft.config
     anchors = torch.tensor([[3, 20, 30], [11, 33, 0]])
     valid = torch.tensor([[True, True, True], [True, True, False]])
+    counted = valid[..., None].expand(-1, -1, config.block_size)
     return Batch(
         torch.randint(0, config.vocab_size, (2, 40), generator=generator),
         torch.randn(2, 40, config.num_taps * config.hidden_size, generator=generator).bfloat16(),
         torch.randn(2, 40, config.hidden_size, generator=generator).bfloat16(),
         anchors,
         valid,
-        valid[..., None].expand(-1, -1, config.block_size),
+        counted,
+        LossSlots.of(anchors, counted, 40),
         80,
     )
 
@@ -70,11 +74,11 @@ def test_eagle3_in_bf16_arithmetic_likewise(eagle3_draft):  # noqa: F811
     ids, lengths = torch.randint(0, 97, (2, 12), generator=generator), torch.tensor([12, 8])
     taps, last = (torch.randn(2, 12, size * 64, generator=generator).bfloat16() for size in (5, 1))
     mask = torch.arange(12) < lengths[:, None]
-    losses = []
+    batch, losses = batch_of_all_positions(ids, mask, lengths, taps, last), []
     for draft in drafts:
-        loss = eagle3_loss(draft, ids, mask, lengths, taps, last)
+        loss = Eagle3Objective(draft)(batch)
         loss.value.backward()
-        losses.append(loss.steps)
+        losses.append(loss.details["steps"])
     assert torch.equal(*losses)
     assert isinstance(drafts[0], Eagle3Draft)
     # Its layer is used at every unrolled step: bf16 sums those gradients in bf16, fp32 parameters in fp32.

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.training import fused
+from nemotron_dspark.training import fused, tiling
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
-from nemotron_dspark.training.objective import LossWeights, dspark_loss
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
+from nemotron_dspark.training.tiling import Tiling
 from tests.drafts.conftest import block_logits
 from tests.training.conftest import VOCABULARY
 
@@ -168,7 +169,7 @@ def case(make_cache):
 
 
 @pytest.mark.parametrize(("changes", "weights"), CASES)
-def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, changes, weights, monkeypatch):
+def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, changes, weights):
     samples, anchors = case
     draft = make_draft(**changes).double()
     embedding = draft.embed_tokens.weight * 0.3  # distributions that overlap: acceptance far from 0 and from 1
@@ -184,10 +185,8 @@ def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, cha
     plain = {name: p.grad for name, p in draft.trainable_parameters().items()}
 
     for slots_at_once in (1000, 3):
-        monkeypatch.setattr(fused, "CHUNK_ELEMENTS", slots_at_once * VOCABULARY)
         draft.zero_grad()
-        hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-        loss = dspark_loss(draft, hidden, batch, weights)
+        loss = DSparkObjective(draft, weights, Tiling(slots_at_once, 2))(batch)
         loss.value.backward()
         torch.testing.assert_close(loss.value, expected, rtol=1e-9, atol=0)
         assert float(loss.sums.ce / (loss.sums.weight + 1e-6)) == pytest.approx(terms["ce"].item(), rel=1e-9)
@@ -224,13 +223,9 @@ def unfused_loss(draft, batch, weights):
 
 
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-def test_every_gradient_in_fp32_is_that_of_whole_distributions(make_draft, make_cache, head, monkeypatch):
+def test_every_gradient_in_fp32_is_that_of_whole_distributions(make_draft, make_cache, head):
     """With chunks, tiles and shared targets that all cut somewhere."""
     vocabulary, width = 3000, 24
-    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 50 * vocabulary)
-    monkeypatch.setattr(fused, "GROUP_ELEMENTS", 4 * vocabulary)
-    monkeypatch.setattr(fused, "TILE", 700)
-    assert fused._tiles(torch.empty(vocabulary, 0)) == 4
     config = DraftConfig(
         **dict(make_draft().config) | {"vocab_size": vocabulary, "markov_head_type": head, "markov_rank": 16}
     )
@@ -247,8 +242,7 @@ def test_every_gradient_in_fp32_is_that_of_whole_distributions(make_draft, make_
     batch = collate(samples, anchors, draft.config.block_size)
     assert batch.counted.sum() > 150
 
-    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-    dspark_loss(draft, hidden, batch, LossWeights()).value.backward()
+    DSparkObjective(draft, LossWeights(), Tiling(50, 4, tiles=4))(batch).value.backward()
     found = {name: parameter.grad for name, parameter in draft.trainable_parameters().items()}
     draft.zero_grad()
     unfused_loss(draft, batch, LossWeights()).backward()
@@ -269,7 +263,7 @@ def test_a_chunk_holds_whole_slots_with_their_positions_and_no_more_rows_than_al
             assert rows <= max(most, 2 if with_targets else 1)
 
 
-def test_no_tensor_of_the_loss_is_larger_than_a_chunk_or_a_weight(make_draft, make_cache, monkeypatch):
+def test_no_tensor_of_the_loss_is_larger_than_a_chunk_or_a_weight(make_draft, make_cache):
     """Neither forward nor backward ever holds slots x vocabulary."""
 
     class Sizes(TorchDispatchMode):
@@ -290,9 +284,8 @@ def test_no_tensor_of_the_loss_is_larger_than_a_chunk_or_a_weight(make_draft, ma
     hidden = draft(batch.input_ids, batch.taps.float(), batch.anchors, batch.valid).detach().requires_grad_()
     chunk = 16 * VOCABULARY
     slots = int(batch.counted.sum())
-    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", chunk)
     with Sizes():
-        dspark_loss(draft, hidden, batch, LossWeights()).value.backward()
+        DSparkObjective(draft, LossWeights(), Tiling(16, 4)).loss(hidden, batch).value.backward()
     assert 0 < Sizes.largest <= max(chunk, draft.lm_head.weight.numel()) < slots * VOCABULARY / 10
 
 
@@ -302,8 +295,7 @@ def test_half_precision_loss_and_gradients_are_those_of_fp32_to_its_rounding(mak
     for dtype in (torch.float32, torch.bfloat16):
         draft = make_draft(markov_head_type="gated").to(dtype)
         batch = collate(samples, anchors, draft.config.block_size)
-        hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-        loss = dspark_loss(draft, hidden, batch, LossWeights())
+        loss = DSparkObjective(draft, LossWeights())(batch)
         loss.value.backward()
         assert loss.value.dtype == torch.float32
         assert draft.markov_head.markov_w2.weight.grad.dtype == dtype
@@ -318,19 +310,59 @@ def test_cross_entropy_alone_needs_no_last_hidden_states(make_draft, case):
     draft = make_draft()
     batch = collate(samples, anchors, draft.config.block_size, with_last=False)
     batch = dataclasses.replace(batch, taps=batch.taps.float())
-    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-    loss = dspark_loss(draft, hidden, batch, LossWeights(l1=0.0, confidence=0.0))
+    loss = DSparkObjective(draft, LossWeights(l1=0.0, confidence=0.0))(batch)
     assert loss.value.isfinite()
     with pytest.raises(InputError, match="no last hidden states"):
-        dspark_loss(draft, hidden, batch, LossWeights())
+        DSparkObjective(draft, LossWeights())(batch)
 
 
 def test_a_batch_without_a_single_slot_has_loss_zero_and_finite_gradients(make_draft, case):
     samples, _ = case
     draft = make_draft()
     batch = collate(samples, [torch.zeros(0, dtype=torch.long)] * 3, draft.config.block_size)
-    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
-    loss = dspark_loss(draft, hidden, batch, LossWeights())
+    loss = DSparkObjective(draft, LossWeights())(batch)
     loss.value.backward()
     assert loss.value.item() == 0.0
     assert all(p.grad is None or p.grad.isfinite().all() for p in draft.trainable_parameters().values())
+
+
+def test_tilings_change_only_the_order_of_summation(make_draft, case):
+    samples, anchors = case
+    found = []
+    for cut in (Tiling(1000, 1000), Tiling(7, 3), Tiling(2, 1), Tiling(20, 4, tiles=VOCABULARY)):
+        draft = make_draft().double()
+        batch = collate(samples, anchors, draft.config.block_size)
+        loss = DSparkObjective(draft, LossWeights(), cut)(batch)
+        loss.value.backward()
+        found.append([loss.value.detach(), *(p.grad for p in draft.trainable_parameters().values())])
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_chunk_fits_the_memory_of_its_device():
+    gpu = Tiling.of(131072, 2, gpu=True, free=80 * 10**9)
+    assert gpu.chunk >= 2048
+    assert gpu.tiles == 1
+    small = Tiling.of(131072, 2, gpu=True, free=10**9)
+    assert small.chunk * 131072 * 2 <= 0.25 * 10**9
+    cpu = Tiling.of(131072, 4, gpu=False)
+    assert cpu.chunk * 131072 * 4 <= 64 * 2**20
+
+
+def test_only_a_large_head_is_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(tiling, "_fastest", lambda cases, rounds=4: (measured.append(cases), (4096, {}))[1])
+    assert tiling.choose_tiling(torch.zeros(5000, 16)).tiles == 1
+    assert tiling.choose_precision(5000, 16)[0] == torch.float32
+    assert not measured
+    assert tiling.choose_tiling(torch.zeros(1).expand(131072, 256)).tiles == 32
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize(("gain", "dtype"), [(2.0, torch.bfloat16), (1.1, torch.float32)])
+def test_bf16_on_a_cpu_is_chosen_for_a_clear_gain_alone(monkeypatch, gain, dtype):
+    seconds = {torch.float32: gain, torch.bfloat16: 1.0}
+    monkeypatch.setattr(tiling, "_fastest", lambda cases: (torch.bfloat16, seconds))
+    chosen, reason = tiling.choose_precision(131072, 128)
+    assert chosen == dtype
+    assert f"{gain} times" in reason

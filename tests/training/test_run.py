@@ -13,7 +13,9 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.weights import read_embedding_and_head
+from nemotron_dspark.training import run
 from nemotron_dspark.training.metrics import read_metrics
+from nemotron_dspark.training.tiling import Tiling
 from tests.caches import write_cache
 from tests.training import small_cache
 from tests.training.runs import named, train_run
@@ -76,6 +78,28 @@ def test_other_settings_do_not_mix_into_a_run(tiny_hybrid, cache, tmp_path, chan
     train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
     with pytest.raises(InputError, match=key):
         train_run(str(tiny_hybrid), cache, tmp_path / "run", config(change))
+
+
+def test_a_run_goes_on_with_the_precision_and_the_tiling_it_measured(tiny_hybrid, cache, tmp_path, monkeypatch):
+    """Measured again they could come out otherwise, and the weights would not be those of an undisturbed run."""
+    used = []
+
+    class Recorder(run.Trainer):
+        def __init__(self, *args, tiling, **more):
+            used.append(tiling)
+            super().__init__(*args, tiling=tiling, **more)
+
+    monkeypatch.setattr(run, "Trainer", Recorder)
+    for dtype, tiling in (
+        (torch.bfloat16, Tiling(chunk=5, group=2, tiles=3)),
+        (torch.float32, Tiling(chunk=9, group=2)),
+    ):
+        monkeypatch.setattr(run, "choose_precision", lambda *_, dtype=dtype: (dtype, "measured"))
+        monkeypatch.setattr(run, "choose_tiling", lambda _, tiling=tiling: tiling)
+        report = train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
+        assert ("trains in bf16: measured (train.precision=fp32 rounds less)." in report.notes) == (len(used) == 1)
+    assert used == [Tiling(chunk=5, group=2, tiles=3)] * 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["draft"]["dtype"] == "bfloat16"
 
 
 def test_another_cache_does_not_mix_into_a_run(tiny_hybrid, cache, tmp_path):

@@ -10,6 +10,8 @@ import threading
 import pytest
 import torch
 
+from nemotron_dspark.drafts.config import Eagle3Config
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from nemotron_dspark.training import trainer
 from nemotron_dspark.training.callbacks import Callback
@@ -17,6 +19,7 @@ from nemotron_dspark.training.checkpoints import list_checkpoints
 from nemotron_dspark.training.metrics import read_metrics
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.trainer import Trainer
+from tests.training.conftest import new_draft
 
 TIMED = ("tokens_per_second", "memory_mb")
 
@@ -56,6 +59,21 @@ def test_loss_falls_and_acceptance_rises(make_cache, make_draft, make_settings, 
     assert written[-1]["tau"] > written[0]["tau"] + 1.5
     assert len(written[-1]["accept_rate"]) == 4
     assert {"ce", "l1", "confidence", "lr", "tokens_per_second", "memory_mb"} <= set(written[-1])
+
+
+def test_an_eagle3_draft_is_trained_by_the_same_loop(make_cache, make_settings, tmp_path):
+    cache = make_cache()
+    for sample in cache:
+        sample.taps = torch.cat((sample.taps, sample.taps, sample.last), dim=-1)  # five taps
+    shape = dict(new_draft().config) | {"target_layer_ids": (0, 1, 2, 3, 4), "num_target_layers": 6, "ttt_length": 3}
+    draft = Eagle3Draft(Eagle3Config(**{key: shape[key] for key in Eagle3Config.model_fields if key in shape}), seed=0)
+    draft.set_embeddings(cache.embedding, cache.embedding)
+    changes = {"max_steps": 40, "log_every": 1, "checkpoint_every": 40, "local_batch_size": 6, "lr": 1e-2}
+    Trainer(cache, draft, make_settings(**changes), tmp_path).run()
+    written = read_metrics(tmp_path)
+    assert written[-1]["loss"] < 0.6 * written[0]["loss"]
+    assert written[-1]["tau"] > written[0]["tau"] + 0.5
+    assert written[-1]["confidence"] is None
 
 
 def test_anchors_of_a_sample_do_not_depend_on_its_batch(make_cache, make_draft, make_settings, tmp_path):
