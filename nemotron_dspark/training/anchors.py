@@ -34,7 +34,7 @@ def draw_anchors(
     return candidates[torch.from_numpy(np.sort(drawn))]
 
 
-def counted_slots(
+def loss_slots(
     loss_mask: Tensor,  # [S] bool
     anchors: Tensor,  # [A] positions
     block_size: int,

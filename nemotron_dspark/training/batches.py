@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.training.anchors import LossSlots, counted_slots, draw_anchors, unrolled_slots
+from nemotron_dspark.training.anchors import LossSlots, loss_slots, draw_anchors, unrolled_slots
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import SampleLike, Source
 
@@ -27,8 +27,8 @@ class Batch:
     taps: Tensor  # [B, S, T·H]
     last: Tensor | None  # [B, S, H]; None when no loss term needs it
     anchors: Tensor  # int64 [B, A]
-    valid: Tensor  # bool [B, A]; False: a filler
-    counted: Tensor  # bool [B, A, γ]
+    block_mask: Tensor  # bool [B, A]; False: a filler
+    slot_mask: Tensor  # bool [B, A, γ]; True: the slot carries loss
     slots: LossSlots  # those that count
     tokens: int  # without padding
 
@@ -57,29 +57,29 @@ def collate(
     block_size: int,
     *,
     with_last: bool = True,
-    slots_of: Callable[[Tensor, Tensor, int], Tensor] = counted_slots,
+    slots_of: Callable[[Tensor, Tensor, int], Tensor] = loss_slots,
 ) -> Batch:
     """One batch; A is the largest number of anchors any of the samples has (at least 1).
 
     ``slots_of`` a sample's loss mask, its anchors and ``block_size`` says which slots carry loss.
     """
     width = max(1, *(len(drawn) for drawn in anchors))
-    counted = torch.zeros(len(samples), width, block_size, dtype=torch.bool)
+    slot_mask = torch.zeros(len(samples), width, block_size, dtype=torch.bool)
     positions = torch.zeros(len(samples), width, dtype=torch.long)
-    valid = torch.zeros(len(samples), width, dtype=torch.bool)
+    block_mask = torch.zeros(len(samples), width, dtype=torch.bool)
     for row, (sample, drawn) in enumerate(zip(samples, anchors, strict=True)):
         positions[row, : len(drawn)] = drawn
-        valid[row, : len(drawn)] = True
-        counted[row, : len(drawn)] = slots_of(sample.loss_mask, drawn, block_size)
+        block_mask[row, : len(drawn)] = True
+        slot_mask[row, : len(drawn)] = slots_of(sample.loss_mask, drawn, block_size)
     input_ids = pad_sequence([sample.input_ids for sample in samples], batch_first=True)
     return Batch(
         input_ids,
         pad_sequence([sample.taps for sample in samples], batch_first=True),
         pad_sequence([sample.last for sample in samples], batch_first=True) if with_last else None,
         positions,
-        valid,
-        counted,
-        LossSlots.of(positions, counted, input_ids.shape[1]),
+        block_mask,
+        slot_mask,
+        LossSlots.of(positions, slot_mask, input_ids.shape[1]),
         sum(len(sample.input_ids) for sample in samples),
     )
 

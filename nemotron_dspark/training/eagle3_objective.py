@@ -42,7 +42,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
         ``details``: ``correct`` [steps], slots whose likeliest token is the target's; ``tau_greedy``, as ``sums.tau``
         with that in place of acceptance; ``steps`` [steps], what each step adds to the loss before its decay.
         """
-        draft, slots, shape = self.draft, batch.slots, batch.counted.shape  # [B, S - 1, steps]
+        draft, slots, shape = self.draft, batch.slots, batch.slot_mask.shape  # [B, S - 1, steps]
         if batch.last is None:
             raise InputError("The cache holds no last hidden states.", "EAGLE-3 learns from them: build it again.")
         length = batch.input_ids.shape[1]
@@ -71,7 +71,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
         ce, rates, agreed = (
             term.new_zeros(shape).view(-1).index_copy_(0, slots.index, term).view(shape) for term in terms
         )
-        reached = batch.counted[..., 0]
+        reached = batch.slot_mask[..., 0]
         tau, tau_greedy = (((1 + kept.cumprod(-1).sum(-1)) * reached).sum() for kept in (rates, agreed))
         zero = total.new_zeros(())
         sums = StepSums(
@@ -83,7 +83,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
             blocks=reached.sum(),
             tau=tau,
             tokens=torch.full((), batch.tokens, device=hidden.device),
-            slots=batch.counted.sum(dim=(0, 1)),
+            slots=batch.slot_mask.sum(dim=(0, 1)),
             accepted=rates.sum(dim=(0, 1)),
         )
         steps = ce.sum(dim=(0, 1)) / length

@@ -97,7 +97,7 @@ class DSparkObjective(Objective[DSparkDraft]):
         Raises:
             InputError: a term needs the target's last hidden states and ``batch`` has none.
         """
-        return self.loss(self.draft(batch.input_ids, batch.taps, batch.anchors, batch.valid), batch)
+        return self.loss(self.draft(batch.input_ids, batch.taps, batch.anchors, batch.block_mask), batch)
 
     def loss(self, hidden: Tensor, batch: Batch) -> Loss:
         """`forward` from where the draft's own forward has given ``hidden`` [B, A, γ, H]."""
@@ -141,8 +141,8 @@ class DSparkObjective(Objective[DSparkDraft]):
             self.tiling,
         )
         l1_sum = confidence_sum = tau = weight.new_zeros(())
-        rates = weight.new_zeros(batch.counted.shape)  # of acceptance
-        reached = batch.counted[..., 0]
+        rates = weight.new_zeros(batch.slot_mask.shape)  # of acceptance
+        reached = batch.slot_mask[..., 0]
         if last is not None:
             l1_sum = (weight * terms[1]).sum()
             accept = (1 - terms[1] / 2).clamp(0, 1)
@@ -163,7 +163,7 @@ class DSparkObjective(Objective[DSparkDraft]):
             blocks=reached.sum(),
             tau=tau,
             tokens=torch.full((), batch.tokens, device=hidden.device),
-            slots=batch.counted.sum(dim=(0, 1)),
+            slots=batch.slot_mask.sum(dim=(0, 1)),
             accepted=rates.sum(dim=(0, 1)),
         )
         return Loss(total, sums)
@@ -199,7 +199,7 @@ def dspark_formula(
 
 def _previous_tokens(batch: Batch) -> Tensor:
     """Token before each slot, the anchor's for slot 0: [B, A, γ]."""
-    slots = torch.arange(batch.counted.shape[-1], device=batch.anchors.device)
+    slots = torch.arange(batch.slot_mask.shape[-1], device=batch.anchors.device)
     at = (batch.anchors[..., None] + slots).clamp(max=batch.input_ids.shape[1] - 1)
     return batch.input_ids.gather(1, at.flatten(1)).view_as(at)
 

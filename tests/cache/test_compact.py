@@ -25,7 +25,7 @@ from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Target
-from nemotron_dspark.training.anchors import counted_slots
+from nemotron_dspark.training.anchors import loss_slots
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import DSparkObjective, LossWeights
 from nemotron_dspark.training.trainer import Trainer
@@ -64,7 +64,7 @@ def test_last_states_are_kept_exactly_where_a_slot_can_count(block):
     for mask in masks(30):
         loss = torch.from_numpy(mask)
         anchors = (loss[:-1] & loss[1:]).nonzero()[:, 0]
-        rows, slots = counted_slots(loss, anchors, block).nonzero(as_tuple=True)
+        rows, slots = loss_slots(loss, anchors, block).nonzero(as_tuple=True)
         predicted_from = set((anchors[rows] + slots).tolist())
         assert predicted_from == set(np.flatnonzero(predicts_loss_token(mask)).tolist())
 

@@ -75,7 +75,9 @@ def test_loss_gradients_and_metrics_are_deepspecs(deepspec_on_cpu, tmp_path, mon
     theirs = read_by_deepspec(tmp_path, deepspec_on_cpu.dspark)
     theirs.set_embedding_head_trainable(False)
     batch, mask = make_batch(draft.config)
-    monkeypatch.setattr(deepspec_on_cpu.dspark, "sample_anchor_positions", lambda **_: (batch.anchors, batch.valid))
+    monkeypatch.setattr(
+        deepspec_on_cpu.dspark, "sample_anchor_positions", lambda **_: (batch.anchors, batch.block_mask)
+    )
     train = TrainConfig(**TERMS[terms])
     weights = LossWeights.of(train, draft)
     needs_target = weights.needs_target or draft.config.enable_confidence_head  # DeepSpec's head is never without
@@ -99,7 +101,7 @@ def test_loss_gradients_and_metrics_are_deepspecs(deepspec_on_cpu, tmp_path, mon
 
     loss = DSparkObjective(draft, weights)(batch)
     loss.value.backward()
-    assert torch.equal(outputs.eval_mask, batch.counted)
+    assert torch.equal(outputs.eval_mask, batch.slot_mask)
     torch.testing.assert_close(loss.value, expected, rtol=1e-6, atol=1e-6)
     for name, parameter in theirs.named_parameters():
         if not parameter.requires_grad:
@@ -134,7 +136,9 @@ def test_folders_are_read_in_both_directions_with_equal_logits(deepspec_on_cpu, 
     for name, value in draft.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     batch, mask = make_batch(draft.config)
-    monkeypatch.setattr(deepspec_on_cpu.dspark, "sample_anchor_positions", lambda **_: (batch.anchors, batch.valid))
+    monkeypatch.setattr(
+        deepspec_on_cpu.dspark, "sample_anchor_positions", lambda **_: (batch.anchors, batch.block_mask)
+    )
     with torch.no_grad():
         outputs = theirs(
             input_ids=batch.input_ids,
@@ -142,11 +146,11 @@ def test_folders_are_read_in_both_directions_with_equal_logits(deepspec_on_cpu, 
             loss_mask=mask[None],
             target_last_hidden_states=None,
         )
-        hidden = again(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+        hidden = again(batch.input_ids, batch.taps, batch.anchors, batch.block_mask)
         at = (batch.anchors[..., None] + torch.arange(draft.config.block_size)).clamp(max=LENGTH - 1)
         previous = batch.input_ids[0][at]
         logits = block_logits(again, hidden, previous)
-        torch.testing.assert_close(logits[batch.counted], outputs.draft_logits[batch.counted], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits[batch.slot_mask], outputs.draft_logits[batch.slot_mask], rtol=1e-5, atol=1e-5)
         if again.config.enable_confidence_head:
-            confidence = again.confidence(hidden, previous)[batch.counted]
-            torch.testing.assert_close(confidence, outputs.confidence_pred[batch.counted], rtol=1e-5, atol=1e-5)
+            confidence = again.confidence(hidden, previous)[batch.slot_mask]
+            torch.testing.assert_close(confidence, outputs.confidence_pred[batch.slot_mask], rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_dspark.training.anchors import counted_slots, draw_anchors
+from nemotron_dspark.training.anchors import loss_slots, draw_anchors
 from nemotron_dspark.training.batches import Loader, batches
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import CacheSource
@@ -25,9 +25,9 @@ def test_anchors_are_positions_whose_own_token_and_next_carry_loss():
 
 def test_slots_count_as_long_as_the_loss_goes_on():
     mask = mask_of("0111101110")
-    counted = counted_slots(mask, torch.tensor([1, 3, 6, 8]), 4)
+    counted = loss_slots(mask, torch.tensor([1, 3, 6, 8]), 4)
     assert counted.int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
-    assert counted_slots(torch.ones(6, dtype=torch.bool), torch.tensor([3]), 4).int().tolist() == [[1, 1, 0, 0]]
+    assert loss_slots(torch.ones(6, dtype=torch.bool), torch.tensor([3]), 4).int().tolist() == [[1, 1, 0, 0]]
 
 
 def test_draw_is_uniform_ascending_and_repeats_itself():
@@ -76,4 +76,4 @@ def test_batches_go_on_at_any_step(make_cache, make_settings, first_step):
     for expected, found in zip(whole[first_step * plan.accumulation :], part, strict=True):
         assert torch.equal(expected.input_ids, found.input_ids)
         assert torch.equal(expected.anchors, found.anchors)
-        assert torch.equal(expected.counted, found.counted)
+        assert torch.equal(expected.slot_mask, found.slot_mask)

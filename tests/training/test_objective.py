@@ -179,7 +179,7 @@ def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, cha
             generator = torch.Generator().manual_seed(index)
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
     batch = collate(samples, anchors, draft.config.block_size, with_last=weights.needs_target)
-    assert not batch.valid.all()
+    assert not batch.block_mask.all()
     expected, terms, tau, rates = plain_loss(draft, samples, anchors, weights)
     expected.backward()
     plain = {name: p.grad for name, p in draft.trainable_parameters().items()}
@@ -207,13 +207,13 @@ def test_loss_and_gradients_equal_the_plain_implementation(make_draft, case, cha
 
 def unfused_loss(draft, batch, weights):
     """The loss with every distribution whole, [B, A, γ, V], and autograd for all of it."""
-    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.valid)
+    hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.block_mask)
     at = batch.anchors[..., None] + torch.arange(draft.config.block_size)
     rows = torch.arange(len(at))[:, None, None]
     previous, label = (batch.input_ids[rows, (at + k).clamp(max=batch.input_ids.shape[1] - 1)] for k in (0, 1))
     logits = block_logits(draft, hidden, previous)
     q = torch.softmax(draft.target_logits(batch.last[rows, at.clamp(max=batch.input_ids.shape[1] - 1)]), dim=-1)
-    w = batch.counted * torch.exp(-torch.arange(draft.config.block_size) / weights.decay)
+    w = batch.slot_mask * torch.exp(-torch.arange(draft.config.block_size) / weights.decay)
     ce = torch.nn.functional.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="none").view_as(w)
     l1 = (torch.softmax(logits, dim=-1) - q).abs().sum(-1)
     bce = torch.nn.functional.binary_cross_entropy_with_logits(
@@ -240,7 +240,7 @@ def test_every_gradient_in_fp32_is_that_of_whole_distributions(make_draft, make_
     samples = [cache[index] for index in range(8)]
     anchors = [draw_anchors(sample.loss_mask, 8, seed=1, epoch=0, sample_id=i) for i, sample in enumerate(samples)]
     batch = collate(samples, anchors, draft.config.block_size)
-    assert batch.counted.sum() > 150
+    assert batch.slot_mask.sum() > 150
 
     DSparkObjective(draft, LossWeights(), Tiling(50, 4, tiles=4))(batch).value.backward()
     found = {name: parameter.grad for name, parameter in draft.trainable_parameters().items()}
@@ -281,9 +281,9 @@ def test_no_tensor_of_the_loss_is_larger_than_a_chunk_or_a_weight(make_draft, ma
     samples = [cache[index] for index in range(24)]
     anchors = [draw_anchors(sample.loss_mask, 8, seed=1, epoch=0, sample_id=i) for i, sample in enumerate(samples)]
     batch = collate(samples, anchors, draft.config.block_size)
-    hidden = draft(batch.input_ids, batch.taps.float(), batch.anchors, batch.valid).detach().requires_grad_()
+    hidden = draft(batch.input_ids, batch.taps.float(), batch.anchors, batch.block_mask).detach().requires_grad_()
     chunk = 16 * VOCABULARY
-    slots = int(batch.counted.sum())
+    slots = int(batch.slot_mask.sum())
     with Sizes():
         DSparkObjective(draft, LossWeights(), Tiling(16, 4)).loss(hidden, batch).value.backward()
     assert 0 < Sizes.largest <= max(chunk, draft.lm_head.weight.numel()) < slots * VOCABULARY / 10
