@@ -61,19 +61,39 @@ def test_loss_falls_and_acceptance_rises(make_cache, make_draft, make_settings, 
     assert {"ce", "l1", "confidence", "lr", "tokens_per_second", "memory_mb"} <= set(written[-1])
 
 
-def test_an_eagle3_draft_is_trained_by_the_same_loop(make_cache, make_settings, tmp_path):
-    cache = make_cache()
+def five_taps(cache):
     for sample in cache:
-        sample.taps = torch.cat((sample.taps, sample.taps, sample.last), dim=-1)  # five taps
+        sample.taps = torch.cat((sample.taps, sample.taps, sample.last), dim=-1)
+    return cache
+
+
+def new_eagle3(cache, seed=0):
     shape = dict(new_draft().config) | {"target_layer_ids": (0, 1, 2, 3, 4), "num_target_layers": 6, "ttt_length": 3}
-    draft = Eagle3Draft(Eagle3Config(**{key: shape[key] for key in Eagle3Config.model_fields if key in shape}), seed=0)
+    config = Eagle3Config(**{key: shape[key] for key in Eagle3Config.model_fields if key in shape})
+    draft = Eagle3Draft(config, seed=seed)
     draft.set_embeddings(cache.embedding, cache.embedding)
+    return draft
+
+
+def test_an_eagle3_draft_is_trained_by_the_same_loop(make_cache, make_settings, tmp_path):
+    cache = five_taps(make_cache())
     changes = {"max_steps": 40, "log_every": 1, "checkpoint_every": 40, "local_batch_size": 6, "lr": 1e-2}
-    Trainer(cache, draft, make_settings(**changes), tmp_path).run()
+    Trainer(cache, new_eagle3(cache), make_settings(**changes), tmp_path).run()
     written = read_metrics(tmp_path)
     assert written[-1]["loss"] < 0.6 * written[0]["loss"]
     assert written[-1]["tau"] > written[0]["tau"] + 0.5
     assert written[-1]["confidence"] is None
+
+
+def test_a_stopped_eagle3_run_resumes_to_the_same_bits(make_cache, make_settings, tmp_path):
+    cache, settings = five_taps(make_cache()), make_settings()
+    whole, resumed = new_eagle3(cache), new_eagle3(cache, seed=99)
+    Trainer(cache, whole, settings, tmp_path / "whole").run()
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(cache, new_eagle3(cache), settings, tmp_path / "cut", callbacks=[StopAt(5)]).run()
+    assert Trainer(cache, resumed, settings, tmp_path / "cut").run().resumed_from == 5
+    assert_same(weights(resumed), weights(whole))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
 def test_anchors_of_a_sample_do_not_depend_on_its_batch(make_cache, make_draft, make_settings, tmp_path):
