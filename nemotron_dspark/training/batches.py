@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.training.anchors import LossSlots, loss_slots, draw_anchors, unrolled_slots
+from nemotron_dspark.training.anchors import LossSlots, draw_anchors, loss_slots, unrolled_slots
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import SampleLike, Source
 
@@ -33,6 +33,7 @@ class Batch:
     tokens: int  # without padding
 
     def to(self, device: torch.device) -> "Batch":
+        """A copy on ``device``; to CUDA it is under way while the host goes on."""
         ahead = device.type == "cuda"  # copies to the host must be waited for
         moved = {
             field.name: value.to(device, non_blocking=ahead)
@@ -42,6 +43,7 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
     def pinned(self) -> "Batch":
+        """A copy in page-locked memory, from which CUDA copies by itself."""
         pinned = {
             field.name: value.pin_memory()
             for field in dataclasses.fields(self)

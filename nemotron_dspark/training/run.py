@@ -82,6 +82,7 @@ def train(
         EnvironmentFault: no such device, the disk is full, or the processes do not share the folder.
     """
     out, tell = Path(out), Callbacks(callbacks)
+    # Rank 0 takes the folder, tokenises and writes; the others then find all of it there.
     with context.main_process_first():
         if not context.is_main:
             resume = True
@@ -114,6 +115,7 @@ def train(
         tiling = Tiling(**tilings[device.type])
         trainer = Trainer(states.source, draft, config.train, out, tiling=tiling, callbacks=callbacks, context=context)
         result = trainer.run()
+    # From the checkpoint, not from memory: a run that was finished before leaves the same draft.
     if context.is_main:
         folders.export_draft(result.checkpoint, draft, out / "draft")
     return TrainReport(

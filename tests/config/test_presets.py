@@ -116,7 +116,7 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
         "Disk": (
             f"{bytes_per_token:,} bytes of cache a token".replace(",", " "),
             f"{bytes_per_token * TYPICAL_TOKENS / 1e12:.2f} TB for 40 million",
-            f"{3 * 14 * trainable / 1e9:.1f} GB of checkpoints",
+            f"{3 * 12 * trainable / 1e9:.1f} GB of checkpoints",
             f"the draft itself {2 * (trainable + 2 * embedding) / 1e9:.2f} GB",
         ),
         "Memory": (

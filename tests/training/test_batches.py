@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_dspark.training.anchors import loss_slots, draw_anchors
+from nemotron_dspark.training.anchors import draw_anchors, loss_slots
 from nemotron_dspark.training.batches import Loader, batches
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import CacheSource
