@@ -34,6 +34,8 @@ from nemotron_dspark.training.run import TrainReport
 from nemotron_dspark.training.run import train as train_draft
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from nemotron_dspark.serving.background import Server
 
 
@@ -110,12 +112,12 @@ class _Unloaded:
 
     folder: Path
     spec: TargetSpec
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     dtype: torch.dtype
 
 
 def _unloaded(config: TargetConfig, device: torch.device) -> _Unloaded | None:
-    """The target of ``config`` before it is loaded; None where its files do not tell, and loading it says more."""
+    """The target of ``config`` before it is loaded; None where its config does not tell its type."""
     checkpoint = Checkpoint.of(config, weights=True)
     spec = checkpoint.read_spec()
     kind = resolve_dtype(config.dtype, device)
@@ -124,11 +126,7 @@ def _unloaded(config: TargetConfig, device: torch.device) -> _Unloaded | None:
     dtype = getattr(torch, str(kind).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         return None
-    try:
-        tokenizer = checkpoint.load_tokenizer()
-    except InputError:
-        return None
-    return _Unloaded(checkpoint.folder, spec, tokenizer, dtype)
+    return _Unloaded(checkpoint.folder, spec, checkpoint.load_tokenizer(), dtype)
 
 
 def train(

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -34,6 +34,9 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256
 from nemotron_dspark.folders import check_claim, check_space, locked
 from nemotron_dspark.targets import Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPORT = "build.json"
 _SPARE_BYTES = 16 * 1024**2  # index, checksums and the file system's own needs
@@ -179,7 +182,13 @@ def check_cache_space(writer: CacheWriter) -> None:
 
 
 def inputs_of(
-    folder: Path, tokenizer: Any, name: str, dtype: str, conversations: Path, taps: Sequence[int], data: DataConfig
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    name: str,
+    dtype: str,
+    conversations: Path,
+    taps: Sequence[int],
+    data: DataConfig,
 ) -> dict[str, Any]:
     """What the hidden states depend on, as it can be told from outside; ``folder`` is the target's.
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.errors import CheckError
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.target import Captured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TargetFacts(Protocol):
@@ -23,7 +26,7 @@ class TargetFacts(Protocol):
     @property
     def spec(self) -> TargetSpec: ...
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> "PreTrainedTokenizerBase": ...
     @property
     def dtype(self) -> torch.dtype: ...
 

@@ -8,7 +8,6 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,11 +19,11 @@ CHECKSUMS = "checksums.json"
 SAMPLES = "samples.crc"  # little-endian uint32 [samples]: CRC-32 of a sample's fields, one after the other
 
 
-def sample_checksum(fields: Iterable[Any]) -> int:
+def sample_checksum(fields: Iterable[np.ndarray]) -> int:
     """CRC-32 over ``fields``, contiguous buffers."""
     value = 0
     for field in fields:
-        value = zlib.crc32(field, value)
+        value = zlib.crc32(field.data, value)
     return value
 
 

@@ -88,7 +88,7 @@ class ShardFiles:
 
 
 class CacheWriter:
-    """Keeper of one cache folder, which the caller has `locked`; use as a context manager.
+    """Writer of one cache folder, which the caller has `locked`; use as a context manager.
 
     Samples may be written by others, to `ShardFiles` of the same folder, in any process; `mark_written` notes them
     here, in any thread. Complete shards are put in place by a thread of its own, which reads them once more.

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from nemotron_dspark.chat.format import Conversation
 from nemotron_dspark.config.run import DataConfig
 from nemotron_dspark.data.conversations import Skipped, SkipTally, read
 from nemotron_dspark.data.samples import LinedSample, read_samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class DataReport:
 
 def check_data(
     file: Path | str,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     data: DataConfig | None = None,
     *,
     progress: Callable[[int], None] | None = None,

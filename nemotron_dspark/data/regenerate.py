@@ -9,9 +9,9 @@ import collections
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from nemotron_dspark.chat.format import Message
 from nemotron_dspark.chat.mask import with_opening_tag
@@ -19,6 +19,11 @@ from nemotron_dspark.data.conversations import Skipped, SkipTally
 from nemotron_dspark.data.prompts import Prompt, read_prompts
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.files import disk_errors, write_whole
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+
+    Ask = Callable[[list[dict[str, str]]], Awaitable[ChatCompletion]]
 
 _RETRIES = 5  # per request, with the client's own growing pauses
 _TIMEOUT = 1800.0  # seconds; a long answer on a small machine is slow
@@ -76,7 +81,6 @@ def regenerate(
             "The package openai is not installed.", "Run: pip install 'nemotron-dspark[data]'."
         ) from None
     job = _Job(Path(prompts_file), Path(out_file), progress or (lambda _: None))
-    settings = {"temperature": temperature, "max_tokens": max_tokens}
     # Reasoning tags are special tokens in some tokenizers; answers without them could not be trained on.
     body: dict[str, Any] = {"skip_special_tokens": False}
     if thinking is not None:
@@ -88,11 +92,15 @@ def regenerate(
         ) as client:
             name = model or (await client.models.list()).data[0].id
 
-            async def ask(messages: list[dict[str, str]]) -> Any:
+            async def ask(messages: list[dict[str, str]]) -> "ChatCompletion":
                 sent = dict(body)
                 try:
                     return await client.chat.completions.create(
-                        model=name, messages=messages, extra_body=sent, **settings
+                        model=name,
+                        messages=cast("list[ChatCompletionMessageParam]", messages),  # role and content, as it asks for
+                        temperature=temperature,
+                        max_tokens=max_tokens,
+                        extra_body=sent,
                     )
                 except openai.BadRequestError as error:
                     if "skip_special_tokens" not in sent or "skip_special_tokens" not in error.message:
@@ -222,7 +230,7 @@ def _lines(source: BinaryIO, places: list[tuple[int, int]]) -> Iterator[bytes]:
         yield source.read(length)
 
 
-async def _answer_all(job: _Job, ask: Callable[[list[dict[str, str]]], Any], concurrency: int) -> None:
+async def _answer_all(job: _Job, ask: "Ask", concurrency: int) -> None:
     import openai
 
     waiting = collections.deque(job.missing)
@@ -246,7 +254,7 @@ async def _answer_all(job: _Job, ask: Callable[[list[dict[str, str]]], Any], con
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _answer(job: _Job, key: str, ask: Callable[[list[dict[str, str]]], Any]) -> None:
+async def _answer(job: _Job, key: str, ask: "Ask") -> None:
     messages: list[Message] = []
     finish = "stop"
     for turn in job.prompts[key].turns:

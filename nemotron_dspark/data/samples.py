@@ -3,12 +3,15 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemotron_dspark.chat.format import Conversation, RenderError
 from nemotron_dspark.chat.mask import NotMaskable, Tokenised, tokenise
 from nemotron_dspark.config.run import DataConfig
 from nemotron_dspark.data.conversations import Skipped, read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +22,7 @@ class LinedSample:
 
 
 def samples_of(
-    items: Iterable[Conversation | Skipped], tokenizer: Any, data: DataConfig
+    items: Iterable[Conversation | Skipped], tokenizer: "PreTrainedTokenizerBase", data: DataConfig
 ) -> Iterator[LinedSample | Skipped]:
     """Every conversation of ``items``, as `conversations.read` gives them, as samples, or skipped with the reason.
 
@@ -47,6 +50,8 @@ def samples_of(
             yield Skipped(line, "an answer that does not fit the conversation's thinking mode; the rest is used")
 
 
-def read_samples(file: Path | str, tokenizer: Any, data: DataConfig) -> Iterator[LinedSample | Skipped]:
+def read_samples(
+    file: Path | str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
+) -> Iterator[LinedSample | Skipped]:
     """`samples_of` the conversations of ``file``; errors as in `conversations.read`."""
     yield from samples_of(read(file), tokenizer, data)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,9 @@ from nemotron_dspark.data.samples import samples_of
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import disk_errors, read_json, write_json
 from nemotron_dspark.processes import deaths_named, process_pool, share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS, SAMPLES = "tokens.bin", "samples.bin"
 RECORD = np.dtype([("tokens", "<u4"), ("predicting", "<u4")])  # of a sample; `predicts_loss_token` counted
@@ -88,7 +91,7 @@ def tokenise(
     folder: Path,
     report: Path,
     conversations: Path,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     data: DataConfig,
     *,
     max_positions: int,
@@ -140,7 +143,7 @@ def check_no_mask_token(samples: Iterable[np.ndarray | Tensor], mask_token_id: i
 
 
 def tokenised_chunks(
-    file: Path, tokenizer: Any, data: DataConfig, mask_token_id: int | None = None
+    file: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, mask_token_id: int | None = None
 ) -> Iterator[LineChunk]:
     """The samples of ``file`` as `samples.read_samples` finds them, in its order; beyond `ALONE_BYTES` by a pool."""
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
@@ -175,7 +178,12 @@ def _tokenise_in_pool(first: int, lines: list[bytes]) -> LineChunk:
 
 
 def _tokenise_lines(
-    first: int, lines: list[bytes], tokenizer: Any, data: DataConfig, mask_token_id: int | None, file: Path
+    first: int,
+    lines: list[bytes],
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    mask_token_id: int | None,
+    file: Path,
 ) -> LineChunk:
     tokens, records, skipped, loss_tokens = [], [], [], 0
     for item in samples_of(conversations_of(rows_of(lines, first), file.name), tokenizer, data):
@@ -197,7 +205,7 @@ def _tokenise_lines(
 def _write_tokens(
     folder: Path,
     conversations: Path,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     data: DataConfig,
     mask_token_id: int | None,
     on_lines: Callable[[int], None],

@@ -24,6 +24,7 @@ from nemotron_dspark.config.run import CacheConfig, DataConfig, DraftSection, Ru
 from nemotron_dspark.deepspec.config_file import template_name
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import fsync_folder, read_json, write_json, write_whole
+from nemotron_dspark.folders import check_claim
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.taps import check_taps
 
@@ -110,18 +111,12 @@ def begin(job: Preparation) -> bool:
         if not path.is_file():
             raise InputError(f"{path} does not exist.", "Check the path given to --data.")
     inputs, note = job.inputs(), job.out / NOTE
-    if note.is_file():
-        known = read_json(note)
-        changed = [key for key in inputs if known.get(key) != inputs[key]]
-        finished = (job.out / MANIFEST).is_file()
-        if changed and not (finished and changed == ["parts"]):  # a finished cache does not show who made it
-            raise InputError(
-                f"{job.out} was begun with other inputs: {', '.join(changed)} changed.",
-                "Choose another folder for --out, or delete this one; `parts` is the number of machines.",
-            )
+    begun, finished = read_json(note) if note.is_file() else None, (job.out / MANIFEST).is_file()
+    if finished and begun is not None:
+        begun["parts"] = job.parts  # a finished cache does not show how many machines made it
+    check_claim(job.out, "a cache", begun, inputs)
+    if begun is not None:
         return finished and not (job.out / PARTS).exists()
-    if job.out.is_dir() and any(not path.name.startswith(".") for path in job.out.iterdir()):
-        raise InputError(f"{job.out} holds other files.", "Choose another folder for --out.")
     checkpoint = Checkpoint.of(job.config.target, weights=True)
     check_taps(checkpoint.read_spec(), job.taps)
     name = template_name(checkpoint.load_tokenizer())

@@ -141,7 +141,7 @@ def test_another_template_other_inputs_and_other_files_are_refused(job, tmp_path
     with pytest.raises(InputError, match="does not exist"):
         prepare.begin(dataclasses.replace(job, conversations=(tmp_path / "none.jsonl",)))
     prepare.begin(job)
-    with pytest.raises(InputError, match="other inputs: taps"):
+    with pytest.raises(InputError, match="with other settings: taps"):
         prepare.begin(with_taps(job, 1, 3))
     shutil.rmtree(job.out)
     job.out.mkdir()
