@@ -8,13 +8,16 @@ import dataclasses
 import functools
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from jinja2 import TemplateError
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +105,15 @@ def bundled_formats() -> dict[str, ChatFormat]:
     return {chat_format.name: chat_format for chat_format in formats}
 
 
-def template_source(tokenizer: Any) -> str:
+def template_source(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The jinja text that renders this tokenizer's chats: its own, else that of `templates/plain.yaml`."""
     source = getattr(tokenizer, "chat_template", None)
     if isinstance(source, dict):  # several named templates
         source = source.get("default") or next(iter(source.values()), None)
-    return source or bundled_formats()["plain"].jinja
+    return source or bundled_formats()["plain"].jinja or ""
 
 
-def recognise(tokenizer: Any) -> ChatFormat | None:
+def recognise(tokenizer: "PreTrainedTokenizerBase") -> ChatFormat | None:
     """The bundled format of this tokenizer's template: plain without a template, None for one nobody described."""
     if not getattr(tokenizer, "chat_template", None):
         return bundled_formats()["plain"]
@@ -120,22 +123,27 @@ def recognise(tokenizer: Any) -> ChatFormat | None:
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False, thinking: bool | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool = False,
+    thinking: bool | None = None,
 ) -> str:
     """The text of ``messages``; with ``generation_prompt`` it ends where the model starts to write the next answer.
 
     Raises:
         RenderError: the template refuses the messages (roles that do not alternate, a role it does not know).
     """
-    switches = {} if thinking is None else {"enable_thinking": thinking}
+    switches: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [dataclasses.asdict(message) for message in messages],
             chat_template=template_source(tokenizer),
             tokenize=False,
             add_generation_prompt=generation_prompt,
             **switches,
         )
+        return cast(str, text)  # untokenised
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise RenderError(
             f"The chat template refuses the messages: {' '.join(str(error).split())}.",
@@ -143,7 +151,9 @@ def render(
         ) from None
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
+def render_prompt(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], thinking: bool | None = None
+) -> list[int]:
     """Token ids of ``messages`` and the generation prompt after them: what the target reads before it answers."""
     text = render(tokenizer, messages, generation_prompt=True, thinking=thinking)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -9,13 +9,16 @@ rewrites it (drops reasoning, prints other tags), a conversation becomes several
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
 
 from nemotron_dspark.chat.format import Conversation, Message, RenderError, render, template_source
 from nemotron_dspark.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Mask = TypeVar("Mask", np.ndarray, Tensor)
 
@@ -69,7 +72,7 @@ class _Turn:
 
 
 def tokenise(
-    tokenizer: Any, conversation: Conversation, *, max_length: int, thinking: bool | None = None
+    tokenizer: "PreTrainedTokenizerBase", conversation: Conversation, *, max_length: int, thinking: bool | None = None
 ) -> TokenisedConversation:
     """Token ids and loss masks of ``conversation``; samples are cut to ``max_length`` tokens.
 
@@ -108,7 +111,9 @@ def with_opening_tag(answer: str) -> str:
     return f"<think>{answer}" if closed and "<think>" not in before else answer
 
 
-def _turns(tokenizer: Any, conversation: Conversation, thinking: bool | None) -> list[_Turn | None]:
+def _turns(
+    tokenizer: "PreTrainedTokenizerBase", conversation: Conversation, thinking: bool | None
+) -> list[_Turn | None]:
     """Every answer as a turn in the mode that fits best, later ones counting more; None for one that does not fit.
 
     All answers of a conversation were written in one mode. One that fits only another mode has lost its reasoning.
@@ -143,7 +148,9 @@ def _turns(tokenizer: Any, conversation: Conversation, thinking: bool | None) ->
     return best
 
 
-def _turn(tokenizer: Any, messages: Sequence[Message], mode: bool | None, *, complete: bool) -> _Turn | None:
+def _turn(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], mode: bool | None, *, complete: bool
+) -> _Turn | None:
     """The last message as what the target wrote after its prompt; None if it cannot have written that in this mode."""
     before, content = messages[:-1], messages[-1].content
     prompt = render(tokenizer, before, generation_prompt=True, thinking=mode)
@@ -183,21 +190,23 @@ def _continuation(prompt: str, content: str, must_reason: bool) -> str | None:
     return content[tags.end() :].lstrip()
 
 
-def _off_closes(tokenizer: Any, messages: Sequence[Message], mode: bool | None, prompt: str) -> bool:
+def _off_closes(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], mode: bool | None, prompt: str
+) -> bool:
     """Whether switching reasoning off would print an empty pair of tags that ``prompt`` does not have."""
     if mode is False or "enable_thinking" not in template_source(tokenizer) or _CLOSED.search(prompt):
         return False
     return bool(_CLOSED.search(render(tokenizer, messages, generation_prompt=True, thinking=False)))
 
 
-def _printed_after(tokenizer: Any, messages: Sequence[Message], mode: bool | None) -> str | None:
+def _printed_after(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], mode: bool | None) -> str | None:
     """What the template prints after the content of a last assistant turn; None when it does not print the content."""
     probe = Message("assistant", messages[-1].content + _PROBE)
     _before, found, after = render(tokenizer, [*messages[:-1], probe], thinking=mode).rpartition(_PROBE)
     return after if found else None
 
 
-def _next_marker(tokenizer: Any, messages: Sequence[Message], mode: bool | None) -> str:
+def _next_marker(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], mode: bool | None) -> str:
     """The end of a turn that has none of its own: what begins the next one, up to and with its first added token.
 
     That token is what such a target stops at. Empty if the next turn begins without one.
@@ -215,7 +224,7 @@ def _next_marker(tokenizer: Any, messages: Sequence[Message], mode: bool | None)
     return between[: start + len(text)]
 
 
-def _encode(tokenizer: Any, turn: _Turn) -> tuple[int, list[int]]:
+def _encode(tokenizer: "PreTrainedTokenizerBase", turn: _Turn) -> tuple[int, list[int]]:
     """How many tokens the prompt has, and all tokens; what was written begins with a token of its own."""
     prompt = tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(turn.prompt + turn.written, add_special_tokens=False)["input_ids"]

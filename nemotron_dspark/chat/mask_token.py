@@ -5,11 +5,14 @@ It must be an id of the target's embedding that never occurs in text: a reserved
 
 import dataclasses
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemotron_dspark.chat.format import template_source
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import TargetSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEMOTRON_MASK = 990  # what NVIDIA's own drafts use
 NEMOTRON_AVOID = frozenset({18, 19, 20, 233, 999})  # used by multimodal variants, or as padding
@@ -26,7 +29,9 @@ class MaskToken:
     reason: str
 
 
-def choose_mask_token(tokenizer: Any, spec: TargetSpec, *, override: int | None = None) -> MaskToken:
+def choose_mask_token(
+    tokenizer: "PreTrainedTokenizerBase", spec: TargetSpec, *, override: int | None = None
+) -> MaskToken:
     """The mask token of drafts for this target, and why this one.
 
     In order: ``override``; 990 for Nemotron tokenizers; the tokenizer's mask token; its highest reserved token; the
@@ -67,9 +72,9 @@ def choose_mask_token(tokenizer: Any, spec: TargetSpec, *, override: int | None 
     )
 
 
-def _used_ids(tokenizer: Any, added: dict[int, str]) -> set[int]:
+def _used_ids(tokenizer: "PreTrainedTokenizerBase", added: dict[int, str]) -> set[int]:
     """Added tokens that the chat template prints, and those with a role of their own (the mask token's is free)."""
     source = template_source(tokenizer)
     printed = {index for index, text in added.items() if text in source}
-    roles = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk", "sep", "cls")}
-    return printed | (roles - {None})
+    roles = (getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk", "sep", "cls"))
+    return printed | {index for index in roles if index is not None}

@@ -32,6 +32,7 @@ KINDS = {  # LayerKind name: what people call it, its colour
     "DELTA": ("gated delta net", "bright_cyan"),
     "CONV": ("short convolution", "bright_blue"),
     "PARALLEL": ("attention + Mamba-2", "bold bright_yellow"),
+    "RECURRENT": ("another recurrence", "bright_blue"),
 }
 MARGIN = 2
 
@@ -142,7 +143,7 @@ def _count(number: int) -> str:
 
 def _target_table(found: "Description") -> Table:
     spec = found.spec
-    mlp = {"gated": "gated", "plain": "no gate", "moe": "experts only"}[spec.mlp]
+    mlp = {"gated": "gated", "plain": "no gate", "moe": "experts only", "none": "none"}[spec.mlp]
     stored = "no weights here" if found.stored_parameters is None else f"{_count(found.stored_parameters)} elements"
     vocabulary = f"{spec.vocab_size}" + ("" if found.tokens is None else f" (tokenizer {found.tokens})")
     chats = found.chat_format or ("of its own" if found.has_chat_template else None)
@@ -175,7 +176,7 @@ def _or_reason(value: object, reason: str) -> str:
 
 
 def _heads(heads: int, of_keys: int, width: int) -> str:
-    return f"{heads}, {of_keys} of keys and values, {width} wide"
+    return f"{heads}, {of_keys} of keys and values, {width} wide" if heads else "none: no layer attends"
 
 
 def _draft_table(found: "Description") -> Table:

@@ -328,6 +328,14 @@ def _shape_for(spec: TargetSpec, section: DraftSection) -> tuple[dict[str, Any],
             "rope theta 10000: the target has no rotary embedding, and drafts published for such targets use 10000 "
             "(draft.rope_theta sets it)."
         )
+    heads, heads_kv, head_dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+    if not heads:
+        heads, head_dim = max(1, spec.hidden_size // 128), 128
+        heads_kv = max(count for count in range(1, 9) if heads % count == 0)
+        notes.append(
+            f"{heads} heads of {head_dim}, {heads_kv} of keys and values: the target has no attention to take them "
+            "from; the default is hidden / 128 heads, and 8 of keys and values or the most below that divide them."
+        )
     taps = chosen_taps(spec, section)
     if not isinstance(section.taps, list):
         choice = f"the choice {section.taps!r}" if section.taps else "the default choice"
@@ -335,9 +343,9 @@ def _shape_for(spec: TargetSpec, section: DraftSection) -> tuple[dict[str, Any],
     shape = {
         "hidden_size": spec.hidden_size,
         "intermediate_size": width,
-        "num_attention_heads": spec.num_attention_heads,
-        "num_key_value_heads": spec.num_key_value_heads,
-        "head_dim": spec.head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads_kv,
+        "head_dim": head_dim,
         "vocab_size": spec.vocab_size,
         "rms_norm_eps": spec.norm_eps,
         "rope_theta": theta,

@@ -24,21 +24,21 @@ class RaggedKV:
         """
         added = keys.shape[2]
         end = max(starts) + added
-        self._reserve(end, keys, values)
+        all_keys, all_values = self._reserve(end, keys, values)
         if min(starts) == max(starts):
-            self.keys[:, :, end - added : end] = keys
-            self.values[:, :, end - added : end] = values
+            all_keys[:, :, end - added : end] = keys
+            all_values[:, :, end - added : end] = values
         else:
             rows = torch.arange(len(starts), device=keys.device)[:, None]  # [B, 1]
             at = torch.tensor(starts, device=keys.device)[:, None] + torch.arange(added, device=keys.device)  # [B, m]
-            self.keys[rows, :, at] = keys.transpose(1, 2)
-            self.values[rows, :, at] = values.transpose(1, 2)
-        return self.keys[:, :, :end], self.values[:, :, :end]
+            all_keys[rows, :, at] = keys.transpose(1, 2)
+            all_values[rows, :, at] = values.transpose(1, 2)
+        return all_keys[:, :, :end], all_values[:, :, :end]
 
     def select(self, rows: Sequence[int], length: int) -> "RaggedKV":
         """A copy that keeps ``rows`` in that order and the first ``length`` positions."""
         picked = RaggedKV()
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             index = torch.tensor(rows, device=self.keys.device)
             picked.keys = self.keys[:, :, :length].index_select(0, index)
             picked.values = self.values[:, :, :length].index_select(0, index)
@@ -47,14 +47,17 @@ class RaggedKV:
     @staticmethod
     def cat(parts: Sequence["RaggedKV"]) -> "RaggedKV":
         """The rows of ``parts`` one after the other."""
-        longest = max(part.keys.shape[2] for part in parts)
+        keys = [part.keys for part in parts if part.keys is not None]
+        values = [part.values for part in parts if part.values is not None]
+        longest = max(tensor.shape[2] for tensor in keys)
         joined = RaggedKV()
-        joined.keys = torch.cat([_padded(part.keys, longest) for part in parts])
-        joined.values = torch.cat([_padded(part.values, longest) for part in parts])
+        joined.keys = torch.cat([_padded(tensor, longest) for tensor in keys])
+        joined.values = torch.cat([_padded(tensor, longest) for tensor in values])
         return joined
 
-    def _reserve(self, length: int, keys: Tensor, values: Tensor) -> None:
-        if self.keys is None:
+    def _reserve(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers, with room for ``length`` positions of what ``keys`` and ``values`` are like."""
+        if self.keys is None or self.values is None:
             capacity = max(64, length)
             self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
             self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
@@ -62,6 +65,7 @@ class RaggedKV:
             capacity = max(length, 2 * self.keys.shape[2])
             self.keys = _padded(self.keys, capacity)
             self.values = _padded(self.values, capacity)
+        return self.keys, self.values
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

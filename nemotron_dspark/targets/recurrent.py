@@ -4,14 +4,15 @@ A block writes no state. Every layer leaves a record of the block's own inputs, 
 layers together by the accepted prefix, whose length may differ from row to row.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 from nemotron_dspark.targets.state import Recurrent
@@ -20,10 +21,10 @@ NewRecurrent: TypeAlias = Callable[[torch.device, torch.dtype], Recurrent]  # th
 
 
 @dataclasses.dataclass
-class LayerStates:
+class LayerStates(abc.ABC):
     """The committed states of every layer of one kind, for B rows, and the records of the block in flight.
 
-    A kind adds one field per tensor [L, B, …] that its layers keep, ``commit``, and ``zeros`` for a row without tokens.
+    A kind adds one field per tensor [L, B, …] that its layers keep, `commit` and `zeros`.
     """
 
     layers: tuple[int, ...]  # layer ids; the first dimension of every tensor
@@ -31,6 +32,15 @@ class LayerStates:
     def __post_init__(self) -> None:
         self._index = {layer: position for position, layer in enumerate(self.layers)}
         self._records: dict[int, Any] = {}
+
+    @staticmethod
+    @abc.abstractmethod
+    def zeros(mixers: dict[int, Any], device: torch.device, dtype: torch.dtype) -> "LayerStates":
+        """The states of one row before any token. ``mixers`` maps layer ids to mixers of one shape."""
+
+    @abc.abstractmethod
+    def commit(self, kept: Sequence[int]) -> None:
+        """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
 
     def of(self, layer: int) -> list[Tensor]:
         """The committed tensors [B, …] of one layer, in the order of the fields."""
@@ -116,9 +126,9 @@ def prefix_decay(decay: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
     return total, (total[:, :, None] - decay[:, :, :count]).masked_fill(outside, -torch.inf)
 
 
-def mixers_of(model: Any, spec: TargetSpec, kind: LayerKind, name: str) -> dict[int, Any]:
+def mixers_of(model: nn.Module, spec: TargetSpec, kind: LayerKind, name: str) -> dict[int, Any]:
     """The submodule ``name`` of every layer of ``kind``, by layer id."""
-    layers = model.get_submodule(spec.names.layers)
+    layers = cast(nn.ModuleList, model.get_submodule(spec.names.layers))
     return {layer: getattr(layers[layer], name) for layer, its in enumerate(spec.layers) if its is kind}
 
 

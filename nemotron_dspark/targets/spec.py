@@ -24,6 +24,7 @@ class LayerKind(Enum):
     DELTA = "G"  # gated delta net
     CONV = "C"  # short convolution
     PARALLEL = "P"  # attention and Mamba-2 in one layer
+    RECURRENT = "R"  # another recurrence, as RWKV's
 
     @property
     def attends(self) -> bool:
@@ -33,7 +34,7 @@ class LayerKind(Enum):
     @property
     def recurrent(self) -> bool:
         """True when the layer keeps a state that cannot be rewound by forgetting positions."""
-        return self in (LayerKind.MAMBA2, LayerKind.MAMBA1, LayerKind.DELTA, LayerKind.CONV, LayerKind.PARALLEL)
+        return self not in (LayerKind.ATTENTION, LayerKind.MLP, LayerKind.MOE, LayerKind.DECODER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +77,11 @@ class TargetSpec:
     layers: tuple[LayerKind, ...]
     hidden_size: int
     vocab_size: int
-    num_attention_heads: int
+    num_attention_heads: int  # this and the next two are 0 for a target without attention
     num_key_value_heads: int
     head_dim: int
-    mlp: Literal["gated", "plain", "moe"]
-    intermediate_size: int | None  # MLP width; None for a pure mixture of experts
+    mlp: Literal["gated", "plain", "moe", "none"]
+    intermediate_size: int | None  # MLP width; None without one, as in a pure mixture of experts
     norm_eps: float
     rope_theta: float | None  # None: the target has no rotary embedding
     max_position_embeddings: int

@@ -182,7 +182,11 @@ class Target:
         mask = self._family.block_mask(self.model, cache, ids.shape[1])
         with self._tapped(taps) as collected:
             output = self._base(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                **{self._family.cache_argument: cache},
             )
         return output.last_hidden_state, _joined(collected, taps, output.last_hidden_state)
 

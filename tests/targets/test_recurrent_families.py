@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from nemotron_dspark.errors import CheckError, InputError
+from nemotron_dspark.config import DraftSection
+from nemotron_dspark.drafts.config import build_draft_config
+from nemotron_dspark.errors import CheckError
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Checkpoint, LayerKind, Target, spec_from_config
 from nemotron_dspark.targets.families import FAMILIES
@@ -72,6 +74,18 @@ JAMBA_52B = {
     "rms_norm_eps": 1e-06,
     "tie_word_embeddings": False,
     "vocab_size": 65536,
+}
+MAMBA_130M = {
+    "model_type": "mamba",
+    "expand": 2,
+    "hidden_size": 768,
+    "intermediate_size": 1536,
+    "layer_norm_epsilon": 1e-05,
+    "n_layer": 24,
+    "num_hidden_layers": 24,
+    "state_size": 16,
+    "time_step_rank": 48,
+    "vocab_size": 50280,
 }
 
 
@@ -184,9 +198,43 @@ def test_a_model_with_a_cache_of_its_own_is_refused_in_its_own_words(tmp_path):
         prove(load(tmp_path, config))
 
 
-def test_a_target_without_attention_is_refused(tmp_path):
-    from transformers import MambaConfig
+def test_mamba_as_published():
+    """state-spaces/mamba-130m-hf: no heads, no limit of positions; the draft's shape is a default, and said."""
+    spec = spec_from_config(MAMBA_130M)
+    assert (spec.layout, spec.num_attention_heads, spec.mlp, spec.tie_word_embeddings) == ("m" * 24, 0, "none", True)
+    draft, notes = build_draft_config(spec, DraftSection(), mask_token_id=5, num_anchors=8)
+    assert (draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim) == (6, 6, 128)
+    assert "max_position_embeddings 32768: the target has no limit, and that is Qwen3's default." in notes
+    assert [
+        note for note in notes if note.startswith("6 heads of 128, 6 of keys and values: the target has no attention")
+    ]
 
-    MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"'mamba'.* states no num_attention_heads"):
-        Checkpoint.find(tmp_path).read_spec()
+
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "mamba2", "rwkv"])
+def test_a_draft_for_a_target_without_attention_has_the_default_shape(tmp_path, model_type):
+    from transformers import AutoConfig
+
+    sizes = {"num_heads": 128, "head_dim": 64} if model_type == "mamba2" else {}
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, hidden_size=4096, num_hidden_layers=4, **sizes)
+    config.save_pretrained(tmp_path)
+    spec = Checkpoint.find(tmp_path).read_spec()
+    assert not any(kind.attends for kind in spec.layers)
+    draft, notes = build_draft_config(spec, DraftSection(), mask_token_id=5, num_anchors=8)
+    assert (draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim) == (32, 8, 128)
+    assert [note for note in notes if "the target has no attention" in note]
+
+
+@pytest.mark.parametrize("hidden", [64, 768, 1024, 2560, 4096, 5120])
+def test_heads_of_keys_and_values_divide_the_default_heads(hidden):
+    spec = spec_from_config(MAMBA_130M | {"hidden_size": hidden})
+    draft, _ = build_draft_config(spec, DraftSection(), mask_token_id=5, num_anchors=8)
+    assert draft.num_attention_heads == max(1, hidden // 128)
+    assert draft.num_attention_heads % draft.num_key_value_heads == 0
+
+
+def test_rwkv_is_refused_by_a_proof_since_its_state_is_no_cache(tmp_path):
+    from transformers import RwkvConfig
+
+    config = RwkvConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=4, **IDS)
+    with pytest.raises(CheckError, match="fails the verify proof"):
+        prove(load(tmp_path, config))

@@ -166,3 +166,28 @@ def test_every_command_that_loads_a_target_has_the_flag():
         assert "--trust-remote-code" in {text for option in command.params for text in option.opts}, command.name
     assert load_config(**shell.nested({shell.TRUST.key: True})).target.trust_remote_code
     assert not load_config().target.trust_remote_code
+
+
+def test_what_its_config_leaves_null_is_read_off_the_layers(checkpoint, tmp_path):
+    """Llama-3.3-Nemotron-Super-49B's file has null for both, since its blocks differ; the widest one counts."""
+    folder = shutil.copytree(checkpoint, tmp_path / "nulls")
+    (folder / "configuration_tiny_nas.py").write_text(
+        "from transformers import PreTrainedConfig\n\n\n"
+        "class TinyNasConfig(PreTrainedConfig):\n    model_type = 'nemotron-nas'\n"
+    )
+    (folder / "modeling_tiny_nas.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from transformers.models.llama.modeling_llama import LlamaMLP\n\n"
+        "from .configuration_tiny_nas import TinyNasConfig\n\n\n"
+        "class TinyNasForCausalLM(LlamaForCausalLM):\n"
+        "    config_class = TinyNasConfig\n\n"
+        "    def __init__(self, config):\n"
+        "        values = config.to_dict() | {'num_key_value_heads': 2}\n"
+        "        super().__init__(LlamaConfig(**values | {'intermediate_size': 32}))\n"
+        "        for layer, block in zip(self.model.layers, config.block_configs):\n"
+        "            layer.mlp = LlamaMLP(LlamaConfig(**values | {'intermediate_size': block['width']}))\n"
+    )
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"intermediate_size": None, "num_key_value_heads": None}))
+    spec = Checkpoint.find(folder, trust_remote_code=True).read_spec()
+    assert (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim) == (4, 2, 16)
+    assert (spec.mlp, spec.intermediate_size) == ("gated", 32 * 5)

@@ -261,6 +261,15 @@ def jamba(**changes: Any):
     return JambaConfig(**(values | changes))
 
 
+def _mamba(model_type: str, **special: Any) -> Any:
+    """Without attention; biases; weights drawn as widely as the other types' are, not five times so."""
+    from transformers import AutoConfig
+
+    values = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 4, "use_bias": True, **IDS}
+    values["initializer_range"] = 0.02
+    return AutoConfig.for_model(model_type, **(values | special))
+
+
 def _olmo_hybrid() -> Any:
     """Gated delta nets with a convolution each for queries, keys and values: no family module, so the general path."""
     from transformers import OlmoHybridConfig
@@ -330,6 +339,9 @@ TINY: dict[str, Callable[[], Any]] = {
     "qwen3_5_text": lambda: qwen3_next("qwen3_5_text", intermediate_size=96, tie_word_embeddings=True),
     "qwen3_5_moe_text": lambda: qwen3_next("qwen3_5_moe_text", **_EXPERTS),
     "jamba": jamba,
+    "mamba": lambda: _mamba("mamba", state_size=8, time_step_rank=6),
+    "falcon_mamba": lambda: _mamba("falcon_mamba", state_size=8, time_step_rank=6, tie_word_embeddings=False),
+    "mamba2": lambda: _mamba("mamba2", num_heads=8, head_dim=16, state_size=16, n_groups=2, chunk_size=32),
     "olmo_hybrid": _olmo_hybrid,
     "zaya": _zaya,
 }

@@ -14,6 +14,7 @@ from nemotron_dspark.targets.families import (
     granitemoehybrid,
     jamba,
     lfm2,
+    mamba,
     nemotron_h,
     qwen3_next,
     zamba2,
@@ -38,6 +39,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_text": qwen3_next.FAMILY,
     "qwen3_5_moe_text": qwen3_next.FAMILY,
     "jamba": jamba.FAMILY,
+    "mamba": mamba.MAMBA,
+    "falcon_mamba": mamba.MAMBA,
+    "mamba2": mamba.MAMBA2,
 }
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it

@@ -82,6 +82,13 @@ class ConfigFile:
             self._took_default(f"rope theta {theta:g}")
         return theta
 
+    def positions(self) -> int:
+        """How many positions the model is made for."""
+        if "max_position_embeddings" in self:
+            return self.size("max_position_embeddings")
+        self.assumed.append("max_position_embeddings 32768: the target has no limit, and that is Qwen3's default.")
+        return 32768
+
     def _took_default(self, value: str) -> None:
         self.assumed.append(f"{value}: the config gives none and that is the transformers default.")
 
@@ -100,7 +107,7 @@ def _decoded(value: Any) -> Any:
 def fill_spec(config: ConfigFile, *, layers: Sequence[LayerKind], **special: Any) -> TargetSpec:
     """A spec with the fields that most configs spell alike; ``special`` are those that a family reads otherwise."""
     hidden = int(config.require("hidden_size"))
-    heads = config.size("num_attention_heads")
+    heads = config.size("num_attention_heads") if "num_attention_heads" in config else 0
     spec = TargetSpec(
         name=config.name,
         model_type=config.stated["model_type"],
@@ -109,12 +116,12 @@ def fill_spec(config: ConfigFile, *, layers: Sequence[LayerKind], **special: Any
         vocab_size=config.size("vocab_size"),
         num_attention_heads=heads,
         num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        head_dim=int(config.get("head_dim") or hidden // max(heads, 1)),
         mlp="gated",
         intermediate_size=None,
         norm_eps=float(config.get("rms_norm_eps") or config.get("norm_eps") or config["layer_norm_epsilon"]),
         rope_theta=None,
-        max_position_embeddings=config.size("max_position_embeddings"),
+        max_position_embeddings=config.positions(),
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
         names=decoder_names(),
     )

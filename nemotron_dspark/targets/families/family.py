@@ -86,6 +86,7 @@ class Family:
     prepare: Callable[["PreTrainedModel", TargetSpec], NewRecurrent | None] = no_recurrent_layers
     # The model's `attention_mask` for the next `block` tokens behind a state.
     block_mask: Callable[["PreTrainedModel", TargetState, int], Mask] = one_mask
+    cache_argument: str = "past_key_values"  # what the model's forward calls its cache
     replays: bool = False  # roll back by `ReplayState`, which needs to know nothing of the layers
     attention: str | None = None  # the implementation to load, where SDPA would leave something out
     # Entered around a forward of whole sequences of this length.

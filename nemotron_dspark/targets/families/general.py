@@ -4,7 +4,7 @@ Nothing is known of the layers, so nothing is assumed of them either: the proofs
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,14 @@ from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+WITHOUT_ATTENTION = frozenset({"rwkv"})
+_UNKNOWN = (
+    "No family module knows {type!r}: every layer is drawn as a decoder layer, the general path (copy, restore, "
+    "replay) rolls it back, and the proofs decide."
+)
+_NO_ATTENTION = (
+    "No layer of {type!r} has attention: the general path (copy, restore, replay) rolls it back, and the proofs decide."
+)
 _DO = "Support for this type needs a family module (docs/targets.md tells how to write one)."
 
 
@@ -52,40 +60,47 @@ def _spec(config: "PreTrainedConfig", name: str, *, trusted: bool) -> TargetSpec
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except Exception as error:  # whatever the library or the checkpoint's code raises on this config
         raise _cannot_build(name, error) from None
-    names = _names(model, name)
-    text = config.get_text_config()
-    heads = _stated(text, "num_attention_heads", name)
-    heads_kv = getattr(text, "num_key_value_heads", None)
+    names, text = _names(model, name), config.get_text_config()
+    layers = cast(nn.ModuleList, model.get_submodule(names.layers))
     intermediate = getattr(text, "intermediate_size", None)
+    if config.model_type in WITHOUT_ATTENTION:
+        kind, mlp, assumed = LayerKind.RECURRENT, "plain", _NO_ATTENTION
+        heads = heads_kv = head_dim = 0
+    else:
+        heads = _stated(text, "num_attention_heads", name)
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        # Where every layer has a shape of its own the config has nulls: the layers themselves tell.
+        heads_kv = getattr(text, "num_key_value_heads", None) or _widest(layers, "k_proj") // head_dim
+        heads_kv = heads_kv if isinstance(heads_kv, int) and heads_kv else heads
+        intermediate = intermediate or _widest(layers, "gate_proj")
+        kind, assumed = LayerKind.DECODER, _UNKNOWN
+        mlp = "gated" if isinstance(intermediate, int) and intermediate else "moe"
     rope = getattr(text, "rope_parameters", None) or {}
     theta = getattr(text, "rope_theta", None) or rope.get("rope_theta")
     eps = getattr(text, "rms_norm_eps", None) or getattr(text, "layer_norm_epsilon", None)
     return TargetSpec(
         name=name,
         model_type=str(config.model_type),
-        layers=(LayerKind.DECODER,) * len(model.get_submodule(names.layers)),
+        layers=(kind,) * len(layers),
         hidden_size=_stated(text, "hidden_size", name),
         vocab_size=_stated(text, "vocab_size", name),
         num_attention_heads=heads,
-        num_key_value_heads=int(heads_kv) if isinstance(heads_kv, int) else heads,
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        mlp="gated" if isinstance(intermediate, int) else "moe",
-        intermediate_size=intermediate if isinstance(intermediate, int) else None,
+        num_key_value_heads=heads_kv,
+        head_dim=head_dim,
+        mlp=mlp,
+        intermediate_size=None if mlp == "moe" else intermediate,
         norm_eps=float(eps or 1e-6),
         rope_theta=float(theta) if theta else None,
         max_position_embeddings=_stated(text, "max_position_embeddings", name),
         tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         names=names,
         logit_softcap=getattr(text, "final_logit_softcapping", None),
-        assumed=(
-            f"No family module knows {config.model_type!r}: every layer is drawn as a decoder layer, the general path "
-            "(copy, restore, replay) rolls it back, and the proofs decide.",
-        ),
+        assumed=(assumed.format(type=config.model_type),),
     )
 
 
-def _stated(config: Any, key: str, name: str) -> int:
-    """A size that every draft takes from its target; a target without attention, for one, has no heads."""
+def _stated(config: "PreTrainedConfig", key: str, name: str) -> int:
+    """A size that every draft takes from its target."""
     value = getattr(config, key, None)
     if not isinstance(value, int):
         raise InputError(
@@ -94,13 +109,19 @@ def _stated(config: Any, key: str, name: str) -> int:
     return value
 
 
-def _names(model: nn.Module, name: str) -> WeightNames:
+def _widest(layers: nn.Module, name: str) -> int:
+    """The most output channels of the linear layers called ``name``; 0 when there are none."""
+    linears = (module for path, module in layers.named_modules() if path.rpartition(".")[2] == name)
+    return max((module.out_features for module in linears if isinstance(module, nn.Linear)), default=0)
+
+
+def _names(model: "PreTrainedModel", name: str) -> WeightNames:
     """Layers, final norm, embedding and head, found by what they are."""
     modules = {id(module): path for path, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [path for path in lists if len(model.get_submodule(path)) == depth]
+    lists = [path for path in lists if len(cast(nn.ModuleList, model.get_submodule(path))) == depth]
     if embedding is None or head is None or not lists:
         raise InputError(f"{name} has no list of {depth} layers between an embedding and an LM head.", _DO)
     layers = min(lists, key=lambda path: path.count("."))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemotron_dspark.targets import mamba2
 from nemotron_dspark.targets.families.config import ConfigFile, fill_spec, listed_layers
 from nemotron_dspark.targets.families.family import Family, mask_beside_recurrence
-from nemotron_dspark.targets.recurrent import NewRecurrent
+from nemotron_dspark.targets.recurrent import NewRecurrent, mixers_of
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, decoder_names
 
 if TYPE_CHECKING:
@@ -41,12 +41,9 @@ def prepare(model: "PreTrainedModel", spec: TargetSpec) -> NewRecurrent | None:
     ``time_step_min``, a value for initialisation, in its chunked form and not in its one-token form; the kernels that
     the checkpoints were trained with never do.
     """
-    layers = model.get_submodule(spec.names.layers)
-    mixers = {
-        index: layers[index].mamba_decoder.mamba if kind is LayerKind.PARALLEL else layers[index].mamba
-        for index, kind in enumerate(spec.layers)
-    }
-    return mamba2.prepare(mixers, getattr(model.config, "time_step_limit", None))
+    hybrids = mixers_of(model, spec, LayerKind.PARALLEL, "mamba_decoder")
+    mixers = mixers_of(model, spec, LayerKind.MAMBA2, "mamba") | {layer: its.mamba for layer, its in hybrids.items()}
+    return mamba2.prepare(dict(sorted(mixers.items())), getattr(model.config, "time_step_limit", None))
 
 
 FAMILY = Family(spec, prepare, mask_beside_recurrence, capture_context=mamba2.even_chunks)
