@@ -8,11 +8,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
+CUDA := .venv-cuda
+CUDA_INSTALLED := $(CUDA)/.installed
+CUDA_TORCH ?= 2.12.0
 
 # Installed without bytecode (see below): without this every process of a shell that has it set would compile anew, 12 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest bench lint format clean
+.PHONY: demo test test-oldest cuda-dry-run bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/nds demo $(ARGS)
@@ -28,6 +31,10 @@ test: lint
 test-oldest: $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
 		tests/targets/test_families.py tests/targets/test_decoders.py tests/targets/test_target.py -m "not slow"
+
+# Which operations of a CUDA run mix devices or make the host wait, without a GPU. Not part of make test: torch with CUDA is 5 GB.
+cuda-dry-run: $(CUDA_INSTALLED)
+	$(CUDA)/bin/python tests/cuda_dry_run.py
 
 # Ratios, all of one run; docs/performance.md says what they mean. NDS_PEERS and DEEPSPEC_HOME name other projects' code.
 bench: $(INSTALLED)
@@ -63,6 +70,15 @@ $(OLDEST_INSTALLED): $(INSTALLED) constraints-oldest.txt
 	$(OLDEST)/bin/pip install --quiet --no-compile --constraint constraints-oldest.txt transformers
 	touch $@
 
+# The same layer with a CUDA build of torch, which the package index has where it is not told to give the CPU's.
+$(CUDA_INSTALLED): $(INSTALLED)
+	rm -rf $(CUDA)
+	$(BIN)/python -m venv $(CUDA)
+	$(CUDA)/bin/pip install --quiet --no-compile torch==$(CUDA_TORCH)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(CUDA)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/layer.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(CUDA) dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
