@@ -286,3 +286,13 @@ def test_a_base_model_without_a_template_is_plain_text(copied):
     found = described(copied)
     assert (found.has_chat_template, found.chat_format) == (False, "plain")
     assert warned(found, "no chat template")
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "rwkv"])
+def test_a_target_without_attention_gets_a_draft_of_the_default_shape_and_says_so(tmp_path, kind):
+    from transformers import AutoConfig
+
+    values = AutoConfig.for_model(kind, hidden_size=1024, num_hidden_layers=8, vocab_size=1000).to_dict()
+    draft = described(bare(tmp_path, values))
+    assert (draft.draft.num_attention_heads, draft.draft.num_key_value_heads, draft.draft.head_dim) == (8, 8, 128)
+    assert any("attention" in note for note in (*draft.notes, *draft.spec.assumed)), draft.notes
