@@ -148,7 +148,7 @@ class Int4:
 
 @functools.cache
 def _signs(size: int) -> Tensor:
-    """Random signs ±1 [size] of the rotation, fixed for ever.
+    """Random signs ±1 [size] of the rotation, the same in every version.
 
     Without them a state that is the same in all channels would be rotated into a single number.
     """

@@ -29,7 +29,7 @@ class Callback:
         """A sentence for the person who runs it."""
 
     def on_status(self, text: str) -> None:
-        """What goes on beside the steps or before them, in a few words; from any thread, often."""
+        """A short status, such as how far the target's captures are; called from any thread, often."""
 
     def on_end(self) -> None:
         """The run has ended, in whatever way."""

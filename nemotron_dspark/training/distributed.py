@@ -54,7 +54,7 @@ class DistContext:
     def _wait_for_main(self) -> None: ...
 
     def all_reduce_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """Replace each gradient by its sum over the ranks, which all have them in the same order."""
+        """All-reduce the gradients (sum) in place; every rank has them in the same order."""
 
     def process_group(self, device: torch.device) -> dist.ProcessGroup:
         """The group for tensors on ``device``: NCCL on CUDA, gloo on a CPU."""
