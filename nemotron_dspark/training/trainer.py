@@ -157,7 +157,7 @@ class Trainer:
                 loss.total.backward()
             sums += loss.sums
             self.callbacks.on_micro_batch(self.step, done)
-        sums = StepSums.from_tensor(self.context.all_reduce_sum(sums.to_tensor()).cpu())  # one wait for the GPU
+        sums = StepSums.from_tensor(self.context.all_reduce_sum(sums.to_tensor()))
         weight = float(sums.weight) + EPSILON
         self.optimiser.normalise(weight, self.context)
         grad_norm = self.optimiser.clip(self.config.max_grad_norm)
