@@ -13,6 +13,7 @@ ROOMS = (
     "deepspec",
     "stages",
     "serving",
+    "engines",
     "evaluation",
     "decoding",
     "training",
