@@ -26,6 +26,7 @@ COMMANDS = (
     "train",
     "eval",
     "serve",
+    "engine",
     "deepspec",
 )
 

@@ -8,23 +8,39 @@ from rich.markup import escape
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
+from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
+    from nemotron_dspark.engines.measure import EngineEvaluation
     from nemotron_dspark.evaluation.report import EvalReport
 
 
 def register(app: typer.Typer) -> None:
-    shell.command(app, "eval")(evaluate)
+    shell.command(app, "eval", target="optional")(evaluate)
 
 
 def evaluate(
     config: RunConfig,
-    draft: Annotated[Path, typer.Option("--draft", "-d", help="Folder of a trained draft.")],
     prompts: Annotated[Path, typer.Option("--prompts", "-p", help="JSON lines of prompts the draft has not seen.")],
+    draft: Annotated[Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for eval.json and eval.png.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="URL", help="Measure the draft of a running vLLM, SGLang or llama.cpp.")
+    ] = None,
+    plain_engine: Annotated[
+        str | None, typer.Option(metavar="URL", help="With --engine: one that serves the target without a draft.")
+    ] = None,
 ) -> None:
     """Measure a draft: accepted length, acceptance by position, speed, equal output."""
+    if engine is not None:
+        _in_engine(config, prompts, draft, limit, out, engine, plain_engine)
+        return
+    if draft is None or plain_engine is not None:
+        raise InputError(
+            "No draft is given." if draft is None else "--plain-engine is given without --engine.",
+            "Give the folder of a trained draft with --draft, or a running engine with --engine.",
+        )
     from nemotron_dspark import stages
 
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
@@ -45,3 +61,45 @@ def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:
     shell.out.print(report.speed_table(found.evaluation))
     if written:
         shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
+
+
+def _in_engine(
+    config: RunConfig,
+    prompts: Path,
+    draft: Path | None,
+    limit: int | None,
+    out: Path | None,
+    url: str,
+    plain_url: str | None,
+) -> None:
+    from nemotron_dspark.engines.measure import evaluate_engine
+
+    if draft is not None:
+        raise InputError(
+            "Both --draft and --engine are given, and an engine has its own draft.", "Leave one of them out."
+        )
+    with shell.bars() as bars:
+        found = evaluate_engine(config, url, prompts, plain_url=plain_url, limit=limit, progress=bars.update)
+    written = found.save(out) if out is not None else None
+    if shell.state.json:
+        shell.emit(found.to_json())
+        return
+    _show_engine(found)
+    if written:
+        shell.out.print(f"Written: {escape(str(written))}", soft_wrap=True)
+
+
+def _show_engine(found: "EngineEvaluation") -> None:
+    shell.out.print(f"{found.engine}, {escape(found.model)} at {escape(found.url)}", soft_wrap=True)
+    rows: list[tuple[str, str | None]] = []
+    for each in found.measurements:
+        error = f" ± {each.standard_error:.2f}" if each.standard_error is not None else ""
+        rows.append((f"accepted length, temperature {each.temperature:g}", f"{each.accepted_length:.2f}{error}"))
+        kept = " ".join(f"{share:.0%}" for share in each.per_position)
+        rows.append(("  rounds that kept each slot", kept or None))
+        rows.append(("  tokens/s, one request at a time", f"{each.tokens_per_second:.1f}"))
+    if (plain := found.plain) is not None:
+        rows.append(("plain tokens/s, greedy", f"{plain.tokens_per_second:.1f}"))
+        where = f", first difference at {plain.first_difference}" if plain.first_difference else ""
+        rows.append(("identical greedy answers", f"{plain.identical} of {plain.prompts}{where}"))
+    shell.show_rows(rows)

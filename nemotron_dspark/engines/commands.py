@@ -1,0 +1,176 @@
+"""The command that serves a pair with an engine, as `configs/engines/` has it: every flag with its reason.
+
+A flag is given when all traits under its ``when`` hold: of the pair (`Pair.traits`), the machine's name, and ``gpu``.
+Values may name ``$target``, ``$draft``, ``$tokens`` (drafted a round), ``$verified`` (one more), ``$slots``,
+``$state``, ``$requests``, ``$context``, ``$host`` and ``$port``.
+"""
+
+import dataclasses
+import functools
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any, Literal, get_args
+
+import yaml
+
+from nemotron_dspark.engines.pair import Pair
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.resources import resource_folder
+
+EngineName = Literal["vllm", "sglang", "trtllm", "llamacpp"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+MACHINES = ("dgx-spark", "h100", "cpu")
+GGUF_FILES = ("target.gguf", "draft.gguf")  # what llama.cpp is given, in the folder of `--gguf`
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of the command."""
+
+    name: str
+    value: str | None  # None: the flag stands alone
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineTable:
+    """A file of `configs/engines/`: what is known of an engine."""
+
+    title: str
+    command: tuple[str, ...]
+    version: tuple[str, ...]  # prints its version
+    install: str
+    minimum: Mapping[str, str]  # oldest version by trait of the pair
+    read_from: str  # versions and texts that the flags were taken from
+    flags: tuple[Mapping[str, Any], ...]
+    recommended: str | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # by name, then by kind of draft
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineCommand:
+    """How to serve a pair. ``argv`` is the whole command."""
+
+    engine: EngineName
+    title: str
+    argv: tuple[str, ...]
+    flags: tuple[Flag, ...]
+    environment: Mapping[str, str]
+    files: Mapping[str, str]  # to be written beside: name to contents
+    prepare: tuple[str, ...]  # commands to run once before
+    minimum: str
+    read_from: str
+
+    @property
+    def text(self) -> str:
+        """The command for a shell, a flag a line."""
+        start = len(self.argv) - sum(1 + (flag.value is not None) for flag in self.flags)
+        lines = [shlex.join(self.argv[:start])]
+        lines += [shlex.join([flag.name, *([flag.value] if flag.value is not None else [])]) for flag in self.flags]
+        variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
+        return variables + " \\\n  ".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@functools.cache
+def engine_table(engine: EngineName) -> EngineTable:
+    """What `configs/engines/` says of ``engine``."""
+    values = yaml.safe_load((resource_folder("configs") / "engines" / f"{engine}.yaml").read_text(encoding="utf-8"))
+    return EngineTable(**values)
+
+
+def minimum_version(engine: EngineName, pair: Pair) -> str:
+    """The oldest version of ``engine`` that serves the pair."""
+    minimum = engine_table(engine).minimum
+    return max((minimum[trait] for trait in pair.traits if trait in minimum), key=version_key)
+
+
+def version_key(text: str) -> tuple[int, ...]:
+    """What versions are ordered by; a release candidate comes before its release."""
+    release, _, candidate = text.partition("rc")
+    numbers = [int("".join(filter(str.isdigit, part)) or 0) for part in release.split("+")[0].split(".")[:3]]
+    return (*numbers, *(0,) * (3 - len(numbers)), int(candidate) if candidate.isdigit() else 10**6)
+
+
+def engine_command(
+    engine: EngineName,
+    pair: Pair,
+    *,
+    machine: str | None = None,
+    tokens: int | None = None,
+    requests: int = 16,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    gguf: Path | None = None,
+) -> EngineCommand:
+    """The command that serves ``pair`` with ``engine``; errors of `preflight` are not looked for.
+
+    ``tokens`` drafted a round are the draft's block where not given; ``gguf`` is the folder of llama.cpp's two files.
+
+    Raises:
+        InputError: no such machine.
+    """
+    if machine is not None and machine not in MACHINES:
+        raise InputError(f"There are no flags for a machine {machine!r}.", f"Choose one of {', '.join(MACHINES)}.")
+    table = engine_table(engine)
+    tokens = tokens or pair.draft.block_size
+    target, draft, prepare = pair.target, str(pair.draft_folder), ()
+    if engine == "llamacpp":
+        folder = gguf or pair.draft_folder / "gguf"
+        prepare = (
+            shlex.join(["nds", "export", "--to", "gguf", "--target", target, "--draft", draft, "--out", str(folder)]),
+        )
+        target, draft = (str(folder / name) for name in GGUF_FILES)
+    state = pair.state_bytes
+    values: dict[str, Any] = {
+        "target": target,
+        "draft": draft,
+        "tokens": tokens,
+        "verified": tokens + 1,
+        "slots": tokens + 1,
+        "state": f": {state * (tokens + 1) / 1e6:,.0f} MB in fp32" if state else "",
+        "requests": requests,
+        "context": requests * min(4096, pair.spec.max_position_embeddings),
+        "host": host,
+        "port": port,
+    }
+    holds = pair.traits | ({machine} if machine else set()) | (set() if machine == "cpu" else {"gpu"})
+    rows = [row for row in table.flags if _all(row.get("when", []), holds)]
+    flags = tuple(Flag(row["flag"], _text(row.get("value"), values), str(_filled(row["why"], values))) for row in rows)
+    arguments = [part for flag in flags for part in (flag.name, flag.value) if part is not None]
+    kind = "eagle3" if "eagle3" in holds else "dspark"
+    return EngineCommand(
+        engine=engine,
+        title=table.title,
+        argv=(*(str(_filled(part, values)) for part in table.command), *arguments),
+        flags=flags,
+        environment=table.environment,
+        files={name: yaml.safe_dump(_filled(kinds[kind], values)) for name, kinds in table.files.items()},
+        prepare=prepare,
+        minimum=minimum_version(engine, pair),
+        read_from=table.read_from,
+    )
+
+
+def _all(when: str | list[str], holds: frozenset[str]) -> bool:
+    return {when} <= holds if isinstance(when, str) else set(when) <= holds
+
+
+def _text(value: Any, values: Mapping[str, Any]) -> str | None:
+    value = _filled(value, values)
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _filled(value: Any, values: Mapping[str, Any]) -> Any:
+    """``value`` with names filled in, also inside; a text that is one name alone becomes what it stands for."""
+    if isinstance(value, dict):
+        return {key: _filled(item, values) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    return values[value[1:]] if value[:1] == "$" and value[1:] in values else Template(value).substitute(values)

@@ -1,0 +1,193 @@
+"""Measure the accepted length of a draft in a running engine, from the engine's own counters, beside plain decoding.
+
+Prompts are asked one at a time. Accepted length is 1 + accepted drafts / rounds, the target's own token included. None
+of the three engines leaves its draft out for a single request, so plain answers come from a second one.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemotron_dspark import files
+from nemotron_dspark.chat.format import render_prompt
+from nemotron_dspark.config import RunConfig
+from nemotron_dspark.data.prompts import Prompt, read_prompts
+from nemotron_dspark.engines.clients import Answer, Counts, Engine, connect
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets import Checkpoint
+
+_WARM_TOKENS = 8
+Progress = Callable[[str, int, int], None]  # what is measured, prompts done, prompts in all
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineMeasurement:
+    """Acceptance of one draft in one engine at one temperature."""
+
+    temperature: float
+    prompts: int
+    tokens: int  # written
+    rounds: float
+    accepted_length: float
+    standard_error: float | None  # of the accepted length over prompts; None where requests are not counted apart
+    per_position: tuple[float, ...]  # share of rounds that kept the draft at this slot; empty where it is not told
+    tokens_per_second: float  # one request at a time, the prompt's pass and the way there included
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Greedy answers with the draft against greedy answers of an engine without one."""
+
+    engine: str
+    url: str
+    prompts: int
+    identical: int
+    first_difference: str | None
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineEvaluation:
+    """Everything `nds eval --engine` reports."""
+
+    engine: str
+    url: str
+    model: str
+    prompts_file: str
+    measurements: tuple[EngineMeasurement, ...]
+    plain: Compared | None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, folder: Path) -> Path:
+        """Write ``eval.json`` there; returns its path."""
+        files.write_json(folder / "eval.json", self.to_json())
+        return folder / "eval.json"
+
+
+def evaluate_engine(
+    config: RunConfig,
+    url: str,
+    prompts: Path | str,
+    *,
+    plain_url: str | None = None,
+    limit: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> EngineEvaluation:
+    """Measure the draft of the engine at ``url`` on the (first ``limit``) prompts, rendered as ``config.target`` does.
+
+    Without a target the engine renders them. Greedy always, then ``config.eval.temperatures``. With ``plain_url``, an
+    engine that serves the same target without a draft, its greedy answers are compared token for token.
+
+    Raises:
+        InputError: no prompt fits, no such engine, or it does not draft.
+        EnvironmentFault: it does not answer.
+    """
+    engine = connect(url)
+    plain = connect(plain_url) if plain_url is not None else None
+    ids = _rendered(config, engine, Path(prompts))[:limit]
+    _answers(engine, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
+    temperatures = [0.0, *(t for t in config.eval.temperatures if t > 0)]
+    answers = {}
+    measurements = []
+    for temperature in temperatures:
+        before = engine.totals()
+        what = f"temperature {temperature:g}"
+        found = _answers(engine, ids, config.eval.max_new_tokens, temperature, config.eval.seed, what, progress)
+        after = engine.totals()
+        total = after - before if before is not None and after is not None else None
+        answers[temperature] = found
+        measurements.append(summarise(found, temperature, total))
+        if not measurements[-1].rounds:
+            raise InputError(
+                f"{engine.title} at {engine.url} counted no draft.",
+                "Start it with one: `nds engine` prints the command; a plain one goes to --plain-engine.",
+            )
+    compared = None
+    if plain is not None:
+        _answers(plain, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
+        slow = _answers(plain, ids, config.eval.max_new_tokens, 0.0, config.eval.seed, "plain", progress)
+        compared = compare(plain, slow, answers[0.0])
+    return EngineEvaluation(engine.title, engine.url, engine.model, str(prompts), tuple(measurements), compared)
+
+
+def summarise(answers: Sequence[Answer], temperature: float, total: Counts | None) -> EngineMeasurement:
+    """Sum up answers; ``total`` are the engine's own counts of them where it keeps any."""
+    apart = [answer.counts for answer in answers if answer.counts is not None]
+    counts = total if total is not None and total.rounds else sum(apart, Counts())
+    rounds = max(counts.rounds, 1.0)
+    lengths = [1 + each.accepted / each.rounds for each in apart if each.rounds]
+    error = None
+    if len(lengths) > 1:
+        mean = sum(lengths) / len(lengths)
+        error = math.sqrt(sum((length - mean) ** 2 for length in lengths) / (len(lengths) - 1) / len(lengths))
+    return EngineMeasurement(
+        temperature=temperature,
+        prompts=len(answers),
+        tokens=sum(answer.length for answer in answers),
+        rounds=counts.rounds,
+        accepted_length=1 + counts.accepted / rounds,
+        standard_error=error,
+        per_position=tuple(count / rounds for count in counts.per_position),
+        tokens_per_second=_speed(answers),
+    )
+
+
+def compare(plain: Engine, slow: Sequence[Answer], fast: Sequence[Answer]) -> Compared:
+    """Whether the answers without and with a draft are the same: by token ids, by text where an engine tells none."""
+    differing = [at for at, (one, other) in enumerate(zip(slow, fast, strict=True)) if _said(one) != _said(other)]
+    first = None
+    if differing:
+        one, other = slow[differing[0]], fast[differing[0]]
+        pairs = enumerate(itertools.zip_longest(_said(one), _said(other)))
+        where = next(at for at, (left, right) in pairs if left != right)
+        first = f"prompt {differing[0]}, {'token' if one.tokens and other.tokens else 'character'} {where}"
+    same = len(slow) - len(differing)
+    return Compared(plain.title, plain.url, len(slow), same, first, _speed(slow))
+
+
+def _said(answer: Answer) -> Sequence[Any]:
+    return answer.tokens or answer.text
+
+
+def _speed(answers: Sequence[Answer]) -> float:
+    seconds = sum(answer.seconds for answer in answers)
+    return sum(answer.length for answer in answers) / seconds if seconds else 0.0
+
+
+def _answers(
+    engine: Engine,
+    ids: Sequence[Sequence[int]],
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    what: str,
+    progress: Progress,
+) -> list[Answer]:
+    found = []
+    for at, prompt in enumerate(ids):
+        found.append(engine.answer(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed + at))
+        progress(what, at + 1, len(ids))
+    return found
+
+
+def _rendered(config: RunConfig, engine: Engine, file: Path) -> list[list[int]]:
+    """Token ids of the prompts that leave room for an answer, by the target's tokenizer or the engine's."""
+    chats = [item.first for item in read_prompts(file) if isinstance(item, Prompt)]
+    if config.target.name is None:
+        return [engine.render([dataclasses.asdict(message) for message in chat]) for chat in chats]
+    checkpoint = Checkpoint.of(config.target)
+    room = checkpoint.read_spec().max_position_embeddings - config.eval.max_new_tokens
+    tokenizer = checkpoint.load_tokenizer()
+    rendered = [render_prompt(tokenizer, chat, config.data.thinking) for chat in chats]
+    fitting = [ids for ids in rendered if 0 < len(ids) <= room]
+    if not fitting:
+        raise InputError(
+            f"No prompt of {file} leaves room for {config.eval.max_new_tokens} new tokens.",
+            "Use shorter prompts, or --set eval.max_new_tokens to a smaller number.",
+        )
+    return fitting

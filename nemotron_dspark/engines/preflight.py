@@ -1,0 +1,165 @@
+"""What is known to fail when an engine serves a pair: refused before anything is started, or warned of.
+
+A refusal is what the engine's own code rejects or gets wrong in the versions read; a warning is what people report, or
+what nobody has shown to work. Where each comes from is in docs/engines.md.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
+from nemotron_dspark.engines.commands import EngineName, engine_table
+from nemotron_dspark.engines.pair import Pair
+from nemotron_dspark.errors import InputError
+
+# vLLM 47635: these hybrids crash at start-up with speculative decoding.
+_VLLM_CRASHES = ("falcon_h1", "granitemoehybrid", "zamba2")
+# Targets that this project and llama.cpp both read, see `nds export`.
+_GGUF_TYPES = ("llama", "nemotron_h")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A thing that fails or may fail, and what to do about it."""
+
+    level: Literal["refuse", "warn"]
+    what: str
+    do: str
+
+
+def preflight(
+    engine: EngineName, pair: Pair, *, machine: str | None = None, tokens: int | None = None
+) -> list[Finding]:
+    """What is known to fail, refusals first."""
+    found = [
+        *_drafts(engine, pair),
+        *_blocks(engine, pair, tokens),
+        *_targets(engine, pair),
+        *_machines(engine, machine),
+    ]
+    return sorted(found, key=lambda finding: finding.level)
+
+
+def check(engine: EngineName, pair: Pair, *, machine: str | None = None, tokens: int | None = None) -> list[Finding]:
+    """The warnings of `preflight`; its first refusal is an `InputError`."""
+    found = preflight(engine, pair, machine=machine, tokens=tokens)
+    if found and found[0].level == "refuse":
+        raise InputError(found[0].what, found[0].do)
+    return found
+
+
+def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
+    draft, title = pair.draft, engine_table(engine).title
+    if isinstance(draft, Eagle3Config):
+        yield from _eagle3(engine, pair)
+        return
+    if engine != "sglang" and draft.markov_rank and draft.markov_head_type != "vanilla":
+        yield Finding(
+            "refuse",
+            f"{title} reads vanilla Markov heads only, and this draft's is {draft.markov_head_type}.",
+            "Train the draft with draft.markov_head=vanilla, or serve it with SGLang or `nds serve`.",
+        )
+    if not draft.markov_rank:
+        yield Finding(
+            "refuse",
+            f"{title} takes a DSpark draft to have a Markov head, and this one has rank 0 (DeepSpec's DFlash).",
+            "Train the draft with draft.markov_rank above 0, or serve it with `nds serve`: what engines call DFlash is "
+            "another layout of the block.",
+        )
+    if engine == "llamacpp" and draft.enable_confidence_head and not draft.confidence_head_with_markov:
+        yield Finding(
+            "warn",
+            "llama.cpp's confidence head reads the previous token's embedding too, and this draft's does not.",
+            "Export it without its confidence head, which is used only with --spec-draft-p-min.",
+        )
+    if draft.target_layer_ids[0] == -1 and engine != "llamacpp":
+        yield Finding(
+            "refuse" if engine == "sglang" else "warn",
+            f"{title} {'refuses' if engine == 'sglang' else 'has not been seen to read'} the embedding as a tap (-1).",
+            "Train the draft with taps from layer 0 on, or serve it with llama.cpp or `nds serve`.",
+        )
+    if engine != "llamacpp" and (draft.target_logit_multiplier != 1.0 or draft.target_logit_softcap is not None):
+        yield Finding(
+            "warn",
+            f"The target's logits are multiplied or soft-capped, which {title} has not been seen to do to the draft's.",
+            "Compare the accepted length with `nds eval --engine`.",
+        )
+
+
+def _eagle3(engine: EngineName, pair: Pair) -> Iterator[Finding]:
+    title = engine_table(engine).title
+    if engine == "sglang" and pair.hybrid:
+        yield Finding(
+            "refuse",
+            "SGLang refuses EAGLE-3 on Nemotron-H and other hybrids up to 0.5.23.",
+            "Serve the pair with vLLM or `nds serve`, or train a DSpark draft.",
+        )
+    elif engine in ("llamacpp", "trtllm"):
+        yield Finding(
+            "refuse",
+            f"{title} reads EAGLE-3 drafts of Llama's shape with three taps; this one is DeepSpec's, with five.",
+            "Serve it with vLLM or `nds serve`, or train a DSpark draft.",
+        )
+    else:
+        yield Finding(
+            "warn",
+            f"{title} has not been seen to serve DeepSpec's EAGLE-3 with its five taps.",
+            "Compare the accepted length with `nds eval --engine`.",
+        )
+
+
+def _blocks(engine: EngineName, pair: Pair, tokens: int | None) -> Iterator[Finding]:
+    block, title = pair.draft.block_size, engine_table(engine).title
+    if tokens is None or tokens == block:
+        return
+    if tokens > block:
+        yield Finding(
+            "refuse",
+            f"The draft has a block of {block}, and {tokens} tokens a round are asked for.",
+            f"Give --tokens {block} or leave it out.",
+        )
+    elif isinstance(pair.draft, DraftConfig) and engine in ("vllm", "sglang"):
+        yield Finding(
+            "warn",
+            f"{tokens} tokens of a block of {block}: {title} would give the draft a shorter block than it was trained "
+            "on, and vLLM 0.27 gave garbled output.",
+            "Leave --tokens out, or compare the output with plain decoding by `nds eval --engine --plain-engine`.",
+        )
+
+
+def _targets(engine: EngineName, pair: Pair) -> Iterator[Finding]:
+    kind = pair.spec.model_type
+    if engine == "llamacpp" and kind not in _GGUF_TYPES:
+        yield Finding(
+            "refuse",
+            f"`nds export --to gguf` writes targets of type {' and '.join(_GGUF_TYPES)}, and this one is {kind}.",
+            "Serve the pair with another engine or with `nds serve`.",
+        )
+    if not pair.hybrid:
+        return
+    if engine == "vllm" and kind in _VLLM_CRASHES:
+        yield Finding(
+            "warn",
+            f"vLLM is reported to crash at start-up with {kind} and speculative decoding (vLLM 47635).",
+            "Try a newer version, or serve the pair with `nds serve`.",
+        )
+    if engine == "vllm" and kind != "nemotron_h" and kind not in _VLLM_CRASHES:
+        yield Finding(
+            "warn",
+            f"vLLM must hand out hidden states of {kind}'s layers, which was read in its code for Nemotron-H alone.",
+            "Start it and see; it says so when it cannot.",
+        )
+    if engine == "trtllm":
+        yield Finding(
+            "warn",
+            "Nobody has shown TensorRT-LLM to serve a hybrid with DSpark.",
+            "Compare output and accepted length with `nds eval --engine --plain-engine` before you rely on it.",
+        )
+
+
+def _machines(engine: EngineName, machine: str | None) -> Iterator[Finding]:
+    if machine == "cpu" and engine != "llamacpp":
+        do = "Use llama.cpp or `nds serve`."
+        reason = "has no runner for drafts on a CPU" if engine == "vllm" else "does not run on a CPU"
+        yield Finding("refuse", f"{engine_table(engine).title} {reason}.", do)
