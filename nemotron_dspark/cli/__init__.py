@@ -25,6 +25,7 @@ COMMANDS = (
     "cache",
     "train",
     "eval",
+    "import",
     "serve",
     "engine",
     "deepspec",
