@@ -95,8 +95,9 @@ def install(folder: Path | None = None, *, url: str | None = None, commit: str =
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _run_git(f"{source} cannot be cloned", "clone", "--quiet", "--no-checkout", source, str(partial))
-        _run_git(f"{source} has no commit {commit[:7]}", "-C", str(partial), "checkout", "--quiet", "--detach", commit)
+        clone = ("clone", "--quiet", "--no-checkout", source, str(partial))
+        _git(Path.cwd(), *clone, failed=f"{source} cannot be cloned")
+        _git(partial, "checkout", "--quiet", "--detach", commit, failed=f"{source} has no commit {commit[:7]}")
         found = _git(partial, "rev-parse", "HEAD")
         if found != commit:
             raise EnvironmentFault(f"The clone is at {found}, not at {commit}.", "Name another mirror with --url.")
@@ -136,20 +137,18 @@ def deepspec_module(name: str) -> ModuleType:
         ) from None
 
 
-def _run_git(failed: str, *arguments: str) -> None:
-    """Run git without a terminal; `EnvironmentFault` that begins with ``failed`` when it refuses."""
+def _git(folder: Path, *arguments: str, failed: str | None = None) -> str | None:
+    """Output of a git command in ``folder``, run without a terminal.
+
+    Where git refuses: `EnvironmentFault` that begins with ``failed``, None without it or without git.
+    """
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, env=environment)
-    if done.returncode:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        return None
+    if done.returncode and failed:
         reason = (done.stderr.strip().splitlines() or ["git gave no reason"])[-1].rstrip(".")
         do = f"Check the connection, or name a mirror with --url or {URL_VARIABLE}."
         raise EnvironmentFault(f"{failed} ({reason}).", do)
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command in ``folder``; None when there is no git or it refuses."""
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.rstrip("\n") if done.returncode == 0 else None
+    return None if done.returncode else done.stdout.rstrip("\n")

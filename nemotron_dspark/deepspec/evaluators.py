@@ -2,9 +2,13 @@
 
 DeepSpec's own decoding rewinds a cache of keys and values, which leaves a hybrid's recurrent state behind, and newer
 transformers refuse its calls. Here a round is one `Decoder.step`; what DeepSpec counts is read from it.
-Importing this module needs a checkout on Python's path.
+Importing this module needs a checkout on Python's path. Run as one it is DeepSpec's eval.py with these in its table: it
+takes eval.py's own options and ``--tasks name:prompts,…``, and spawns one worker per visible GPU as eval.py does.
 """
 
+import argparse
+import importlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,3 +124,30 @@ def _proposed(generation: Generation) -> list[int]:
             generation.proposed, generation.survived, generation.accepted, strict=True
         )
     ]
+
+
+EVALUATORS = {"Qwen3DSparkModel": NemotronDSparkEvaluator, "Qwen3Eagle3Model": NemotronEagle3Evaluator}
+
+
+def parse() -> argparse.Namespace:
+    """eval.py's arguments, with its tasks replaced where ``--tasks`` is given."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--tasks")
+    given, rest = own.parse_known_args()
+    sys.argv[1:] = rest
+    args = importlib.import_module("eval").parse_args()
+    if given.tasks:
+        pairs = (part.partition(":") for part in given.tasks.split(","))
+        args.tasks = [(name, int(count) if count else None) for name, _, count in pairs]
+    return args
+
+
+def worker(local_rank: int, args: argparse.Namespace) -> None:
+    """What every process runs: eval.py with our evaluators."""
+    entry = importlib.import_module("eval")
+    entry.EVALUATORS.update(EVALUATORS)
+    entry.main(local_rank, args)
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(worker, args=(parse(),), nprocs=torch.cuda.device_count())

@@ -11,17 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemotron_dspark.cache.reader import read_layout
+from nemotron_dspark.cache.deepspec_layout import Manifest
+from nemotron_dspark.cache.reader import TargetCache, read_layout
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.config import RunConfig
-from nemotron_dspark.deepspec import fit
 from nemotron_dspark.deepspec.checkout import Checkout, deepspec_module, find, put_on_path
 from nemotron_dspark.deepspec.config_file import config_for
 from nemotron_dspark.errors import EnvironmentFault, InputError, NdsError, first_line
 from nemotron_dspark.files import write_text
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Checkpoint
-from nemotron_dspark.targets.locate import locate
 from nemotron_dspark.targets.spec import TargetSpec
 
 
@@ -38,10 +37,8 @@ class Nodes:
         address, _, port = (self.master or "").partition(":")
         given = {"WORLD_SIZE": self.count, "RANK": self.rank, "MASTER_ADDR": address, "MASTER_PORT": port}
         usual = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-        values = {
-            name: str(given[name]) if given[name] not in (None, "") else os.environ.get(name, usual[name])
-            for name in usual
-        }
+        stated = {name: str(value) for name, value in given.items() if value not in (None, "")}
+        values = {name: stated.get(name) or os.environ.get(name, default) for name, default in usual.items()}
         if not all(values[name].isdecimal() for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")):
             raise InputError(f"Nodes {values} are not numbers.", "Use --nodes, --node-rank and --master host:port.")
         if int(values["RANK"]) >= int(values["WORLD_SIZE"]):
@@ -127,13 +124,69 @@ def check_training(cfg: Mapping[str, Any], workers: int) -> tuple[str, ...]:
             "Import NemotronDSparkTrainer or NemotronEagle3Trainer from nemotron_dspark.deepspec.",
         )
     build(spec, cfg["model"])
-    cache = fit.check_cache(cfg, spec)
+    cache = check_cache(cfg, spec)
     if cfg["model"].get("mask_token_id") is not None:
         check_mask_token(cache, int(cfg["model"]["mask_token_id"]))
-    fit.check_batches(cfg, len(cache), workers)
-    locate(spec.name, weights=True)  # downloaded once, not by every rank
+    check_batches(cfg, len(cache), workers)
+    Checkpoint.find(spec.name, weights=True)  # downloaded once, not by every rank
     latest = Path(cfg["logging"]["checkpoint_dir"]) / "step_latest"
     return (f"DeepSpec goes on from {latest.resolve()}.",) if latest.exists() else ()
+
+
+def check_cache(cfg: Mapping[str, Any], spec: TargetSpec) -> TargetCache:
+    """The cache that ``cfg`` names, once it is certain that it was made from this target, with these taps and template.
+
+    Raises:
+        InputError: there is none, it is damaged, or it was made from something else. The message names both sides.
+    """
+    given = cfg["data"].get("target_cache_path")
+    if not given:
+        raise InputError(
+            "The config names no target cache.",
+            "Build one with `nds deepspec prepare`, then add --opts data.target_cache_path=FOLDER.",
+        )
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"The target cache {folder} does not exist.", "Build it with `nds deepspec prepare`.")
+    _check_manifest(Manifest.read(folder), cfg, spec, folder)
+    return TargetCache(folder)
+
+
+def _check_manifest(manifest: Manifest, cfg: Mapping[str, Any], spec: TargetSpec, folder: Path) -> None:
+    do = "Give the cache that was built for this config, or build one with `nds deepspec prepare`."
+    target, taps = (
+        str(cfg["model"]["target_model_name_or_path"]),
+        [int(tap) for tap in cfg["model"]["target_layer_ids"]],
+    )
+    made_with, wanted = manifest.extra.get("chat_template"), cfg["data"].get("chat_template")
+    if manifest.target_name not in (None, target):
+        what = f"was made from the target {manifest.target_name}, the config says {target}."
+        do += " If both are the same model, write the cache's spelling into the config."
+    elif manifest.hidden_size != spec.hidden_size:
+        what = f"holds hidden states of size {manifest.hidden_size}, those of {target} have {spec.hidden_size}."
+    elif list(manifest.taps) != taps:
+        what = f"holds the taps {list(manifest.taps)}, the config asks for {taps}."
+    elif made_with is not None and wanted not in (None, made_with):
+        what = f"was made with the chat template {made_with!r}, the config says {wanted!r}."
+        do += f" Or set data.chat_template to {made_with!r}, if that is what the target is served with."
+    else:
+        return
+    raise InputError(f"{folder} {what}", do)
+
+
+def check_batches(cfg: Mapping[str, Any], num_samples: int, workers: int) -> None:
+    """`InputError` when the batch sizes of ``cfg`` do not fit ``workers`` (GPUs of all nodes) or the cache."""
+    local, whole = int(cfg["train"]["local_batch_size"]), int(cfg["train"]["global_batch_size"])
+    if whole % (workers * local):
+        raise InputError(
+            f"train.global_batch_size {whole} is not a multiple of {workers} GPUs x train.local_batch_size {local}.",
+            "Change one of them with --opts.",
+        )
+    if num_samples < whole:
+        raise InputError(
+            f"The cache has {num_samples} samples, but one optimiser step takes {whole}.",
+            f"Add data, or use --opts train.global_batch_size={num_samples // (workers * local) * workers * local}.",
+        )
 
 
 def train(config: Path, opts: Sequence[str], nodes: Nodes, note: Callable[[str], None]) -> NoReturn:
@@ -144,7 +197,8 @@ def train(config: Path, opts: Sequence[str], nodes: Nodes, note: Callable[[str],
     remarks = check_training(load_config(checkout, config, opts), gpus * machines)
     for text in (*checkout.warnings(), *remarks):
         note(text)
-    run(checkout, training_command(checkout, config, opts), nodes)
+    options = [part for opt in opts for part in ("--opts", opt)]
+    run(checkout, [str(checkout.folder / "train.py"), "--config", str(config.absolute()), *options], nodes)
 
 
 def train_on_cache(config: RunConfig, cache: Path | None, out: Path, note: Callable[[str], None]) -> NoReturn:
@@ -180,17 +234,13 @@ def run(checkout: Checkout, arguments: Sequence[str], nodes: Nodes, folder: Path
     os.execve(sys.executable, [sys.executable, *arguments], environment)
 
 
-def training_command(checkout: Checkout, config: Path, opts: Sequence[str]) -> list[str]:
-    return [str(checkout.folder / "train.py"), "--config", str(config.absolute()), *_opts(opts)]
-
-
 def evaluation_command(
     target: str, draft: str, tasks: Sequence[tuple[str, int | None]], options: Mapping[str, Any]
 ) -> list[str]:
-    """DeepSpec's eval.py through our entry point, which adds our evaluators to its table."""
+    """DeepSpec's eval.py with our evaluators in its table."""
     given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
     named = ",".join(name if count is None else f"{name}:{count}" for name, count in tasks)
-    entry = ["-m", "nemotron_dspark.deepspec.eval_entry", "--tasks", named]
+    entry = ["-m", "nemotron_dspark.deepspec.evaluators", "--tasks", named]
     return [*entry, "--target_name_or_path", target, "--draft_name_or_path", draft, *given]
 
 
@@ -218,7 +268,3 @@ def read_tasks(checkout: Checkout, text: str | None) -> list[tuple[str, int | No
             f"{folder} has no {missing[0]}.jsonl.", f"Choose with --tasks among {', '.join(here) or 'none'}."
         )
     return tasks
-
-
-def _opts(opts: Sequence[str]) -> list[str]:
-    return [part for opt in opts for part in ("--opts", opt)]

@@ -37,24 +37,23 @@ class Fault:
 
     what: str
     families: frozenset[str] | None  # model types; None: every target with a recurrent state
-    fixed: tuple[int, int] | None  # first version without it; None: none so far
+    here: bool  # in this environment's versions too; False: up to 5.14 only
     cure: str
     kernels: bool = False  # True: not with mamba-ssm's kernels
 
 
 _SCANS = frozenset({"nemotron_h", "zamba2"})
 _BLOCKS = frozenset({"nemotron_h", "granitemoehybrid", "bamba", "zamba2", "lfm2"})
+_STEPS = frozenset({"nemotron_h", "bamba"})
 FAULTS = (
-    Fault("later tokens change earlier ones beyond chunk_size", _SCANS, (5, 15), "newer transformers; proven", True),
-    Fault("right padding changes real tokens beyond chunk_size", _SCANS, (5, 15), "newer transformers; proven", True),
-    Fault("several tokens on a cache give wrong logits", _BLOCKS, (5, 15), "our own verify; proven"),
-    Fault("several tokens on a cache give wrong logits", frozenset({"jamba"}), None, "our own verify; proven"),
-    Fault("crop() forgets attention and keeps the recurrent state", None, None, "our own commit; proven"),
-    Fault("a bare DynamicCache() is refused", None, None, "our own state instead of a cache"),
-    Fault(
-        "one token and several step differently", frozenset({"nemotron_h", "bamba"}), None, "limits as the config says"
-    ),
-    Fault("default positions ignore the cache", frozenset({"bamba"}), None, "positions are always passed"),
+    Fault("later tokens change earlier ones beyond chunk_size", _SCANS, False, "newer transformers; proven", True),
+    Fault("right padding changes real tokens beyond chunk_size", _SCANS, False, "newer transformers; proven", True),
+    Fault("several tokens on a cache give wrong logits", _BLOCKS, False, "our own verify; proven"),
+    Fault("several tokens on a cache give wrong logits", frozenset({"jamba"}), True, "our own verify; proven"),
+    Fault("crop() forgets attention and keeps the recurrent state", None, True, "our own commit; proven"),
+    Fault("a bare DynamicCache() is refused", None, True, "our own state instead of a cache"),
+    Fault("one token and several step differently", _STEPS, True, "limits as the config says"),
+    Fault("default positions ignore the cache", frozenset({"bamba"}), True, "positions are always passed"),
 )
 
 
@@ -94,7 +93,7 @@ def status(target: str | None) -> Status:
     except EnvironmentFault:
         home = None
     spec = Checkpoint.find(target).read_spec() if target else None
-    found = faults(spec, transformers.__version__, kernels=has_kernels(spec)) if spec else []
+    found = faults(spec, kernels=has_kernels(spec)) if spec else []
     return Status(environment(home), target, transformers.__version__, found)
 
 
@@ -103,59 +102,52 @@ def environment(checkout: Checkout | None) -> list[Line]:
     import torch
     import transformers
 
-    rows = []
+    def line(item: str, found: str, meaning: str = "", level: str = "note") -> Line:
+        return Line(item, found, meaning, level if meaning else "ok")
+
     if checkout is None:
-        rows.append(Line("checkout", "none", "run `nds deepspec install`, or set DEEPSPEC_HOME", "missing"))
+        rows = [line("checkout", "none", "run `nds deepspec install`, or set DEEPSPEC_HOME", "missing")]
+    elif warnings := checkout.warnings():
+        rows = [line("checkout", str(checkout.folder), " ".join(warnings))]
     else:
-        meaning = " ".join(checkout.warnings()) or f"the commit the bridge was made for ({COMMIT[:7]})"
-        rows.append(Line("checkout", str(checkout.folder), meaning, "note" if checkout.warnings() else "ok"))
-    rows.append(Line("python", platform.python_version()))
+        rows = [Line("checkout", str(checkout.folder), f"the commit the bridge was made for ({COMMIT[:7]})")]
     other = "" if torch.__version__.startswith(PINNED_TORCH) else f"DeepSpec pins {PINNED_TORCH}"
-    rows.append(Line("torch", torch.__version__, other, "note" if other else "ok"))
-    rows.append(Line("transformers", transformers.__version__, f"in place of DeepSpec's {PINNED_TRANSFORMERS}"))
+    rows += [
+        line("python", platform.python_version()),
+        line("torch", torch.__version__, other),
+        Line("transformers", transformers.__version__, f"in place of DeepSpec's {PINNED_TRANSFORMERS}"),
+    ]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
         rows.append(Line("CUDA", f"{count} × {torch.cuda.get_device_name(0)}", f"torch built for {torch.version.cuda}"))
     else:
-        rows.append(
-            Line("CUDA", "none", "DeepSpec trains and evaluates on GPUs only; `nds train` needs none", "missing")
-        )
+        need = "DeepSpec trains and evaluates on GPUs only; `nds train` needs none"
+        rows.append(line("CUDA", "none", need, "missing"))
     for name in PACKAGES:
-        found = importlib.util.find_spec(name) is not None
         package = "PyYAML" if name == "yaml" else name
-        missing = f"`pip install {package}`" + ("; comes with CUDA builds of torch" if name == "triton" else "")
-        rows.append(
-            Line(name, _version(package) if found else "none", "" if found else missing, "ok" if found else "missing")
-        )
+        if importlib.util.find_spec(name) is not None:
+            rows.append(line(name, _version(package)))
+        else:
+            where = "; comes with CUDA builds of torch" if name == "triton" else ""
+            rows.append(line(name, "none", f"`pip install {package}`{where}", "missing"))
     return rows
 
 
-def faults(spec: TargetSpec, transformers_version: str, *, kernels: bool) -> list[tuple[Fault, bool, bool]]:
+def faults(spec: TargetSpec, *, kernels: bool) -> list[tuple[Fault, bool, bool]]:
     """The faults that concern ``spec``: each with whether DeepSpec's pin has it, and whether this version has it."""
     recurrent = any(kind.recurrent for kind in spec.layers)
-    here = version_of(transformers_version)
-    concerned = [
-        fault for fault in FAULTS if (recurrent if fault.families is None else spec.model_type in fault.families)
-    ]
-    return [
-        (fault, not (fault.kernels and kernels), _has(fault, here) and not (fault.kernels and kernels))
-        for fault in concerned
-    ]
+    found = []
+    for fault in FAULTS:
+        if recurrent if fault.families is None else spec.model_type in fault.families:
+            pinned = not (fault.kernels and kernels)
+            found.append((fault, pinned, pinned and fault.here))
+    return found
 
 
 def has_kernels(spec: TargetSpec) -> bool:
     """True when mamba-ssm and causal-conv1d are installed, which a target with Mamba layers then uses."""
     mamba = {LayerKind.MAMBA2, LayerKind.MAMBA1, LayerKind.PARALLEL} & set(spec.layers)
     return bool(mamba) and all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))
-
-
-def version_of(text: str) -> tuple[int, int]:
-    major, minor, *_ = text.split(".")
-    return int(major), int(minor)
-
-
-def _has(fault: Fault, version: tuple[int, int]) -> bool:
-    return fault.fixed is None or version < fault.fixed
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""DeepSpec's third extension point: its trainers, for any target, without ever loading one.
+"""DeepSpec's first and third extension points: our chat formats in its registry; its trainers, for any target.
 
 Importing this module needs a checkout on Python's path. Every rank reads the target's config, its embedding and its LM
 head, and nothing else of the checkpoint; whether the cache fits is settled before that.
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from nemotron_dspark.deepspec import fit
+from nemotron_dspark.chat.format import bundled_formats
 from nemotron_dspark.deepspec.builders import dspark_config, eagle3_config
 from nemotron_dspark.deepspec.checkout import deepspec_module
-from nemotron_dspark.deepspec.templates import register_templates
+from nemotron_dspark.deepspec.launch import check_cache
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Checkpoint, spec_from_config
 from nemotron_dspark.targets.spec import TargetSpec
@@ -23,16 +23,33 @@ _trainer = deepspec_module("deepspec.trainer")
 _dspark = deepspec_module("deepspec.modeling.dspark.qwen3")
 _eagle3 = deepspec_module("deepspec.modeling.eagle3.qwen3")
 
+
+def register_templates() -> tuple[str, ...]:
+    """Register every bundled format that DeepSpec's parser can handle; returns their names.
+
+    A name that is there already is left alone, so this may be called any number of times, in any process.
+    """
+    parser = deepspec_module("deepspec.data.parser")
+    usable = {name: found for name, found in bundled_formats().items() if found.deepspec is not None}
+    for name, found in usable.items():
+        try:
+            parser.TEMPLATE_REGISTRY.get(name)
+        except KeyError:
+            parser.TEMPLATE_REGISTRY.register(name, parser.ChatTemplate(**found.deepspec))
+    return tuple(usable)
+
+
 register_templates()
 
 
 class _FromCheckpoint:
     """`build_models` of both trainers."""
 
+    draft_config: Callable[[TargetSpec, Any], Any]
+    draft_model: Callable[[Any], Any]
     args: Any  # DeepSpec's base class makes these three
     device: torch.device
     precision_dtype: torch.dtype
-    _build_draft_model: Callable[..., Any]
 
     def build_models(self) -> tuple[Any, Any]:
         """The draft on this rank's device with the target's frozen embedding and head, and the tokenizer.
@@ -43,7 +60,7 @@ class _FromCheckpoint:
         name = self.args.model.target_model_name_or_path
         checkpoint = Checkpoint.find(name, weights=True)
         spec = checkpoint.read_spec()
-        fit.check_cache(self.args, spec)
+        check_cache(self.args, spec)
         draft = self._build_draft_model(target_config=spec, model_args=self.args.model)
         draft = draft.to(device=self.device, dtype=self.precision_dtype)
         found = read_embedding_and_head(checkpoint.folder, spec)
@@ -54,27 +71,21 @@ class _FromCheckpoint:
         )
         return draft, checkpoint.load_tokenizer()
 
+    def _build_draft_model(self, *, target_config: Any, model_args: Any) -> Any:
+        """DeepSpec hands its hook a transformers config; `build_models` a spec."""
+        if target_config is None:
+            raise InputError("There is no target config.", "Set model.target_model_name_or_path.")
+        spec = target_config if isinstance(target_config, TargetSpec) else spec_from_config(target_config)
+        return self.draft_model(self.draft_config(spec, model_args))
+
 
 class NemotronDSparkTrainer(_FromCheckpoint, _trainer.Qwen3DSparkTrainer):
     """Trains a DSpark draft for a target of any family."""
 
-    draft_config = staticmethod(dspark_config)
-
-    def _build_draft_model(self, *, target_config: Any, model_args: Any) -> Any:
-        return _dspark.Qwen3DSparkModel(self.draft_config(_spec(target_config), model_args))
+    draft_config, draft_model = staticmethod(dspark_config), _dspark.Qwen3DSparkModel
 
 
 class NemotronEagle3Trainer(_FromCheckpoint, _trainer.Qwen3Eagle3Trainer):
     """Trains an EAGLE-3 draft for a target of any family."""
 
-    draft_config = staticmethod(eagle3_config)
-
-    def _build_draft_model(self, *, target_config: Any, model_args: Any) -> Any:
-        return _eagle3.Qwen3Eagle3Model(self.draft_config(_spec(target_config), model_args))
-
-
-def _spec(target_config: Any) -> TargetSpec:
-    """DeepSpec hands its hook a transformers config; our `build_models` a spec."""
-    if target_config is None:
-        raise InputError("There is no target config.", "Set model.target_model_name_or_path.")
-    return target_config if isinstance(target_config, TargetSpec) else spec_from_config(target_config)
+    draft_config, draft_model = staticmethod(eagle3_config), _eagle3.Qwen3Eagle3Model

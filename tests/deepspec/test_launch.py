@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from nemotron_dspark.cache.deepspec_layout import Manifest
 from nemotron_dspark.cli import app
 from nemotron_dspark.config import load_config
-from nemotron_dspark.deepspec import checkout, fit, launch, status
+from nemotron_dspark.deepspec import checkout, launch, status
 from nemotron_dspark.deepspec.config_file import config_for
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Checkpoint
@@ -185,7 +185,7 @@ def test_eval_becomes_our_entry_point_in_the_checkout(cfg, executed, monkeypatch
     result = CliRunner().invoke(app, [*command, "--temperature", "0"])
     assert result.exit_code == 0, result.output
     ((arguments, _),) = executed
-    assert arguments[1:5] == ["-m", "nemotron_dspark.deepspec.eval_entry", "--tasks", "gsm8k:3,math500"]
+    assert arguments[1:5] == ["-m", "nemotron_dspark.deepspec.evaluators", "--tasks", "gsm8k:3,math500"]
     assert arguments[arguments.index("--temperature") + 1] == "0.0"
     assert moved == [checkout.find().folder]
     result = CliRunner().invoke(app, [*command[:-1], "nothing:3"])
@@ -196,18 +196,18 @@ def test_eval_becomes_our_entry_point_in_the_checkout(cfg, executed, monkeypatch
 def test_the_entry_point_adds_our_evaluators_to_deepspecs_table(deepspec_on_cpu, monkeypatch):
     import importlib
 
-    from nemotron_dspark.deepspec import eval_entry
+    from nemotron_dspark.deepspec import evaluators
 
     entry = importlib.import_module("eval")
     command = ["eval", "--tasks", "gsm8k:3,math500", "--target_name_or_path", "T", "--draft_name_or_path", "D"]
     monkeypatch.setattr(sys, "argv", command)
-    args = eval_entry.parse()
+    args = evaluators.parse()
     assert args.tasks == [("gsm8k", 3), ("math500", None)]
     assert args.target_name_or_path == "T"
     seen = []
     monkeypatch.setattr(entry, "EVALUATORS", dict(entry.EVALUATORS))
     monkeypatch.setattr(entry, "main", lambda rank, args: seen.append(dict(entry.EVALUATORS)))
-    eval_entry.worker(0, args)
+    evaluators.worker(0, args)
     assert seen[0]["Qwen3DSparkModel"].__name__ == "NemotronDSparkEvaluator"
     assert seen[0]["Qwen3Eagle3Model"].__name__ == "NemotronEagle3Evaluator"
 
@@ -231,18 +231,19 @@ def test_check_lists_what_is_missing_and_explains_the_override(tiny_hybrid, monk
 
 def test_faults_are_those_of_the_family_and_the_version(tiny_hybrid, tiny_llama):
     hybrid, llama = (Checkpoint.find(folder).read_spec() for folder in (tiny_hybrid, tiny_llama))
-    assert status.faults(llama, "5.23.0", kernels=False) == []
-    old = {fault.what: here for fault, _, here in status.faults(hybrid, "5.14.1", kernels=False)}
-    new = {fault.what: here for fault, _, here in status.faults(hybrid, "5.15.0", kernels=False)}
-    assert old["later tokens change earlier ones beyond chunk_size"]
-    assert not new["later tokens change earlier ones beyond chunk_size"]
-    assert new["crop() forgets attention and keeps the recurrent state"]
-    kernels = {fault.what: here for fault, _, here in status.faults(hybrid, "5.14.1", kernels=True)}
-    assert not kernels["later tokens change earlier ones beyond chunk_size"]
+    assert status.faults(llama, kernels=False) == []
+    scan = "later tokens change earlier ones beyond chunk_size"
+    plain, kernels = (
+        {fault.what: (pinned, here) for fault, pinned, here in status.faults(hybrid, kernels=installed)}
+        for installed in (False, True)
+    )
+    assert plain[scan] == (True, False)
+    assert kernels[scan] == (False, False)
+    assert plain["crop() forgets attention and keeps the recurrent state"] == (True, True)
 
 
 def test_a_cache_that_deepspec_wrote_has_no_template_to_compare(tiny_hybrid):
     spec = Checkpoint.find(tiny_hybrid).read_spec()
     manifest = Manifest(1, (1,), spec.hidden_size, ("shard-00000.bin",), {})
     cfg = {"model": {"target_model_name_or_path": "x", "target_layer_ids": [1]}, "data": {"chat_template": "chatml"}}
-    fit._check_manifest(manifest, cfg, spec, types.SimpleNamespace())
+    launch._check_manifest(manifest, cfg, spec, types.SimpleNamespace())
