@@ -29,9 +29,7 @@ from nemotron_dspark.targets.recurrent import LayerStates, advance_window, convo
 
 
 @dataclasses.dataclass
-class _BlockRecord:
-    """What one layer's block leaves behind until it is committed."""
-
+class _BlockRecord:  # what one layer's block leaves behind until it is committed
     conv_inputs: Tensor  # [B, m, channels], before the convolution
     keys: Tensor  # [B, m, heads, key] fp32
     updates: Tensor  # [B, m, heads, value] fp32, u_t
@@ -42,19 +40,14 @@ class _BlockRecord:
 class DeltaStates(LayerStates):
     """The committed states of every gated delta net of a target, for B rows."""
 
-    conv: Tensor  # [L, B, kernel - 1, channels], the last inputs of each convolution
     delta: Tensor  # [L, B, heads, key, value] fp32
 
     @staticmethod
-    def zeros(mixers: dict[int, Any], device: torch.device, dtype: torch.dtype) -> "DeltaStates":
-        """The states of one row before any token. ``mixers`` maps layer ids to gated delta nets of one shape."""
-        mixer = next(iter(mixers.values()))
-        conv = torch.zeros(len(mixers), 1, mixer.conv_kernel_size - 1, mixer.conv_dim, device=device, dtype=dtype)
-        shape = (len(mixers), 1, mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
-        return DeltaStates(tuple(mixers), conv, torch.zeros(shape, device=device, dtype=torch.float32))
+    def shapes(mixer: Any) -> tuple[tuple[int, ...], ...]:
+        conv = (mixer.conv_kernel_size - 1, mixer.conv_dim)
+        return conv, (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
 
     def commit(self, kept: Sequence[int]) -> None:
-        """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
         block = self.take_records()
         self.conv = advance_window(self.conv, block.conv_inputs, kept)
         total, decay = prefix_decay(block.decay, kept)  # [L, B, heads], [L, B, n, heads]

@@ -4,7 +4,7 @@ Rows share one buffer that grows by doubling. What lies beyond a row's length is
 length back, and the next write goes over them. Readers must mask positions at or beyond the length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ from torch import Tensor
 class RaggedKV:
     """One layer's keys and values; the rows' lengths are kept by the owner, once for all layers."""
 
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None  # [B, kv_heads, capacity, head_dim]
-        self.values: Tensor | None = None  # [B, kv_heads, capacity, head_dim]
+    def __init__(self, stored: Iterable[Tensor] = ()) -> None:
+        self._stored = tuple(stored)  # keys and values [B, kv_heads, capacity, head_dim]; none before the first write
 
     def write(self, keys: Tensor, values: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Put ``keys``/``values`` [B, kv_heads, m, head_dim] at ``starts[b]`` of each row.
@@ -24,48 +23,35 @@ class RaggedKV:
         """
         added = keys.shape[2]
         end = max(starts) + added
-        all_keys, all_values = self._reserve(end, keys, values)
-        if min(starts) == max(starts):
-            all_keys[:, :, end - added : end] = keys
-            all_values[:, :, end - added : end] = values
-        else:
-            rows = torch.arange(len(starts), device=keys.device)[:, None]  # [B, 1]
-            at = torch.tensor(starts, device=keys.device)[:, None] + torch.arange(added, device=keys.device)  # [B, m]
-            all_keys[rows, :, at] = keys.transpose(1, 2)
-            all_values[rows, :, at] = values.transpose(1, 2)
+        self._reserve(end, keys, values)
+        for stored, new in zip(self._stored, (keys, values), strict=True):
+            if min(starts) == max(starts):
+                stored[:, :, end - added : end] = new
+            else:
+                rows = torch.arange(len(starts), device=new.device)[:, None]  # [B, 1]
+                at = torch.tensor(starts, device=new.device)[:, None] + torch.arange(added, device=new.device)  # [B, m]
+                stored[rows, :, at] = new.transpose(1, 2)
+        all_keys, all_values = self._stored
         return all_keys[:, :, :end], all_values[:, :, :end]
 
     def select(self, rows: Sequence[int], length: int) -> "RaggedKV":
         """A copy that keeps ``rows`` in that order and the first ``length`` positions."""
-        picked = RaggedKV()
-        if self.keys is not None and self.values is not None:
-            index = torch.tensor(rows, device=self.keys.device)
-            picked.keys = self.keys[:, :, :length].index_select(0, index)
-            picked.values = self.values[:, :, :length].index_select(0, index)
-        return picked
+        return RaggedKV(tensor[list(rows), :, :length] for tensor in self._stored)
 
     @staticmethod
     def cat(parts: Sequence["RaggedKV"]) -> "RaggedKV":
         """The rows of ``parts`` one after the other."""
-        keys = [part.keys for part in parts if part.keys is not None]
-        values = [part.values for part in parts if part.values is not None]
-        longest = max(tensor.shape[2] for tensor in keys)
-        joined = RaggedKV()
-        joined.keys = torch.cat([_padded(tensor, longest) for tensor in keys])
-        joined.values = torch.cat([_padded(tensor, longest) for tensor in values])
-        return joined
+        pairs = [part._stored for part in parts if part._stored]
+        longest = max((keys.shape[2] for keys, _ in pairs), default=0)
+        return RaggedKV(torch.cat([_padded(tensor, longest) for tensor in same]) for same in zip(*pairs, strict=True))
 
-    def _reserve(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers, with room for ``length`` positions of what ``keys`` and ``values`` are like."""
-        if self.keys is None or self.values is None:
-            capacity = max(64, length)
-            self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
-            self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
-        elif self.keys.shape[2] < length:
-            capacity = max(length, 2 * self.keys.shape[2])
-            self.keys = _padded(self.keys, capacity)
-            self.values = _padded(self.values, capacity)
-        return self.keys, self.values
+    def _reserve(self, length: int, keys: Tensor, values: Tensor) -> None:
+        """Make room for ``length`` positions of what ``keys`` and ``values`` are like."""
+        if not self._stored:
+            room = max(64, length)
+            self._stored = tuple(new.new_zeros(*new.shape[:2], room, new.shape[3]) for new in (keys, values))
+        elif (capacity := self._stored[0].shape[2]) < length:
+            self._stored = tuple(_padded(tensor, max(length, 2 * capacity)) for tensor in self._stored)
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

@@ -14,22 +14,22 @@ prefix is walking it from the committed state, all layers at once, with Δ = 0 f
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from nemotron_dspark.targets.recurrent import LayerStates, advance_window, convolve
+from nemotron_dspark.targets import recurrent
+from nemotron_dspark.targets.recurrent import LayerStates, NewRecurrent, advance_window, convolve, mixers_of
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
 _PIECE = 16  # tokens walked one after the other
 
 
 @dataclasses.dataclass
-class _BlockRecord:
-    """What one layer's block leaves behind until it is committed."""
-
+class _BlockRecord:  # what one layer's block leaves behind until it is committed
     conv_inputs: Tensor  # [B, m, channels], before the convolution
     x: Tensor  # [B, m, channels] fp32
     b: Tensor  # [B, m, state] fp32
@@ -42,20 +42,14 @@ class _BlockRecord:
 class Mamba1States(LayerStates):
     """The committed states of every Mamba-1 layer of a target, for B rows."""
 
-    conv: Tensor  # [L, B, kernel - 1, channels], the last inputs of each convolution
     ssm: Tensor  # [L, B, channels, state] fp32
 
     @staticmethod
-    def zeros(mixers: dict[int, Any], device: torch.device, dtype: torch.dtype) -> "Mamba1States":
-        """The states of one row before any token. ``mixers`` maps layer ids to Mamba-1 mixers of one shape."""
-        mixer = next(iter(mixers.values()))
-        layers, channels = len(mixers), mixer.intermediate_size
-        conv = torch.zeros(layers, 1, mixer.conv_kernel_size - 1, channels, device=device, dtype=dtype)
-        ssm = torch.zeros(layers, 1, channels, mixer.ssm_state_size, device=device, dtype=torch.float32)
-        return Mamba1States(tuple(mixers), conv, ssm)
+    def shapes(mixer: Any) -> tuple[tuple[int, ...], ...]:
+        channels = mixer.intermediate_size
+        return (mixer.conv_kernel_size - 1, channels), (channels, mixer.ssm_state_size)
 
     def commit(self, kept: Sequence[int]) -> None:
-        """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
         block = self.take_records()
         self.conv = advance_window(self.conv, block.conv_inputs, kept)
         if min(kept) == block.dt.shape[2]:
@@ -127,3 +121,15 @@ def block_forward(mixer: Any, hidden: Tensor, states: Mamba1States, layer: int) 
     states.record(layer, _BlockRecord(inputs, x, b, dt, a[None], behind))
     y = (y + x * mixer.D.float()) * F.silu(gate)
     return mixer.out_proj(y.to(hidden.dtype))
+
+
+def prepare(model: nn.Module, spec: TargetSpec, *, paths: Mapping[LayerKind, str]) -> NewRecurrent | None:
+    """`recurrent.prepare` of Mamba-1 mixers: Jamba's and Falcon-Mamba's norm Δ, B and C, Mamba's take them as they are.
+
+    transformers starts Jamba's scan of several tokens from nothing even when its cache holds a state; this does not.
+    """
+    for mixer in mixers_of(model, spec, paths).values():
+        for norm in ("dt_layernorm", "b_layernorm", "c_layernorm"):
+            if not hasattr(mixer, norm):
+                setattr(mixer, norm, nn.Identity())
+    return recurrent.prepare(model, spec, paths=paths, states=Mamba1States, block_forward=block_forward)

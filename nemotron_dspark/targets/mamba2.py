@@ -18,27 +18,27 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_dspark.targets import recurrent
 from nemotron_dspark.targets.recurrent import (
     LayerStates,
     NewRecurrent,
     advance_window,
     convolve,
-    install_block_forward,
+    mixers_of,
     prefix_decay,
 )
+from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
 
 @dataclasses.dataclass
-class _BlockRecord:
-    """What one layer's block leaves behind until it is committed."""
-
+class _BlockRecord:  # what one layer's block leaves behind until it is committed
     conv_inputs: Tensor  # [B, m, channels], before the convolution
     x: Tensor  # [B, m, heads, head_dim] fp32
     b: Tensor  # [B, m, groups, state] fp32
@@ -50,19 +50,14 @@ class _BlockRecord:
 class Mamba2States(LayerStates):
     """The committed states of every Mamba-2 layer of a target, for B rows."""
 
-    conv: Tensor  # [L, B, kernel - 1, channels], the last inputs of each convolution
     ssm: Tensor  # [L, B, heads, head_dim, state] fp32
 
     @staticmethod
-    def zeros(mixers: dict[int, Any], device: torch.device, dtype: torch.dtype) -> "Mamba2States":
-        """The states of one row before any token. ``mixers`` maps layer ids to Mamba-2 mixers of one shape."""
-        mixer = next(iter(mixers.values()))
-        conv = torch.zeros(len(mixers), 1, mixer.conv_kernel_size - 1, mixer.conv_dim, device=device, dtype=dtype)
-        shape = (len(mixers), 1, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
-        return Mamba2States(tuple(mixers), conv, torch.zeros(shape, device=device, dtype=torch.float32))
+    def shapes(mixer: Any) -> tuple[tuple[int, ...], ...]:
+        conv = (mixer.conv_kernel_size - 1, mixer.conv_dim)
+        return conv, (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
 
     def commit(self, kept: Sequence[int]) -> None:
-        """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
         block = self.take_records()
         if max(kept) == 0:
             return
@@ -110,21 +105,13 @@ Project = Callable[[Any, Tensor], Tensor]  # mixer, hidden [B, m, H] -> gate, co
 GatedNorm = Callable[[Any, Tensor, Tensor], Tensor]  # mixer, y [B, m, heads·head_dim] fp32, gate -> the same shape
 
 
-def _in_proj(mixer: Any, hidden: Tensor) -> Tensor:
-    return mixer.in_proj(hidden)
-
-
-def _norm(mixer: Any, y: Tensor, gate: Tensor) -> Tensor:
-    return mixer.norm(y, gate)
-
-
 def block_forward(
     mixer: Any,
     hidden: Tensor,  # [B, m, H]
     states: Mamba2States,
     layer: int,
-    project: Project = _in_proj,
-    gated_norm: GatedNorm = _norm,
+    project: Project | None = None,  # None: in_proj alone
+    gated_norm: GatedNorm | None = None,  # None: the mixer's norm
 ) -> Tensor:
     """A Mamba-2 mixer of `transformers` on a block after the committed tokens [B, m, H]; records, commits nothing.
 
@@ -132,7 +119,8 @@ def block_forward(
     """
     rows, block, _ = hidden.shape
     window, state = states.of(layer)
-    gate, inputs, dt = project(mixer, hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
+    projected = project(mixer, hidden) if project else mixer.in_proj(hidden)
+    gate, inputs, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
     convolved = mixer.act(convolve(window, inputs, mixer.conv1d).to(hidden.dtype)).float()  # [B, m, channels]
     width = mixer.n_groups * mixer.ssm_state_size
     x, b, c = convolved.split([mixer.intermediate_size, width, width], dim=-1)
@@ -146,29 +134,34 @@ def block_forward(
     decay = (dt * -torch.exp(mixer.A_log.float())).double().cumsum(1)
     y = scan_block(x, dt, decay, b, c, mixer.D.float(), state)
     states.record(layer, _BlockRecord(inputs, x, b, dt, decay))
-    normed = gated_norm(mixer, y.reshape(rows, block, -1), gate)
+    y = y.reshape(rows, block, -1)
+    normed = gated_norm(mixer, y, gate) if gated_norm else mixer.norm(y, gate)
     return mixer.out_proj(normed.to(hidden.dtype))
 
 
 def prepare(
-    mixers: dict[int, Any],
-    limit: Sequence[float] | None,
-    project: Project = _in_proj,
-    gated_norm: GatedNorm = _norm,
+    model: torch.nn.Module,
+    spec: TargetSpec,
+    *,
+    paths: Mapping[LayerKind, str],
+    project: Project | None = None,
+    gated_norm: GatedNorm | None = None,
 ) -> NewRecurrent | None:
-    """Let ``mixers``, by layer id, run on a `TargetState`; how to make their states, None if there are no mixers.
+    """`recurrent.prepare` of Mamba-2 mixers.
 
-    ``limit`` is the config's lower and upper bound of the step size, None for [0, inf]. It holds for blocks of any
-    length and, set on the mixer, for its own forward on whole sequences, so that all agree. What no fp32 can hold, as
-    the 1e308 of one Nemotron, means no bound: torch refuses to clamp at it.
+    The step size keeps the limits that the config states, [0, inf] in most published ones or where it states none, on
+    blocks of any length and, set on the mixer, in its own forward on whole sequences, so that all agree. transformers
+    clamps it in its chunked form (Nemotron-H's and Zamba2's at ``time_step_min``, a value for initialisation) and not
+    in its one-token form; engines and the kernels that the checkpoints were trained with never do. What no fp32 can
+    hold, as the 1e308 of one Nemotron, means no bound: torch refuses to clamp at it.
     """
-    low, high = map(float, limit or (0.0, float("inf")))
+    low, high = map(float, getattr(model.config, "time_step_limit", None) or (0.0, float("inf")))
     if high > torch.finfo(torch.float32).max:
         high = float("inf")
-    forward = functools.partial(block_forward, project=project, gated_norm=gated_norm)
-    for mixer in mixers.values():
+    for mixer in mixers_of(model, spec, paths).values():
         mixer.time_step_limit = (low, high)
-    return install_block_forward(mixers, Mamba2States, forward)
+    forward = functools.partial(block_forward, project=project, gated_norm=gated_norm)
+    return recurrent.prepare(model, spec, paths=paths, states=Mamba2States, block_forward=forward)
 
 
 _CHUNK = 64  # positions: the parts of transformers' scan that grow with the chunk, and those that shrink, balance here
@@ -179,27 +172,20 @@ def even_chunk(size: int, length: int) -> int:
     return -(-length // -(-length // min(size, _CHUNK)))
 
 
-def _chunked_mixers(model: torch.nn.Module) -> list[Any]:
-    """Mamba-2 mixers of ``model`` whose scan of whole sequences is transformers' own, not a kernel's."""
-    kernels = any(importlib.util.find_spec(name) for name in ("mamba_ssm", "kernels"))
-    if kernels and next(model.parameters()).device.type != "cpu":
-        return []
-    return [module for module in model.modules() if hasattr(module, "chunk_size") and hasattr(module, "ssm_state_size")]
-
-
 @contextlib.contextmanager
 def even_chunks(model: torch.nn.Module, length: int) -> Iterator[None]:
-    """Let the Mamba-2 mixers of ``model`` scan ``length`` tokens in equal chunks.
+    """Let the Mamba-2 mixers of ``model``, if it has any, scan ``length`` tokens in equal chunks.
 
     transformers would fill the last one up to its full size, in the middle of the usual lengths at the cost of a fifth.
-    Any chunk gives the same states up to rounding.
+    Any chunk gives the same states up to rounding. A kernel's scan, which only GPUs have, is left alone.
     """
-    mixers = _chunked_mixers(model)
-    sizes = [mixer.chunk_size for mixer in mixers]
+    kernels = any(importlib.util.find_spec(name) for name in ("mamba_ssm", "kernels"))
+    mixers: list[Any] = [] if kernels and next(model.parameters()).device.type != "cpu" else [*model.modules()]
+    sizes = {its: its.chunk_size for its in mixers if hasattr(its, "chunk_size") and hasattr(its, "ssm_state_size")}
     try:
-        for mixer, size in zip(mixers, sizes, strict=True):
+        for mixer, size in sizes.items():
             mixer.chunk_size = even_chunk(size, length)
         yield
     finally:
-        for mixer, size in zip(mixers, sizes, strict=True):
+        for mixer, size in sizes.items():
             mixer.chunk_size = size

@@ -4,10 +4,12 @@ Each proof compares two ways to the same number on random tokens and knows what 
 a version number: kernels, patches and remote code all change what a version computes.
 """
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,13 +35,29 @@ class ProofResult:
     note: str = ""  # what a proof that passed did not reach
 
 
+_Measure: TypeAlias = Callable[[Target, Sequence[int]], float]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Proof:
     name: str
-    measure: Callable[[Target, Sequence[int]], float]
+    measure: _Measure
     cause: str
     cure: str
-    half_tolerance: float = 0.1  # blocks and sequences round differently; smaller faults show only in fp32
+    half_tolerance: float  # blocks and sequences round differently; smaller faults show only in fp32
+
+
+PROOFS: list[_Proof] = []  # a fault may fail proofs behind the one that names it: the first failure is the one to read
+
+
+def _proves(cause: str, cure: str, half_tolerance: float = 0.1) -> Callable[[_Measure], _Measure]:
+    """Add the decorated function to `PROOFS`: it is called ``_name`` and returns an error."""
+
+    def add(measure: _Measure) -> _Measure:
+        PROOFS.append(_Proof(measure.__name__.removeprefix("_"), measure, cause, cure, half_tolerance))
+        return measure
+
+    return add
 
 
 def _relative(found: Tensor, expected: Tensor, quantile: float = 0.5) -> float:
@@ -75,12 +93,21 @@ def _across_borders(target: Target) -> Tensor:
     return _random_ids(target, 3 * _chunk(target) + 2 * _BLOCK + 24)
 
 
+@_proves(
+    "hidden states or logits are infinite or not numbers",
+    "The weights are damaged, or too large for this dtype: download them again, or use bfloat16 or float32.",
+)
 def _finite(target: Target, taps: Sequence[int]) -> float:
     captured = target.capture(_across_borders(target), None, taps)
     parts = (captured.taps, captured.last, target.logits(captured.last[:, -_BLOCK:]))
     return 0.0 if all(bool(torch.isfinite(part).all()) for part in parts) else float("inf")
 
 
+@_proves(
+    "hidden states depend on later tokens, across a chunk border of the scan, or not even on earlier ones",
+    "Upgrade transformers (5.15 or newer computes Nemotron-H rightly), or install mamba-ssm and causal-conv1d.",
+    half_tolerance=0.01,  # both sides are computed in the same shape
+)
 def _causality(target: Target, taps: Sequence[int]) -> float:
     """Tokens behind a prefix are changed, but for the last few: the prefix must not notice, those few must.
 
@@ -96,27 +123,34 @@ def _causality(target: Target, taps: Sequence[int]) -> float:
     return _relative(other[:, :kept], whole[:, :kept], quantile=0.9)  # a leak may reach back one chunk only
 
 
+@_proves(
+    "the tapped hidden states are not what the next layer receives",
+    "Report the model type; its layers change the residual stream outside their own output.",
+    half_tolerance=0.005,  # computed twice in the same shape; neighbours in a deep target differ by a few percent
+)
 def _taps(target: Target, taps: Sequence[int]) -> float:
     """Taps against the residual stream rebuilt from outside: what enters the next layer is what left the tapped one."""
     ids = _across_borders(target)
     captured = target.capture(ids, None, taps).taps.chunk(len(taps), dim=-1)
     layers = target.model.get_submodule(target.spec.names.layers)
     entering: dict[int, Tensor] = {}
-    handles = []
-    for tap in taps:
 
-        def keep(_module, args, kwargs, at=tap):
-            entering[at] = args[0] if args else kwargs["hidden_states"]
+    def keep(_module, args, kwargs, *, tap):
+        entering[tap] = args[0] if args else kwargs["hidden_states"]
 
-        handles.append(layers[tap + 1].register_forward_pre_hook(keep, with_kwargs=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for tap in taps:
+            hook = functools.partial(keep, tap=tap)
+            hooks.enter_context(layers[tap + 1].register_forward_pre_hook(hook, with_kwargs=True))
         target.capture(ids, None, ())
-    finally:
-        for handle in handles:
-            handle.remove()
     return max(_relative(tapped, entering[tap]) for tap, tapped in zip(taps, captured, strict=True))
 
 
+@_proves(
+    "the LM head on the last hidden state does not give the model's logits",
+    "The final norm, a multiplier or a soft cap is missing; this family needs its own module.",
+    half_tolerance=0.01,  # the model rounds after its multiplier and soft cap
+)
 def _head(target: Target, taps: Sequence[int]) -> float:
     ids = _across_borders(target)
     with torch.no_grad():
@@ -124,6 +158,10 @@ def _head(target: Target, taps: Sequence[int]) -> float:
     return _relative(target.logits(target.capture(ids, None, ()).last), logits)
 
 
+@_proves(
+    "right padding changes the hidden states of real tokens",
+    "Upgrade transformers, or use --set cache.batch_tokens=1 so that no sequence is padded.",
+)
 def _padding(target: Target, taps: Sequence[int]) -> float:
     ids = _across_borders(target)
     kept = _chunk(target) + 3
@@ -145,6 +183,11 @@ def _prompt(target: Target) -> int:
     return max(_chunk(target), window if window <= _REACH.get(target.device.type, _REACH_ELSEWHERE) else 0) + 5
 
 
+@_proves(
+    "a block behind a state does not give what one forward of the whole sequence gives",
+    "Speculative decoding would change the output; do not serve. Sliding windows, positions, limits of the step "
+    "size or the model's own cache differ between the two; report the model type and the versions in use.",
+)
 def _verify(target: Target, taps: Sequence[int]) -> float:
     """Two blocks, one after the other, all of their tokens kept, against one forward of the whole sequence."""
     prompt = _prompt(target)
@@ -165,11 +208,10 @@ def _verify(target: Target, taps: Sequence[int]) -> float:
     return worst
 
 
-def _verify_note(target: Target) -> str:
-    prompt, window = _prompt(target), _window(target)
-    return f"{prompt} tokens did not reach the sliding window of {window}" if prompt <= window else ""
-
-
+@_proves(
+    "after a rejected block the state is not that of a target which has never seen the rejected tokens",
+    "Speculative decoding would change the output; do not serve. Report the model type and the versions in use.",
+)
 def _rollback(target: Target, taps: Sequence[int]) -> float:
     """A state that has rejected tokens, against one that has never seen them; whether blocks are right is not asked.
 
@@ -198,63 +240,12 @@ def _rollback(target: Target, taps: Sequence[int]) -> float:
     return worst if worst < kept_all / 2 else float("inf")
 
 
-PROOFS = (  # a fault may fail proofs behind the one that names it, so the first failure is the one to read
-    _Proof(
-        "finite",
-        _finite,
-        "hidden states or logits are infinite or not numbers",
-        "The weights are damaged, or too large for this dtype: download them again, or use bfloat16 or float32.",
-    ),
-    _Proof(
-        "causality",
-        _causality,
-        "hidden states depend on later tokens, across a chunk border of the scan, or not even on earlier ones",
-        "Upgrade transformers (5.15 or newer computes Nemotron-H rightly), or install mamba-ssm and causal-conv1d.",
-        half_tolerance=0.01,  # both sides are computed in the same shape
-    ),
-    _Proof(
-        "taps",
-        _taps,
-        "the tapped hidden states are not what the next layer receives",
-        "Report the model type; its layers change the residual stream outside their own output.",
-        half_tolerance=0.005,  # computed twice in the same shape; neighbours in a deep target differ by a few percent
-    ),
-    _Proof(
-        "head",
-        _head,
-        "the LM head on the last hidden state does not give the model's logits",
-        "The final norm, a multiplier or a soft cap is missing; this family needs its own module.",
-        half_tolerance=0.01,  # the model rounds after its multiplier and soft cap
-    ),
-    _Proof(
-        "padding",
-        _padding,
-        "right padding changes the hidden states of real tokens",
-        "Upgrade transformers, or use --set cache.batch_tokens=1 so that no sequence is padded.",
-    ),
-    _Proof(
-        "verify",
-        _verify,
-        "a block behind a state does not give what one forward of the whole sequence gives",
-        "Speculative decoding would change the output; do not serve. Sliding windows, positions, limits of the step "
-        "size or the model's own cache differ between the two; report the model type and the versions in use.",
-    ),
-    _Proof(
-        "rollback",
-        _rollback,
-        "after a rejected block the state is not that of a target which has never seen the rejected tokens",
-        "Speculative decoding would change the output; do not serve. Report the model type and the versions in use.",
-    ),
-)
-
-
 def run_proofs(target: Target, taps: Sequence[int] = ()) -> list[ProofResult]:
     """Run every proof on ``target`` with ``taps`` (none: the default ones); never raises for a failed one."""
     taps = tuple(taps) or default_taps(target.spec)
     results = []
     for proof in PROOFS:
-        began = time.perf_counter()
-        cause = proof.cause
+        began, cause = time.perf_counter(), proof.cause
         try:
             error = proof.measure(target, taps)
         except (NdsError, torch.OutOfMemoryError):
@@ -262,18 +253,11 @@ def run_proofs(target: Target, taps: Sequence[int] = ()) -> list[ProofResult]:
         except Exception as fault:  # whatever a model raises that cannot do what is asked of it
             error, cause = float("inf"), f"the model stops with {type(fault).__name__}, {first_line(fault)}"
         tolerance = 1e-4 if target.dtype == torch.float32 else proof.half_tolerance
-        results.append(
-            ProofResult(
-                name=proof.name,
-                passed=error <= tolerance,
-                error=error,
-                tolerance=tolerance,
-                seconds=time.perf_counter() - began,
-                cause=cause,
-                cure=proof.cure,
-                note=_verify_note(target) if proof.name == "verify" else "",
-            )
-        )
+        seconds = time.perf_counter() - began
+        prompt, window = _prompt(target), _window(target)
+        unreached = proof.name == "verify" and prompt <= window
+        note = f"{prompt} tokens did not reach the sliding window of {window}" if unreached else ""
+        results.append(ProofResult(proof.name, error <= tolerance, error, tolerance, seconds, cause, proof.cure, note))
     return results
 
 

@@ -7,7 +7,7 @@ layers together by the accepted prefix, whose length may differ from row to row.
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, cast
 
 import torch
@@ -15,19 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
-from nemotron_dspark.targets.state import Recurrent
-
-NewRecurrent: TypeAlias = Callable[[torch.device, torch.dtype], Recurrent]  # the states of one row before any token
 
 
 @dataclasses.dataclass
 class LayerStates(abc.ABC):
-    """The committed states of every layer of one kind, for B rows, and the records of the block in flight.
+    """The committed states of every recurrent layer, for B rows, and the records of the block in flight.
 
-    A kind adds one field per tensor [L, B, …] that its layers keep, `commit` and `zeros`.
+    A kind adds a field per tensor [L, B, …] in fp32 that its layers keep beside the convolution's inputs.
     """
 
     layers: tuple[int, ...]  # layer ids; the first dimension of every tensor
+    conv: Tensor  # [L, B, kernel - 1, channels], the last inputs of each convolution
 
     def __post_init__(self) -> None:
         self._index = {layer: position for position, layer in enumerate(self.layers)}
@@ -35,12 +33,19 @@ class LayerStates(abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def zeros(mixers: dict[int, Any], device: torch.device, dtype: torch.dtype) -> "LayerStates":
-        """The states of one row before any token. ``mixers`` maps layer ids to mixers of one shape."""
+    def shapes(mixer: Any) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tensors that one layer with ``mixer`` keeps for one row, in the order of the fields."""
 
     @abc.abstractmethod
     def commit(self, kept: Sequence[int]) -> None:
         """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
+
+    @classmethod
+    def zeros(cls, mixers: Mapping[int, Any], device: torch.device, dtype: torch.dtype) -> Self:
+        """The states of one row before any token. ``mixers`` maps layer ids to mixers of one shape."""
+        conv, *states = ((len(mixers), 1, *shape) for shape in cls.shapes(next(iter(mixers.values()))))
+        tensors = (torch.zeros(shape, device=device, dtype=torch.float32) for shape in states)
+        return cls(tuple(mixers), torch.zeros(conv, device=device, dtype=dtype), *tensors)
 
     def of(self, layer: int) -> list[Tensor]:
         """The committed tensors [B, …] of one layer, in the order of the fields."""
@@ -59,7 +64,7 @@ class LayerStates(abc.ABC):
 
     def select(self, rows: Sequence[int]) -> Self:
         """A copy of ``rows`` in that order."""
-        index = torch.tensor(rows, device=self._tensors()[0].device)
+        index = torch.tensor(rows, device=self.conv.device)
         return type(self)(self.layers, *(tensor.index_select(1, index) for tensor in self._tensors()))
 
     @staticmethod
@@ -70,6 +75,9 @@ class LayerStates(abc.ABC):
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in dataclasses.fields(self)[1:]]
+
+
+NewRecurrent: TypeAlias = Callable[[torch.device, torch.dtype], LayerStates]  # the states of one row before any token
 
 
 def advance_window(window: Tensor, inputs: Tensor, kept: Sequence[int]) -> Tensor:
@@ -126,23 +134,29 @@ def prefix_decay(decay: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
     return total, (total[:, :, None] - decay[:, :, :count]).masked_fill(outside, -torch.inf)
 
 
-def mixers_of(model: nn.Module, spec: TargetSpec, kind: LayerKind, name: str) -> dict[int, Any]:
-    """The submodule ``name`` of every layer of ``kind``, by layer id."""
+def mixers_of(model: nn.Module, spec: TargetSpec, paths: Mapping[LayerKind, str]) -> dict[int, Any]:
+    """The recurrent mixers by layer id; ``paths`` says where they lie in a layer of which kind."""
     layers = cast(nn.ModuleList, model.get_submodule(spec.names.layers))
-    return {layer: getattr(layers[layer], name) for layer, its in enumerate(spec.layers) if its is kind}
+    return {at: layers[at].get_submodule(paths[kind]) for at, kind in enumerate(spec.layers) if kind in paths}
 
 
-def install_block_forward(
-    mixers: dict[int, Any], kind: type[LayerStates], block_forward: Callable[[Any, Tensor, Any, int], Tensor]
+def prepare(
+    model: nn.Module,
+    spec: TargetSpec,
+    *,
+    paths: Mapping[LayerKind, str],
+    states: type[LayerStates],
+    block_forward: Callable[[Any, Tensor, Any, int], Tensor],
 ) -> NewRecurrent | None:
-    """Let ``mixers``, by layer id, run ``block_forward(mixer, hidden, states, layer)`` on a state with ``kind``.
+    """Let the mixers at ``paths`` run ``block_forward(mixer, hidden, states, layer)`` where the cache holds ``states``.
 
     Given any other cache a mixer runs its own forward. Returns how to make the states of a row without tokens, None if
     there are no mixers.
     """
+    mixers = mixers_of(model, spec, paths)
     for layer, mixer in mixers.items():
-        mixer.forward = _either_forward(mixer, layer, kind, block_forward)
-    return functools.partial(kind.zeros, mixers) if mixers else None
+        mixer.forward = _either_forward(mixer, layer, states, block_forward)
+    return functools.partial(states.zeros, mixers) if mixers else None
 
 
 def _either_forward(mixer: Any, layer: int, kind: type[LayerStates], block_forward: Callable) -> Callable[..., Any]:

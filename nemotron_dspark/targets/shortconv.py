@@ -11,16 +11,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nemotron_dspark.targets.recurrent import LayerStates, advance_window, convolve
 
 
 @dataclasses.dataclass
-class _BlockRecord:
-    """What one layer's block leaves behind until it is committed."""
-
+class _BlockRecord:  # what one layer's block leaves behind until it is committed
     inputs: Tensor  # [B, m, H], B ⊙ x
 
 
@@ -28,16 +25,12 @@ class _BlockRecord:
 class ConvStates(LayerStates):
     """The committed inputs of every short convolution of a target, for B rows."""
 
-    conv: Tensor  # [L, B, kernel - 1, H]
-
     @staticmethod
-    def zeros(mixers: dict[int, Any], device: torch.device, dtype: torch.dtype) -> "ConvStates":
-        """The states of one row before any token. ``mixers`` maps layer ids to short convolutions of one shape."""
-        channels, _, kernel = next(iter(mixers.values())).conv.weight.shape
-        return ConvStates(tuple(mixers), torch.zeros(len(mixers), 1, kernel - 1, channels, device=device, dtype=dtype))
+    def shapes(mixer: Any) -> tuple[tuple[int, ...], ...]:
+        channels, _, kernel = mixer.conv.weight.shape
+        return ((kernel - 1, channels),)
 
     def commit(self, kept: Sequence[int]) -> None:
-        """Advance every layer by the first ``kept[b]`` tokens of the block last recorded; 0 leaves a row as it was."""
         self.conv = advance_window(self.conv, self.take_records().inputs, kept)
 
 

@@ -6,10 +6,12 @@
 import dataclasses
 from collections.abc import Sequence
 from enum import Enum
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+MLP: TypeAlias = Literal["gated", "plain", "moe", "none"]
 
 
 class LayerKind(Enum):
@@ -49,15 +51,13 @@ class WeightNames:
     head_tensors: tuple[str, ...]  # likewise for the LM head
 
 
-def decoder_names(final_norm: str = "norm") -> WeightNames:
-    """As Llama has them, and most since, but for the norm before the LM head."""
+def weight_names(
+    base: str = "model", *, norm: str = "norm", embedding: str = "embed_tokens", stored: tuple[str, ...] = ()
+) -> WeightNames:
+    """As Llama has them, and most since, but for what is said; ``stored`` are the tensor names of the embedding."""
+    path = f"{base}.{embedding}"
     return WeightNames(
-        layers="model.layers",
-        final_norm=f"model.{final_norm}",
-        embedding="model.embed_tokens",
-        head="lm_head",
-        embedding_tensors=("model.embed_tokens.weight",),
-        head_tensors=("lm_head.weight",),
+        f"{base}.layers", f"{base}.{norm}", path, "lm_head", stored or (f"{path}.weight",), ("lm_head.weight",)
     )
 
 
@@ -80,7 +80,7 @@ class TargetSpec:
     num_attention_heads: int  # this and the next two are 0 for a target without attention
     num_key_value_heads: int
     head_dim: int
-    mlp: Literal["gated", "plain", "moe", "none"]
+    mlp: MLP
     intermediate_size: int | None  # MLP width; None without one, as in a pure mixture of experts
     norm_eps: float
     rope_theta: float | None  # None: the target has no rotary embedding

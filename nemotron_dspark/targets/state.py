@@ -5,82 +5,61 @@ ones, where nobody reads them until the length says so; recurrent layers record 
 moves the lengths and advances the recurrent states; anything not committed is forgotten by not being counted.
 """
 
+import abc
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from nemotron_dspark.targets.kv import RaggedKV
+from nemotron_dspark.targets.recurrent import LayerStates
 
-
-class Recurrent(Protocol):
-    """The committed states of all recurrent layers for B rows, and their records of the block in flight."""
-
-    def commit(self, kept: Sequence[int]) -> None:
-        """Advance every layer by the first ``kept[b]`` tokens of the block last recorded."""
-        ...
-
-    def select(self, rows: Sequence[int]) -> Self:
-        """A copy of ``rows`` in that order."""
-        ...
-
-    @staticmethod
-    def cat(parts: Sequence[Any]) -> Any:
-        """The rows of ``parts`` one after the other."""
-        ...
-
+if TYPE_CHECKING:
+    from transformers import Cache
 
 # ids [B, m], positions [B, m] and a cache -> final-norm hidden states [B, m, H] and taps [B, m, T·H]
 Forward: TypeAlias = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 
 
-class State(Protocol):
+@dataclasses.dataclass(eq=False)
+class State(abc.ABC):
     """Committed tokens of B rows. Made by `Target.prefill`, changed only by `Target.verify` and `Target.commit`."""
 
     lengths: list[int]  # committed tokens per row
-    block: int | None  # length of the block that waits for a commit
-
-    @property
-    def rows(self) -> int: ...
-
-    def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, m, H] and taps [B, m, T·H] of a block ``ids`` [B, m] behind each row; commits nothing."""
-        ...
-
-    def commit(self, kept: Sequence[int]) -> None:
-        """Keep the first ``kept[b]`` tokens of the block last run in each row and forget the rest."""
-        ...
-
-    def select(self, rows: Sequence[int]) -> Self:
-        """A state of ``rows`` in that order; a copy, so the old one stays usable."""
-        ...
-
-    @staticmethod
-    def cat(states: Sequence[Any]) -> Any:
-        """The rows of ``states``, all of one class, one after the other."""
-        ...
-
-
-class TargetState:
-    """A `State` of keys and values by layer and of recurrent states; the model takes it for its cache."""
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        attention: dict[int, RaggedKV],
-        recurrent: Recurrent | None,
-        forward: Forward,
-    ):
-        self.lengths = list(lengths)
-        self.attention = attention  # by layer id
-        self.recurrent = recurrent
-        self.block: int | None = None
-        self._forward = forward
+    forward: Forward
+    block: int | None = dataclasses.field(default=None, init=False)  # length of the block that waits for a commit
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
+
+    @abc.abstractmethod
+    def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, m, H] and taps [B, m, T·H] of a block ``ids`` [B, m] behind each row; commits nothing."""
+
+    @abc.abstractmethod
+    def commit(self, kept: Sequence[int]) -> None:
+        """Keep the first ``kept[b]`` tokens of the block last run in each row and forget the rest."""
+
+    @abc.abstractmethod
+    def select(self, rows: Sequence[int]) -> Self:
+        """A state of ``rows`` in that order; a copy, so the old one stays usable."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def cat(states: Sequence[Any]) -> Any:
+        """The rows of ``states``, all of one class, one after the other."""
+
+
+@dataclasses.dataclass(eq=False)
+class TargetState(State):
+    """A `State` of keys and values by layer and of recurrent states; the model takes it for its cache."""
+
+    attention: dict[int, RaggedKV]  # by layer id
+    recurrent: LayerStates | None
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """What an attention layer of `transformers` calls: keep the block's keys and values, return all of them."""
@@ -109,7 +88,7 @@ class TargetState:
 
     def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         self.block = ids.shape[1]
-        return self._forward(ids, self.positions(self.block, ids.device), self)
+        return self.forward(ids, self.positions(self.block, ids.device), self)
 
     def commit(self, kept: Sequence[int]) -> None:
         if self.recurrent is not None:
@@ -121,7 +100,7 @@ class TargetState:
         lengths = [self.lengths[row] for row in rows]
         attention = {layer: kv.select(rows, max(lengths)) for layer, kv in self.attention.items()}
         recurrent = self.recurrent.select(rows) if self.recurrent is not None else None
-        return TargetState(lengths, attention, recurrent, self._forward)
+        return TargetState(lengths, self.forward, attention, recurrent)
 
     @staticmethod
     def cat(states: Sequence["TargetState"]) -> "TargetState":
@@ -131,7 +110,56 @@ class TargetState:
         recurrent = [state.recurrent for state in states]
         return TargetState(
             [length for state in states for length in state.lengths],
+            first.forward,
             {layer: RaggedKV.cat([state.attention[layer] for state in states]) for layer in first.attention},
             first.recurrent.cat(recurrent) if first.recurrent is not None else None,
-            first._forward,
         )
+
+
+@dataclasses.dataclass(eq=False)
+class ReplayState(State):
+    """A `State` of any model that `transformers` can decode with a cache: copy, restore, replay.
+
+    A block runs on a copy of each row's cache. When all of it is kept the copy becomes the cache; when part of it is
+    kept the copy is dropped and that part runs again. It costs a second forward and a copy per rejected block, and
+    needs to know nothing of the model's layers. The rollback proof tells whether the model's own cache is right.
+    """
+
+    caches: list["Cache"]
+
+    def __post_init__(self) -> None:
+        self._seen: list[tuple[Tensor, Cache]] = []  # per row: the block's ids [1, m], the cache that holds it
+
+    def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.block = ids.shape[1]
+        self._seen, results = [], []
+        for row, length, cache in zip(ids.split(1), self.lengths, self.caches, strict=True):
+            grown = copy.deepcopy(cache)
+            results.append(self._step(row, length, grown))
+            self._seen.append((row, grown))
+        hidden, taps = zip(*results, strict=True)
+        return torch.cat(hidden), torch.cat(taps)
+
+    def commit(self, kept: Sequence[int]) -> None:
+        for row, count in enumerate(kept):
+            ids, grown = self._seen[row]
+            if count == ids.shape[1]:
+                self.caches[row] = grown
+            elif count:
+                self._step(ids[:, :count], self.lengths[row], self.caches[row])
+            self.lengths[row] += count
+        self._seen, self.block = [], None
+
+    def select(self, rows: Sequence[int]) -> "ReplayState":
+        caches = [copy.deepcopy(self.caches[row]) for row in rows]
+        return ReplayState([self.lengths[row] for row in rows], self.forward, caches)
+
+    @staticmethod
+    def cat(states: Sequence["ReplayState"]) -> "ReplayState":
+        lengths = [length for state in states for length in state.lengths]
+        caches = [cache for state in states for cache in state.caches]
+        return ReplayState(lengths, states[0].forward, caches)
+
+    def _step(self, ids: Tensor, length: int, cache: "Cache") -> tuple[Tensor, Tensor]:
+        positions = torch.arange(length, length + ids.shape[1], device=ids.device)[None]
+        return self.forward(ids, positions, cache)

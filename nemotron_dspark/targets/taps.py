@@ -92,21 +92,21 @@ def check_taps(spec: TargetSpec, taps: Sequence[int]) -> tuple[int, ...]:
     Raises:
         InputError: no taps, a layer the target does not have, its last layer, or not strictly ascending.
     """
-    last = spec.num_layers - 1
-    do = f"Choose ascending layers from -1 (the embedding) to {last - 1}; the default is {_listed(default_taps(spec))}."
+    last, default = spec.num_layers - 1, ",".join(map(str, default_taps(spec)))
+    do = f"Choose ascending layers from -1 (the embedding) to {last - 1}; the default is {default}."
     try:
         chosen = tuple(operator.index(tap) for tap in taps)
     except TypeError:
         raise InputError(f"Taps {list(taps)!r} are not all whole numbers.", do) from None
     if not chosen:
         raise InputError("There are no taps: a draft reads at least one layer.", do)
+    if last in chosen:
+        raise InputError(f"Tap {last} is the target's last layer, which engines read after the final norm.", do)
     for tap in chosen:
-        if tap == last:
-            raise InputError(f"Tap {tap} is the target's last layer, which engines read after the final norm.", do)
         if not -1 <= tap < last:
             raise InputError(f"Tap {tap} is out of range: the target has layers 0 to {last}.", do)
     if any(a >= b for a, b in itertools.pairwise(chosen)):
-        raise InputError(f"Taps {_listed(chosen)} are not strictly ascending.", do)
+        raise InputError(f"Taps {','.join(map(str, chosen))} are not strictly ascending.", do)
     return chosen
 
 
@@ -118,7 +118,3 @@ def chosen_taps(spec: TargetSpec, section: DraftSection) -> tuple[int, ...]:
 
 
 CHOICES = {None: default_taps, "even": even_taps, "attention": attention_taps}  # by what `draft.taps` may name
-
-
-def _listed(taps: Sequence[int]) -> str:
-    return ",".join(str(tap) for tap in taps)

@@ -1,8 +1,9 @@
 """A loaded, frozen target: hidden states for training, and verify / commit for speculative decoding."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 from nemotron_dspark.targets.checkpoint import Checkpoint
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.kv import RaggedKV
-from nemotron_dspark.targets.replay import ReplayState
+from nemotron_dspark.targets.mamba2 import even_chunks
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
-from nemotron_dspark.targets.state import State, TargetState
+from nemotron_dspark.targets.state import ReplayState, State, TargetState
 
 PREFILL_BLOCK = 256  # tokens of one prefill step: bounds the memory of the quadratic scan and of the attention mask
 
@@ -51,7 +52,7 @@ class Target:
         self._layers = model.get_submodule(spec.names.layers)
         self.head = model.get_submodule(spec.names.head)
         self._family = family_for(spec)
-        self._new_recurrent = self._family.prepare(model, spec)
+        self._new_recurrent = self._family.prepare(model, spec) if self._family.prepare else None
 
     @staticmethod
     def load(
@@ -141,9 +142,10 @@ class Target:
         Tap i is the raw output of layer i, -1 what enters layer 0; ``last`` is after the final norm.
         """
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(self.device).long()
-        with self._tapped(taps) as collected, self._family.capture_context(self.model, input_ids.shape[1]):
-            output = self._base(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
-        return Captured(_joined(collected, taps, output.last_hidden_state), output.last_hidden_state)
+        inputs = {"input_ids": input_ids.to(self.device), "attention_mask": mask, "use_cache": False}
+        with even_chunks(self.model, input_ids.shape[1]):
+            last, tapped = self._hidden(taps, **inputs)
+        return Captured(tapped, last)
 
     @torch.no_grad()
     def prefill(self, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[State, Verified]:
@@ -179,16 +181,14 @@ class Target:
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: Any, *, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Final-norm hidden states [B, m, H] and taps [B, m, T·H] of a block ``ids`` [B, m] behind ``cache``."""
-        mask = self._family.block_mask(self.model, cache, ids.shape[1])
+        mask = self._family.block_mask(self.model, cache, ids.shape[1]) if self._family.block_mask else None
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        return self._hidden(taps, **inputs, **{self._family.cache_argument: cache})
+
+    def _hidden(self, taps: Sequence[int], **inputs: Any) -> tuple[Tensor, Tensor]:
         with self._tapped(taps) as collected:
-            output = self._base(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                **{self._family.cache_argument: cache},
-            )
-        return output.last_hidden_state, _joined(collected, taps, output.last_hidden_state)
+            last = self._base(**inputs).last_hidden_state
+        return last, torch.cat([collected[tap] for tap in taps], dim=-1) if taps else last[..., :0]
 
     def _new_state(self, taps: tuple[int, ...]) -> State:
         """The state of one row before any token."""
@@ -196,56 +196,38 @@ class Target:
         if self._family.replays:
             from transformers import DynamicCache
 
-            return ReplayState([0], [DynamicCache(config=self.model.config)], forward)
+            return ReplayState([0], forward, [DynamicCache(config=self.model.config)])
         attention = {layer: RaggedKV() for layer, kind in enumerate(self.spec.layers) if kind.attends}
         recurrent = self._new_recurrent(self.device, self.dtype) if self._new_recurrent else None
-        return TargetState([0], attention, recurrent, forward)
+        return TargetState([0], forward, attention, recurrent)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] fp32 of hidden states [..., H] after the final norm."""
         return self.spec.finish_logits(self.head(hidden).float())
 
-    def _tapped(self, taps: Sequence[int]) -> "_Taps":
-        return _Taps({tap: self._layers[max(tap, 0)] for tap in taps})
+    @contextlib.contextmanager
+    def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect the outputs of tapped layers while the model runs; tap -1 is what enters layer 0.
 
+        That is the embedding as the residual stream has it: some families scale it after looking it up.
+        """
+        collected: dict[int, Tensor] = {}
 
-class _Taps:
-    """Hooks that collect the outputs of some layers while the model runs; tap -1 is what enters its layer.
+        def keep_input(_module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            collected[-1] = args[0] if args else kwargs["hidden_states"]
 
-    That is the embedding as the residual stream has it: some families scale it after looking it up.
-    """
+        def keep_output(_module: Any, _inputs: Any, output: Any, *, tap: int) -> None:
+            collected[tap] = output[0] if isinstance(output, tuple) else output
 
-    def __init__(self, modules: dict[int, Any]):
-        self._modules = modules
-        self._collected: dict[int, Tensor] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> dict[int, Tensor]:
-        for tap, module in self._modules.items():
-            if tap == -1:
-                self._handles.append(module.register_forward_pre_hook(self._keep_input, with_kwargs=True))
-            else:
-                self._handles.append(module.register_forward_hook(self._hook(tap)))
-        return self._collected
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep_input(self, _module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._collected[-1] = args[0] if args else kwargs["hidden_states"]
-
-    def _hook(self, tap: int):
-        def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            self._collected[tap] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-
-def _joined(collected: dict[int, Tensor], taps: Sequence[int], like: Tensor) -> Tensor:
-    """Taps side by side [B, S, T·H]; width 0 when there are none."""
-    return torch.cat([collected[tap] for tap in taps], dim=-1) if taps else like[..., :0]
+        with contextlib.ExitStack() as hooks:
+            for tap in taps:
+                if tap == -1:
+                    handle = self._layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
+                else:
+                    handle = self._layers[tap].register_forward_hook(functools.partial(keep_output, tap=tap))
+                hooks.enter_context(handle)
+            yield collected
 
 
 def resolve_device(name: str, key: str = "target.device") -> torch.device:

@@ -4,9 +4,7 @@ Safetensors files are mapped, not read: out of a 16 GB checkpoint only these two
 """
 
 import dataclasses
-import json
 import math
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,12 +49,8 @@ def parameter_count(folder: Path) -> int | None:
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         return None
-    return sum(
-        math.prod(entry["shape"])
-        for path in paths
-        for name, entry in _header(path).items()
-        if name != "__metadata__" and not name.startswith("mtp.")
-    )
+    tensors = (named for path in paths for named in _shapes(path).items())
+    return sum(math.prod(shape) for name, shape in tensors if not name.startswith("mtp."))
 
 
 def missing_shards(folder: Path) -> tuple[str, ...]:
@@ -81,24 +75,17 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             f"{folder} holds no safetensors file.",
             "Download the target's weights; checkpoints in pickle formats (.bin, .pt) are not read.",
         )
-    return {name: path for path in paths for name in _header(path) if name != "__metadata__"}
+    return {name: path for path in paths for name in _shapes(path)}
 
 
-def _header(path: Path) -> dict[str, dict]:
-    """A safetensors header: tensor name to dtype, shape and offsets; the file's length is checked against it."""
-    broken = InputError(f"{path} is truncated or not a safetensors file.", "Download this file again.")
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, from its header; the file's length is checked against it."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise broken
-            header = json.loads(file.read(length))
-    except (struct.error, ValueError):
-        raise broken from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if 8 + length + max(ends, default=0) != path.stat().st_size:
-        raise broken
-    return header
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_slice(name).get_shape() for name in names}
+    except (SafetensorError, OSError):
+        raise InputError(f"{path} is truncated or not a safetensors file.", "Download this file again.") from None
 
 
 def _read(files: dict[str, Path], names: Sequence[str], what: str, spec: TargetSpec, folder: Path) -> Tensor:
@@ -108,7 +95,7 @@ def _read(files: dict[str, Path], names: Sequence[str], what: str, spec: TargetS
             f"The checkpoint {folder} has no tensor {' or '.join(names)} (the {what}).",
             "Check that the folder holds the whole checkpoint and that config.json belongs to it.",
         )
-    path = files[name]
+    path, expected = files[name], (spec.vocab_size, spec.hidden_size)
     if not path.is_file():
         raise InputError(
             f"The shard {path}, which holds {name}, does not exist.", "Download this file; the other shards can stay."
@@ -125,7 +112,6 @@ def _read(files: dict[str, Path], names: Sequence[str], what: str, spec: TargetS
             f"{path}, which holds {name}, is truncated or not a safetensors file.",
             "Download this file again; the other shards can stay.",
         ) from None
-    expected = (spec.vocab_size, spec.hidden_size)
     if tuple(tensor.shape) != expected:
         raise InputError(
             f"{name} in {path} has shape {tuple(tensor.shape)}, but config.json says {expected}.",

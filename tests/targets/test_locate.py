@@ -8,7 +8,11 @@ from huggingface_hub import errors
 
 from nemotron_dspark.config.known import ALIASES, KNOWN, known_target
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.targets.locate import locate
+from nemotron_dspark.targets import Checkpoint
+
+
+def locate(name, *, code=False, **how):
+    return Checkpoint.find(name, trust_remote_code=code, **how).folder
 
 
 class Response:

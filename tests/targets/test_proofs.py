@@ -3,6 +3,7 @@
 `named` is what a person sees: the first proof that fails. Where one fault can fail one proof only, that is tested too.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -14,8 +15,7 @@ from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Target, proofs
 from nemotron_dspark.targets.mamba2 import Mamba2States
 from nemotron_dspark.targets.proofs import PROOFS, prove, run_proofs
-from nemotron_dspark.targets.replay import ReplayState
-from nemotron_dspark.targets.state import TargetState
+from nemotron_dspark.targets.state import ReplayState, TargetState
 from tests.targets.tiny_families import TINY, VOCAB, WINDOW
 
 HYBRIDS = ("nemotron_h", "granitemoehybrid")
@@ -96,7 +96,7 @@ def test_keys_and_values_that_are_not_trimmed_are_named(load, monkeypatch, model
 
 def test_a_general_path_that_never_replays_is_named(load, monkeypatch):
     def keep_all(self, kept):
-        self._caches = [grown for _, grown in self._seen]
+        self.caches = [grown for _, grown in self._seen]
         self.lengths = [length + self.block for length in self.lengths]
 
     monkeypatch.setattr(ReplayState, "commit", keep_all)
@@ -125,10 +125,12 @@ def test_taps_off_by_one_are_named(load, monkeypatch, model_type, dtype, spread)
     """Also where neighbouring layers hardly differ, as in deep trained models."""
     right = Target._tapped
 
+    @contextlib.contextmanager
     def shifted(self, taps):
-        collected = right(self, [tap + 1 for tap in taps])
-        collected._modules = {tap - 1: module for tap, module in collected._modules.items()}
-        return collected
+        collected = {}
+        with right(self, [tap + 1 for tap in taps]) as found:
+            yield collected
+        collected |= {tap - 1: output for tap, output in found.items()}
 
     monkeypatch.setattr(Target, "_tapped", shifted)
     assert failing(load(model_type, dtype, spread)) == ["taps"]

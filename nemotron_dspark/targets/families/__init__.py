@@ -6,19 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets.families import (
-    bamba,
-    decoders,
-    falcon_h1,
-    general,
-    granitemoehybrid,
-    jamba,
-    lfm2,
-    mamba,
-    nemotron_h,
-    qwen3_next,
-    zamba2,
-)
+from nemotron_dspark.targets.families import decoders, general, hybrids
 from nemotron_dspark.targets.families.config import ConfigFile
 from nemotron_dspark.targets.families.family import Family
 from nemotron_dspark.targets.spec import TargetSpec
@@ -26,23 +14,7 @@ from nemotron_dspark.targets.spec import TargetSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES: dict[str, Family] = {
-    "nemotron_h": nemotron_h.FAMILY,
-    **decoders.FAMILIES,
-    "lfm2": lfm2.FAMILY,
-    "lfm2_moe": lfm2.FAMILY,
-    "granitemoehybrid": granitemoehybrid.FAMILY,
-    "bamba": bamba.FAMILY,
-    "falcon_h1": falcon_h1.FAMILY,
-    "zamba2": zamba2.FAMILY,
-    "qwen3_next": qwen3_next.FAMILY,
-    "qwen3_5_text": qwen3_next.FAMILY,
-    "qwen3_5_moe_text": qwen3_next.FAMILY,
-    "jamba": jamba.FAMILY,
-    "mamba": mamba.MAMBA,
-    "falcon_mamba": mamba.MAMBA,
-    "mamba2": mamba.MAMBA2,
-}
+FAMILIES: dict[str, Family] = hybrids.FAMILIES | decoders.FAMILIES
 
 REMOTE = {  # known, and why only the checkpoint's own code builds it
     "nemotron-nas": "every layer has its own shape (block_configs)",
@@ -70,26 +42,22 @@ def family_for(spec: TargetSpec) -> Family:
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
     """True when neither this project nor transformers has the model's code and the checkpoint brings it."""
     model_type = config.get("model_type")
-    if model_type in REMOTE:
-        return True
-    known = model_type in FAMILIES or model_type in _transformers_types()
-    return not known and "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    known = model_type in FAMILIES or _in_transformers(model_type)
+    return model_type in REMOTE or (not known and "AutoModelForCausalLM" in (config.get("auto_map") or {}))
 
 
-def _transformers_types() -> Mapping[str, str]:
-    """The types that transformers has a causal language model for."""
+def _in_transformers(model_type: Any) -> bool:
+    """True when transformers has a causal language model for the type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in REMOTE
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed config; `InputError` when nothing here or in transformers builds its model."""
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if model_type in _transformers_types() and model_type not in REMOTE:
-        return general.FAMILY
+    if model_type in FAMILIES or _in_transformers(model_type):
+        return FAMILIES.get(str(model_type), general.FAMILY)
     if model_type is None:
         raise InputError("The target's config.json has no model_type.", "Restore it from the checkpoint's repository.")
     if needs_remote_code(config):

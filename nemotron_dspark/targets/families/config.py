@@ -1,12 +1,11 @@
 """A target's config.json as transformers reads it: the config class of its type fills in what the file leaves out."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec, decoder_names
+from nemotron_dspark.targets.spec import MLP, LayerKind, TargetSpec, weight_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -104,42 +103,42 @@ def _decoded(value: Any) -> Any:
     return value
 
 
-def fill_spec(config: ConfigFile, *, layers: Sequence[LayerKind], **special: Any) -> TargetSpec:
+def fill_spec(config: ConfigFile, *, layers: Sequence[LayerKind], mlp: MLP = "gated", **special: Any) -> TargetSpec:
     """A spec with the fields that most configs spell alike; ``special`` are those that a family reads otherwise."""
+    if "intermediate_size" not in special:
+        special["intermediate_size"] = config.size("intermediate_size") if mlp in ("gated", "plain") else None
+    if "rope_theta" not in special:
+        special["rope_theta"] = config.rope_theta()
     hidden = int(config.require("hidden_size"))
     heads = config.size("num_attention_heads") if "num_attention_heads" in config else 0
-    spec = TargetSpec(
-        name=config.name,
-        model_type=config.stated["model_type"],
-        layers=tuple(layers),
-        hidden_size=hidden,
-        vocab_size=config.size("vocab_size"),
-        num_attention_heads=heads,
-        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // max(heads, 1)),
-        mlp="gated",
-        intermediate_size=None,
-        norm_eps=float(config.get("rms_norm_eps") or config.get("norm_eps") or config["layer_norm_epsilon"]),
-        rope_theta=None,
-        max_position_embeddings=config.positions(),
-        tie_word_embeddings=bool(config["tie_word_embeddings"]),
-        names=decoder_names(),
-    )
-    return dataclasses.replace(spec, **special)
+    common: dict[str, Any] = {
+        "vocab_size": config.size("vocab_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or hidden // max(heads, 1)),
+        "norm_eps": float(config.get("rms_norm_eps") or config.get("norm_eps") or config["layer_norm_epsilon"]),
+        "max_position_embeddings": config.positions(),
+        "tie_word_embeddings": bool(config["tie_word_embeddings"]),
+        "names": weight_names(),
+    }
+    model_type = config.stated["model_type"]
+    return TargetSpec(config.name, model_type, tuple(layers), hidden, mlp=mlp, **(common | special))
 
 
-def listed_layers(config: ConfigFile, listed: Sequence[str], kinds: Mapping[str, LayerKind]) -> tuple[LayerKind, ...]:
+def listed_layers(
+    listed: Sequence[str], kinds: Mapping[str, LayerKind], config: ConfigFile | None = None
+) -> tuple[LayerKind, ...]:
     """The layers whose names are ``listed``.
 
     Raises:
-        InputError: a name that is not in ``kinds``, or another number of layers than the file states.
+        InputError: a name that is not in ``kinds``, or another number of layers than ``config`` states.
     """
     unknown = sorted({str(kind) for kind in listed} - set(kinds))
     if unknown:
         raise InputError(
             f"The target's config.json names an unknown layer kind {unknown[0]!r}.", f"Known kinds: {', '.join(kinds)}."
         )
-    stated = config.stated.get("num_hidden_layers")
+    stated = config.stated.get("num_hidden_layers") if config is not None else None
     if stated is not None and int(stated) != len(listed):
         raise InputError(
             f"The target's config.json lists {len(listed)} layers, but num_hidden_layers says {stated}.",

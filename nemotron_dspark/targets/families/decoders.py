@@ -1,23 +1,16 @@
 """Ordinary decoders: every layer is attention followed by an MLP; the table below says what is special about each."""
 
 import functools
-from typing import Literal
 
 from nemotron_dspark.targets.families.config import ConfigFile, fill_spec
-from nemotron_dspark.targets.families.family import Family, mask_by_layer_type
-from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+from nemotron_dspark.targets.families.family import Family, one_mask
+from nemotron_dspark.targets.spec import MLP, LayerKind, TargetSpec
 
 
-def decoder_spec(config: ConfigFile, mlp: Literal["gated", "plain", "moe"] = "gated") -> TargetSpec:
+def decoder_spec(config: ConfigFile, mlp: MLP = "gated") -> TargetSpec:
     """Spec of a decoder whose layers hold ``mlp``."""
-    return fill_spec(
-        config,
-        layers=(LayerKind.DECODER,) * int(config.require("num_hidden_layers")),
-        mlp=mlp,
-        intermediate_size=None if mlp == "moe" else config.size("intermediate_size"),
-        rope_theta=config.rope_theta(),
-        logit_softcap=config.get("final_logit_softcapping"),
-    )
+    layers = (LayerKind.DECODER,) * int(config.require("num_hidden_layers"))
+    return fill_spec(config, layers=layers, mlp=mlp, logit_softcap=config.get("final_logit_softcapping"))
 
 
 def qwen3_moe_spec(config: ConfigFile) -> TargetSpec:
@@ -35,17 +28,17 @@ def gemma3_spec(config: ConfigFile) -> TargetSpec:
 
 
 FAMILIES = {
-    "llama": Family(decoder_spec),
+    "llama": Family(decoder_spec, block_mask=one_mask),
     # Where the config gives a window, every layer sees only that far.
-    "mistral": Family(decoder_spec),
+    "mistral": Family(decoder_spec, block_mask=one_mask),
     # LayerNorm with 1 + weight, rope on half of each head: the draft, a Qwen3 of the same sizes, has neither.
-    "nemotron": Family(functools.partial(decoder_spec, mlp="plain")),
+    "nemotron": Family(functools.partial(decoder_spec, mlp="plain"), block_mask=one_mask),
     # With `use_sliding_window` the later layers see only a window.
-    "qwen3": Family(decoder_spec, block_mask=mask_by_layer_type),
-    "qwen3_moe": Family(qwen3_moe_spec),
+    "qwen3": Family(decoder_spec),
+    "qwen3_moe": Family(qwen3_moe_spec, block_mask=one_mask),
     # Soft caps on the scores need eager attention: transformers 5.15 would run SDPA, which leaves them out, in silence.
-    "gemma2": Family(decoder_spec, block_mask=mask_by_layer_type, attention="eager"),
-    "gemma3_text": Family(gemma3_spec, block_mask=mask_by_layer_type),
+    "gemma2": Family(decoder_spec, attention="eager"),
+    "gemma3_text": Family(gemma3_spec),
     # An attention sink per head, which SDPA does not have.
-    "gpt_oss": Family(functools.partial(decoder_spec, mlp="moe"), block_mask=mask_by_layer_type, attention="eager"),
+    "gpt_oss": Family(functools.partial(decoder_spec, mlp="moe"), attention="eager"),
 }

@@ -3,6 +3,7 @@
 Nothing is known of the layers, so nothing is assumed of them either: the proofs decide whether such a target is right.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,61 +12,49 @@ from torch import nn
 
 from nemotron_dspark.errors import InputError, first_line
 from nemotron_dspark.targets.families.config import ConfigFile
-from nemotron_dspark.targets.families.family import Family, no_mask
-from nemotron_dspark.targets.mamba2 import even_chunks
+from nemotron_dspark.targets.families.family import Family
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec, WeightNames
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-WITHOUT_ATTENTION = frozenset({"rwkv"})
-_UNKNOWN = (
-    "No family module knows {type!r}: every layer is drawn as a decoder layer, the general path (copy, restore, "
-    "replay) rolls it back, and the proofs decide."
-)
-_NO_ATTENTION = (
-    "No layer of {type!r} has attention: the general path (copy, restore, replay) rolls it back, and the proofs decide."
-)
+_WITHOUT_ATTENTION = frozenset({"rwkv"})
+_REPLAYED = "the general path (copy, restore, replay) rolls it back, and the proofs decide."
 _DO = "Support for this type needs a family module (docs/targets.md tells how to write one)."
 
 
 def spec(config: ConfigFile) -> TargetSpec:
     """Spec of a config whose type `transformers` itself knows."""
-    return _spec(config.built, config.name, trusted=False)
+    return _spec(lambda: config.built, config.name, trusted=False)
 
 
 def remote_spec(folder: Path, name: str) -> TargetSpec:
     """Spec of a checkpoint whose model is code in its own folder, which this runs."""
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    except Exception as error:  # whatever the checkpoint's code raises
-        raise _cannot_build(name, error) from None
-    return _spec(config, name, trusted=True)
+    return _spec(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=True), name, trusted=True)
 
 
-def _cannot_build(name: str, error: Exception) -> InputError:
-    return InputError(
-        f"transformers cannot build a causal language model from the config of {name}: {first_line(error)}.",
-        "Check that the target is a text model; one of several modalities needs its language model alone.",
-    )
-
-
-def _spec(config: "PreTrainedConfig", name: str, *, trusted: bool) -> TargetSpec:
+def _spec(read: Callable[[], "PreTrainedConfig"], name: str, *, trusted: bool) -> TargetSpec:
     from transformers import AutoModelForCausalLM
 
     try:
+        config = read()
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    except InputError:
+        raise
     except Exception as error:  # whatever the library or the checkpoint's code raises on this config
-        raise _cannot_build(name, error) from None
+        raise InputError(
+            f"transformers cannot build a causal language model from the config of {name}: {first_line(error)}.",
+            "Check that the target is a text model; one of several modalities needs its language model alone.",
+        ) from None
     names, text = _names(model, name), config.get_text_config()
     layers = cast(nn.ModuleList, model.get_submodule(names.layers))
     intermediate = getattr(text, "intermediate_size", None)
-    if config.model_type in WITHOUT_ATTENTION:
-        kind, mlp, assumed = LayerKind.RECURRENT, "plain", _NO_ATTENTION
-        heads = heads_kv = head_dim = 0
+    if config.model_type in _WITHOUT_ATTENTION:
+        kind, mlp, heads, heads_kv, head_dim = LayerKind.RECURRENT, "plain", 0, 0, 0
+        assumed = f"No layer of {config.model_type!r} has attention: {_REPLAYED}"
     else:
         heads = _stated(text, "num_attention_heads", name)
         head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -73,10 +62,9 @@ def _spec(config: "PreTrainedConfig", name: str, *, trusted: bool) -> TargetSpec
         heads_kv = getattr(text, "num_key_value_heads", None) or _widest(layers, "k_proj") // head_dim
         heads_kv = heads_kv if isinstance(heads_kv, int) and heads_kv else heads
         intermediate = intermediate or _widest(layers, "gate_proj")
-        kind, assumed = LayerKind.DECODER, _UNKNOWN
-        mlp = "gated" if isinstance(intermediate, int) and intermediate else "moe"
-    rope = getattr(text, "rope_parameters", None) or {}
-    theta = getattr(text, "rope_theta", None) or rope.get("rope_theta")
+        kind, mlp = LayerKind.DECODER, "gated" if isinstance(intermediate, int) and intermediate else "moe"
+        assumed = f"No family module knows {config.model_type!r}: every layer is drawn as a decoder layer, {_REPLAYED}"
+    theta = getattr(text, "rope_theta", None) or (getattr(text, "rope_parameters", None) or {}).get("rope_theta")
     eps = getattr(text, "rms_norm_eps", None) or getattr(text, "layer_norm_epsilon", None)
     return TargetSpec(
         name=name,
@@ -95,7 +83,7 @@ def _spec(config: "PreTrainedConfig", name: str, *, trusted: bool) -> TargetSpec
         tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         names=names,
         logit_softcap=getattr(text, "final_logit_softcapping", None),
-        assumed=(assumed.format(type=config.model_type),),
+        assumed=(assumed,),
     )
 
 
@@ -117,11 +105,12 @@ def _widest(layers: nn.Module, name: str) -> int:
 
 def _names(model: "PreTrainedModel", name: str) -> WeightNames:
     """Layers, final norm, embedding and head, found by what they are."""
-    modules = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [path for path in lists if len(cast(nn.ModuleList, model.get_submodule(path))) == depth]
+    lists = [
+        path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
     if embedding is None or head is None or not lists:
         raise InputError(f"{name} has no list of {depth} layers between an embedding and an LM head.", _DO)
     layers = min(lists, key=lambda path: path.count("."))
@@ -129,7 +118,7 @@ def _names(model: "PreTrainedModel", name: str) -> WeightNames:
     norms = [path for path, _ in model.get_submodule(base).named_children() if "norm" in path or path.startswith("ln_")]
     if not norms:
         raise InputError(f"{name} has no norm between its layers and its LM head.", _DO)
-    embedding_path, head_path = modules[id(embedding)], modules[id(head)]
+    embedding_path, head_path = paths[id(embedding)], paths[id(head)]
     return WeightNames(
         layers=layers,
         final_norm=f"{base}.{norms[-1]}" if base else norms[-1],
@@ -140,4 +129,4 @@ def _names(model: "PreTrainedModel", name: str) -> WeightNames:
     )
 
 
-FAMILY = Family(spec, block_mask=no_mask, replays=True, capture_context=even_chunks)
+FAMILY = Family(spec, block_mask=None, replays=True)
