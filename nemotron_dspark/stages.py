@@ -48,7 +48,8 @@ class CacheReport:
     mask_token: MaskToken | None
 
     def to_json(self) -> dict[str, Any]:
-        return self.build.to_json() | {"taps": list(self.taps), "mask_token_id": self.mask_token and self.mask_token.id}
+        mask = self.mask_token and self.mask_token.id
+        return dataclasses.asdict(self.build) | {"taps": self.taps, "mask_token_id": mask}
 
 
 def load_target(config: RunConfig) -> Target:

@@ -23,7 +23,6 @@ from nemotron_dspark.cache.capture import CapturesStates, TargetFacts
 from nemotron_dspark.cache.capture_all import BuildProgress, LoadTarget, capture_all
 from nemotron_dspark.cache.compact import QUANTISATION
 from nemotron_dspark.cache.layout import MANIFEST, WORK
-from nemotron_dspark.cache.open import new_layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.format import recognise
@@ -32,14 +31,13 @@ from nemotron_dspark.data.conversations import SkipTally
 from nemotron_dspark.data.tokens import read_report, tokenise
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256
-from nemotron_dspark.folders import check_claim, check_space, locked
+from nemotron_dspark.folders import check_claim, locked
 from nemotron_dspark.targets import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPORT = "build.json"
-_SPARE_BYTES = 16 * 1024**2  # index, checksums and the file system's own needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +53,6 @@ class BuildReport:
     notes: tuple[str, ...]
     reused_samples: int  # written by an earlier, interrupted build
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {"folder": str(self.folder), "skipped": self.skipped.to_json(), "notes": list(self.notes)}
 
 
 def build_cache(
@@ -90,10 +84,9 @@ def build_cache(
     data, cache = data or DataConfig(), cache or CacheConfig()
     conversations, folder = Path(conversations_file), Path(out_folder)
     work, spec = folder / WORK, target.spec
-    inputs = {
-        **inputs_of(target.folder, target.tokenizer, spec.name, str(target.dtype), conversations, taps, data),
-        "cache": layout_settings(cache),
-    }
+    inputs = inputs_of(target.folder, target.tokenizer, spec.name, str(target.dtype), conversations, taps, data)
+    compact = {"format": cache.format, "quantisation": QUANTISATION} if cache.format == "compact" else {}
+    inputs["cache"] = {"shard_bytes": cache.shard_bytes, "batch_tokens": cache.batch_tokens} | compact
     known = read_json(folder / REPORT) if (folder / REPORT).is_file() else None
     check_claim(folder, "a cache", known and known.get("inputs", {}), inputs)
     if (folder / MANIFEST).is_file():
@@ -111,12 +104,15 @@ def build_cache(
             inputs=inputs,
             on_lines=lambda lines: on_progress(BuildProgress("tokenise", lines, 0, 0, 0)),
         )
-        extra = _manifest_extra(target, conversations, data)
-        layout = new_layout(
-            cache, tokens.lengths, tokens.predicting, taps=taps, hidden_size=spec.hidden_size, extra=extra
-        )
-        with CacheWriter(folder, layout) as writer:
-            check_cache_space(writer)
+        with CacheWriter.of(
+            folder,
+            cache,
+            tokens.lengths,
+            tokens.predicting,
+            taps=taps,
+            hidden_size=spec.hidden_size,
+            extra=_manifest_extra(target, conversations, data),
+        ) as writer:
             load = load or (lambda: cast(CapturesStates, target))  # as promised: it is loaded
             capture_all(load, tokens, writer, cache.batch_tokens, on_progress, helpers=helpers)
             writer.finish(extra_files=[REPORT])
@@ -153,31 +149,16 @@ def _load(config: TargetConfig) -> Target:
 
 
 def _finished(folder: Path, started: float, reused: int | None = None) -> BuildReport:
-    cache = TargetCache(folder)
+    layout = TargetCache(folder).layout
     tally, notes = read_report(folder / REPORT)
     return BuildReport(
-        folder=folder,
-        samples=tally.samples,
-        tokens=tally.tokens,
-        loss_tokens=tally.loss_tokens,
-        cut=tally.cut,
-        bytes=sum(cache.layout.shard_sizes),
-        shards=len(cache.layout.shard_files),
-        skipped=tally.skipped,
+        folder,
+        **vars(tally),
+        bytes=sum(layout.shard_sizes),
+        shards=len(layout.shard_files),
         notes=notes,
         reused_samples=tally.samples if reused is None else reused,
         seconds=time.monotonic() - started,
-    )
-
-
-def check_cache_space(writer: CacheWriter) -> None:
-    """`EnvironmentFault` unless what ``writer`` has not written yet fits on its disk."""
-    check_space(
-        writer.folder,
-        writer.missing_bytes + _SPARE_BYTES,
-        "The cache needs",
-        "Free some space, and the same command goes on; or choose another disk, a compact cache "
-        "(--cache-format compact), fewer conversations or taps, or none (`nds train --data`): see `nds plan`.",
     )
 
 
@@ -206,12 +187,6 @@ def inputs_of(
         "taps": list(taps),
         "data": data.model_dump(),
     }
-
-
-def layout_settings(cache: CacheConfig) -> dict[str, Any]:
-    """The settings on which a cache's bytes depend."""
-    compact = {"format": cache.format, "quantisation": QUANTISATION} if cache.format == "compact" else {}
-    return {"shard_bytes": cache.shard_bytes, "batch_tokens": cache.batch_tokens} | compact
 
 
 def _weights_identity(folder: Path) -> str:

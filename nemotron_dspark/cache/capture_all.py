@@ -11,9 +11,8 @@ import contextlib
 import dataclasses
 import os
 import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Self
@@ -23,14 +22,13 @@ import torch
 
 from nemotron_dspark.cache.batches import batches
 from nemotron_dspark.cache.capture import CapturesStates, States, capture_states
-from nemotron_dspark.cache.writer import CacheWriter, ShardFiles
+from nemotron_dspark.cache.writer import CacheWriter, ShardFiles, Written
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.data.tokens import TokenStore
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.processes import deaths_named, process_pool, share
 
 LoadTarget = Callable[[], CapturesStates]  # for a helper it is pickled
-Written = dict[int, int]  # samples that are durable, with their checksums
 
 _ENCODERS = 4  # threads that encode one batch beside a GPU, which computes faster than one of them encodes
 
@@ -48,32 +46,13 @@ class BuildProgress:
 
 @dataclasses.dataclass(frozen=True)
 class CaptureBatch:
-    """Samples of one forward, longest first, and those of them that are not written yet."""
+    """One forward."""
 
-    samples: list[int]
-    missing: frozenset[int]
+    samples: list[int]  # longest first
+    rows: list[int]  # of those that are not written yet
 
 
-class BatchQueue:
-    """Batches that are still to be computed; any thread may ask for the `next` one."""
-
-    def __init__(self, lengths: np.ndarray, writer: CacheWriter, batch_tokens: int):
-        self._missing = ~writer.written
-        self._batches = batches(lengths, batch_tokens)
-        self._asking = threading.Lock()
-        self._stopped = False
-
-    def next(self) -> CaptureBatch | None:
-        """The next batch; None when there are no more, or after `stop`."""
-        with self._asking:
-            for samples in () if self._stopped else self._batches:
-                if missing := frozenset(sample for sample in samples if self._missing[sample]):
-                    return CaptureBatch(samples, missing)
-            return None
-
-    def stop(self) -> None:
-        """Give out no more batches."""
-        self._stopped = True
+Batches = deque[CaptureBatch]  # still to be computed; any thread takes the next, and clears it to stop them all
 
 
 def capture_all(
@@ -103,7 +82,7 @@ def capture_all(
     if writer.written.all():
         report()
         return
-    queue = BatchQueue(tokens.lengths, writer, batch_tokens)
+    queue = _missing_batches(tokens.lengths, writer.written, batch_tokens)
     threads = torch.get_num_threads() // (1 + len(helpers)) or 1
     with contextlib.ExitStack() as stack:
         proxies = [stack.enter_context(HelperProxy(helper, tokens, writer, queue, threads)) for helper in helpers]
@@ -112,12 +91,30 @@ def capture_all(
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
         with Pipeline(target, tokens, writer.files, writer.mark_written) as pipeline:
-            while (batch := queue.next()) is not None:
+            for batch in _taken(queue):
                 pipeline.compute(batch)
                 report()
         for proxy in proxies:
             proxy.finish()
     report()
+
+
+def _missing_batches(
+    lengths: np.ndarray,  # int64 [samples]
+    written: np.ndarray,  # bool [samples]
+    batch_tokens: int,
+) -> Batches:
+    found = Batches()
+    for samples in batches(lengths, batch_tokens):
+        if rows := np.flatnonzero(~written[samples]).tolist():
+            found.append(CaptureBatch(samples, rows))
+    return found
+
+
+def _taken(queue: Batches) -> Iterator[CaptureBatch]:
+    with contextlib.suppress(IndexError):  # it is empty
+        while True:
+            yield queue.popleft()
 
 
 class Pipeline:
@@ -150,22 +147,20 @@ class Pipeline:
     def compute(self, batch: CaptureBatch) -> None:
         """Run one forward, and have it written while the next is run. Raises what the writing of an earlier one did."""
         samples = [self._tokens[sample] for sample in batch.samples]
-        self._writing.append(self._writer.submit(self._write, batch, samples, self._forward(samples)))
-        self._wait(1)
-
-    def _wait(self, pending: int) -> None:
-        while len(self._writing) > pending:
-            self._writing.popleft().result()
-
-    def _forward(self, samples: list[Tokenised]) -> States:
         try:
-            return capture_states(self._target, samples, self._files.layout.taps)
+            states = capture_states(self._target, samples, self._files.layout.taps)
         except torch.OutOfMemoryError:
             raise EnvironmentFault(
                 f"A forward of {len(samples)} samples of up to {len(samples[0].input_ids)} tokens does not fit into "
                 f"the memory of {self._target.device}.",
                 "Lower cache.batch_tokens or data.max_length, and build into another folder.",
             ) from None
+        self._writing.append(self._writer.submit(self._write, batch, samples, states))
+        self._wait(1)
+
+    def _wait(self, pending: int) -> None:
+        while len(self._writing) > pending:
+            self._writing.popleft().result()
 
     def _write(self, batch: CaptureBatch, samples: list[Tokenised], states: States) -> None:
         with states.wait_stream():
@@ -177,8 +172,7 @@ class Pipeline:
                 taps, last = states.taps[row, :length], states.last[row, :length]
                 return sample_id, self._files.write(sample_id, sample.input_ids, sample.loss_mask, taps, last)
 
-        rows = [row for row, sample_id in enumerate(batch.samples) if sample_id in batch.missing]
-        written = dict(self._encoders.map(write_row, rows))
+        written = dict(self._encoders.map(write_row, batch.rows))
         self._files.flush()
         self._on_written(written)
 
@@ -186,7 +180,7 @@ class Pipeline:
 class HelperProxy:
     """One helper, fed by a thread of this process from the queue of batches; use as a context manager."""
 
-    def __init__(self, load: LoadTarget, tokens: TokenStore, writer: CacheWriter, queue: BatchQueue, threads: int):
+    def __init__(self, load: LoadTarget, tokens: TokenStore, writer: CacheWriter, queue: Batches, threads: int):
         self._writer, self._queue = writer, queue
         self._pool = process_pool(1, (load, tokens, writer.folder, writer.layout, threads))
         self._process = self._pool.submit(os.getpid)
@@ -198,7 +192,7 @@ class HelperProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._queue.stop()
+        self._queue.clear()
         with contextlib.suppress(BrokenProcessPool, ProcessLookupError):
             if not self._loaded.done():  # it has computed nothing, and loading may take minutes
                 os.kill(self._process.result(), signal.SIGKILL)
@@ -214,11 +208,11 @@ class HelperProxy:
         try:
             with deaths_named("helps to compute"):
                 self._loaded.result()
-                while (batch := self._queue.next()) is not None:
+                for batch in _taken(self._queue):
                     self._writer.mark_written(self._pool.submit(_compute_in_helper, batch).result())
-                self._writer.mark_written(self._pool.submit(_finish_in_helper).result())
+                self._writer.mark_written(self._pool.submit(_compute_in_helper, None).result())
         finally:
-            self._queue.stop()  # after a failure; else it is empty
+            self._queue.clear()  # after a failure; else it is empty
 
 
 _pipeline: Pipeline  # in a helper's process
@@ -234,17 +228,12 @@ def _load_in_helper() -> None:
     _pipeline = Pipeline(target, tokens, ShardFiles(folder, layout), _written.append)
 
 
-def _compute_in_helper(batch: CaptureBatch) -> Written:
-    _pipeline.compute(batch)
-    return _taken()
-
-
-def _finish_in_helper() -> Written:
-    _pipeline.__exit__(None)
-    return _taken()
-
-
-def _taken() -> Written:
+def _compute_in_helper(batch: CaptureBatch | None) -> Written:
+    """What has become durable meanwhile; everything when there is no ``batch`` any more."""
+    if batch is None:
+        _pipeline.__exit__(None)
+    else:
+        _pipeline.compute(batch)
     taken: Written = {}
     while _written:
         taken |= _written.popleft()

@@ -8,6 +8,7 @@ they decide every byte of the shards that is not a sample's.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,18 +20,17 @@ from torch import Tensor
 
 from nemotron_dspark.cache.layout import (
     INDEX,
+    MANIFEST,
     Layout,
     ManifestFile,
     Sample,
-    manifest_of,
-    require_index_size,
+    read_index,
+    read_manifest,
     split_into_shards,
-    validated_manifest,
 )
 from nemotron_dspark.cache.quantise import Int4, Part
 from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import read_json
 
 Count = TypeVar("Count", int, np.ndarray)
 
@@ -80,7 +80,7 @@ class Column:
 
     @property
     def row_bytes(self) -> int:
-        return int(np.prod(self.row, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.row) * self.dtype.itemsize
 
 
 class CompactLayout(Layout):
@@ -97,35 +97,28 @@ class CompactLayout(Layout):
         hidden_size: int,
         extra: Mapping[str, Any] | None = None,
     ):
-        self.records = records
-        self.lengths = records["tokens"].astype(np.int64)
-        self.kept = records["last"].astype(np.int64)
-        self.shards = shards
-        self.taps = tuple(taps)
-        self.hidden_size = hidden_size
-        self.extra = extra or {}
+        self.records, self.shards = records, shards
+        self.taps, self.hidden_size, self.extra = tuple(taps), hidden_size, extra or {}
+        # [samples, 2], indexed by `Column.of_last`: rows of a sample in columns of tokens, and in those of last states
+        self._rows = np.stack([records["tokens"], records["last"]], axis=1).astype(np.int64)
+        self.lengths, self.kept = self._rows.T
         self._quantiser = Int4(hidden_size)
         self.columns = columns(len(self.taps), self._quantiser.parts)
         self.mask_field = [column.name for column in self.columns].index("loss_mask")
         count = int(shards[-1]) + 1 if len(shards) else 0
-        self._bounds = np.searchsorted(shards, np.arange(count + 1))
+        self._bounds = np.searchsorted(shards, np.arange(count + 1))  # first sample of each shard
+        before = np.cumsum(self._rows, axis=0) - self._rows
+        self._before = before - before[self._bounds[:-1]][shards]  # [samples, 2], rows before it in its shard
         self.shard_files = tuple(f"shard-{number:05d}.safetensors" for number in range(count))
-        self._before = tuple(_within_shards(rows, self._bounds, shards) for rows in (self.lengths, self.kept))
-        ends = [self._ends(shard) for shard in range(count)]
+        ends = [self._header(shard)[1] for shard in range(count)]
         self._starts = [offsets[:-1] for offsets in ends]
         self.shard_sizes = tuple(offsets[-1] for offsets in ends)
 
-    def sample_bytes(self, sample_id: int) -> int:
-        rows = self._rows(sample_id)
-        return sum(rows[column.of_last] * column.row_bytes for column in self.columns)
-
     def fields(self, sample_id: int) -> list[tuple[int, int]]:
-        rows, starts = self._rows(sample_id), self._starts[int(self.shards[sample_id])]
+        starts = self._starts[int(self.shards[sample_id])]
+        rows, before = self._rows[sample_id].tolist(), self._before[sample_id].tolist()
         return [
-            (
-                start + int(self._before[column.of_last][sample_id]) * column.row_bytes,
-                rows[column.of_last] * column.row_bytes,
-            )
+            (start + before[column.of_last] * column.row_bytes, rows[column.of_last] * column.row_bytes)
             for column, start in zip(self.columns, starts, strict=True)
         ]
 
@@ -172,28 +165,20 @@ class CompactLayout(Layout):
 
     def preamble(self, shard: int) -> bytes:
         """The safetensors header and the two tensors that say where samples begin."""
-        samples = slice(self._bounds[shard], self._bounds[shard + 1])
-        starts = [np.concatenate([[0], np.cumsum(rows[samples])]) for rows in (self.lengths, self.kept)]
-        return self._header(shard) + b"".join(values.astype("<i8").tobytes() for values in starts)
+        rows = self._rows[self._bounds[shard] : self._bounds[shard + 1]]
+        starts = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(rows, axis=0)])
+        return self._header(shard)[0] + starts.T.astype("<i8").tobytes()
 
-    def index(self) -> bytes:
-        return self.records.tobytes()
-
-    def manifest(self) -> bytes:
-        values = {
-            **self.extra,
+    def described(self) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "version": VERSION,
-            "num_samples": len(self.lengths),
-            "target_layer_ids": list(self.taps),
-            "hidden_size": self.hidden_size,
             "quantisation": QUANTISATION,
             "shards": [
                 {"file_name": name, "num_samples": int(samples)}
                 for name, samples in zip(self.shard_files, np.diff(self._bounds), strict=True)
             ],
         }
-        return json.dumps(values, indent=2, sort_keys=True).encode()
 
     def check_files(self, folder: Path) -> list[str]:
         """One sentence for each shard that is missing, has not its size or does not begin as the index says."""
@@ -218,10 +203,10 @@ class CompactLayout(Layout):
         """The layout of samples of these ``lengths``, of which ``kept`` last states are kept."""
         records = np.zeros(len(lengths), dtype=RECORD)
         records["tokens"], records["last"] = lengths, kept
-        settings = {"taps": taps, "hidden_size": hidden_size, "extra": extra}
-        lengths, kept = np.asarray(lengths, dtype=np.int64), np.asarray(kept, dtype=np.int64)
-        sizes = stored_bytes(lengths, kept, num_taps=len(taps), hidden_size=hidden_size)
-        return CompactLayout(records, split_into_shards(sizes, shard_bytes), **settings)
+        tokens, last = records["tokens"].astype(np.int64), records["last"].astype(np.int64)
+        sizes = stored_bytes(tokens, last, num_taps=len(taps), hidden_size=hidden_size)
+        shards = split_into_shards(sizes, shard_bytes)
+        return CompactLayout(records, shards, taps=taps, hidden_size=hidden_size, extra=extra)
 
     @staticmethod
     def read(folder: Path) -> "CompactLayout":
@@ -230,60 +215,44 @@ class CompactLayout(Layout):
         Raises:
             InputError: manifest or index is missing or malformed, or its states are stored as something else than int4.
         """
-        path = manifest_of(folder)
-        values = read_json(path)
-        found = validated_manifest(path, values, _ManifestFile, _REMEDY)
-        counts, samples = [shard.num_samples for shard in found.shards], found.num_samples
+        path = folder / MANIFEST
+        found = _ManifestFile.of(read_manifest(folder), path, _REMEDY)
         if found.quantisation != QUANTISATION:
             raise InputError(
                 f"{path}: its hidden states are stored as {found.quantisation!r}; only {QUANTISATION} is read.",
                 "Build the cache again, or convert the cache in DeepSpec's format that it was made from.",
             )
-        require_index_size(folder / INDEX, samples * RECORD.itemsize, samples)
-        records = np.fromfile(folder / INDEX, dtype=RECORD)
+        records = read_index(folder, RECORD, found.num_samples)
         wrong = np.flatnonzero((records["tokens"] == 0) | (records["last"] >= np.maximum(records["tokens"], 1)))
         if len(wrong):
             raise InputError(f"{folder / INDEX}: sample {wrong[0]} cannot have its number of tokens.", _REMEDY)
+        counts = [shard.num_samples for shard in found.shards]
         layout = CompactLayout(
             records,
             np.repeat(np.arange(len(counts)), counts),
             taps=found.target_layer_ids,
             hidden_size=found.hidden_size,
-            extra=found.model_extra,
+            extra=found.extra,
         )
         if list(layout.shard_files) != [shard.file_name for shard in found.shards]:
             raise InputError(f"{path}: its shards are not named {layout.shard_files[0]} and so on.", _REMEDY)
         return layout
 
-    def _rows(self, sample_id: int) -> tuple[int, int]:
-        """Rows of a sample in the columns of tokens and in those of last states."""
-        return int(self.lengths[sample_id]), int(self.kept[sample_id])
-
-    def _shard_rows(self, shard: int) -> tuple[int, int]:
-        samples = slice(self._bounds[shard], self._bounds[shard + 1])
-        return int(self.lengths[samples].sum()), int(self.kept[samples].sum())
-
-    def _ends(self, shard: int) -> list[int]:
-        """Offset in the file of each column, and its size as the last entry."""
-        rows, samples = self._shard_rows(shard), int(self._bounds[shard + 1] - self._bounds[shard])
-        offset = len(self._header(shard)) + 2 * 8 * (samples + 1)
-        return np.cumsum([offset, *(rows[column.of_last] * column.row_bytes for column in self.columns)]).tolist()
-
-    def _header(self, shard: int) -> bytes:
-        rows, samples = self._shard_rows(shard), int(self._bounds[shard + 1] - self._bounds[shard])
-        shapes = [(name, torch.int64, (samples + 1,)) for name in ("cu_seqlens", "cu_last")]
-        shapes += [(column.name, column.dtype, (rows[column.of_last], *column.row)) for column in self.columns]
+    def _header(self, shard: int) -> tuple[bytes, list[int]]:
+        """The safetensors header of a shard; where in the file each column begins, and the file's size."""
+        rows = self._rows[self._bounds[shard] : self._bounds[shard + 1]]
+        shapes = [(name, torch.int64, [len(rows) + 1]) for name in ("cu_seqlens", "cu_last")]
+        total = rows.sum(axis=0).tolist()
+        shapes += [(column.name, column.dtype, [total[column.of_last], *column.row]) for column in self.columns]
+        ends = np.cumsum([0, *(math.prod(shape) * dtype.itemsize for _, dtype, shape in shapes)]).tolist()
         header: dict[str, Any] = {
             "__metadata__": {"format": FORMAT, "version": str(VERSION), "quantisation": QUANTISATION}
         }
-        offset = 0
-        for name, dtype, shape in shapes:
-            stop = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
-            offset = stop
+        for (name, dtype, shape), start, end in zip(shapes, ends[:-1], ends[1:], strict=True):
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # as the library does it: numbers behind it are aligned
-        return len(text).to_bytes(8, "little") + text
+        return len(text).to_bytes(8, "little") + text, [8 + len(text) + end for end in ends[2:]]
 
     def _encoded(self, name: str, states: Tensor) -> dict[str, np.ndarray]:
         """Bytes by column name."""
@@ -324,13 +293,8 @@ def stored_bytes(tokens: Count, kept: Count, samples: int = 1, *, num_taps: int,
 
 def _parts_of(of: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parts of states as a quantiser takes them, [states, columns]."""
-    prefix = f"{of}."
     return {
-        name.removeprefix(prefix): tensor.flatten(0, -2) for name, tensor in tensors.items() if name.startswith(prefix)
+        name.removeprefix(f"{of}."): tensor.flatten(0, -2)
+        for name, tensor in tensors.items()
+        if name.startswith(f"{of}.")
     }
-
-
-def _within_shards(rows: np.ndarray, bounds: np.ndarray, shards: np.ndarray) -> np.ndarray:
-    """Rows before each sample in its shard, int64 [samples]."""
-    before = np.concatenate([[0], np.cumsum(rows)])
-    return before[:-1] - before[bounds[:-1]][shards] if len(rows) else rows

@@ -9,16 +9,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nemotron_dspark.cache.build import REPORT, check_cache_space
+from nemotron_dspark.cache.build import REPORT
 from nemotron_dspark.cache.capture_all import BuildProgress
 from nemotron_dspark.cache.checksums import fingerprint
 from nemotron_dspark.cache.compact import QUANTISATION, CompactLayout
 from nemotron_dspark.cache.layout import MANIFEST, WORK
-from nemotron_dspark.cache.open import new_layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.mask import predicts_loss_token
@@ -42,9 +40,6 @@ class ConvertReport:
     bytes: int
     reused_samples: int  # written by an earlier, interrupted call
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"source": str(self.source), "folder": str(self.folder)}
 
 
 def convert_cache(
@@ -70,53 +65,12 @@ def convert_cache(
             f"{source.folder} is {'compact' if compact else 'in DeepSpec format'} already.",
             "Give --to the other format.",
         )
+    reused = len(source)
     _claim(folder, source.folder, cache)
     if (folder / MANIFEST).is_file():
         shutil.rmtree(folder / WORK, ignore_errors=True)  # killed between the manifest and this
-        return _report(source, folder, len(source), started)
-    layout = new_layout(
-        cache,
-        source.lengths,
-        np.array([predicts_loss_token(source.loss_mask(sample)).sum() for sample in range(len(source))], np.int64),
-        taps=source.taps,
-        hidden_size=source.hidden_size,
-        extra=source.layout.extra,
-    )
-    done = np.cumsum(source.lengths)
-    with locked(folder / WORK), CacheWriter(folder, layout) as writer:
-        reused, pending = writer.reused, 0
-        check_cache_space(writer)
-        for sample_id in np.flatnonzero(~writer.written).tolist():
-            sample = source[sample_id]
-            writer.write(sample_id, sample.input_ids.numpy(), sample.loss_mask.numpy(), sample.taps, sample.last)
-            pending += layout.sample_bytes(sample_id)
-            if pending >= _COMMIT_BYTES:
-                writer.commit()
-                pending = 0
-            tokens, total = int(done[sample_id]), int(done[-1])
-            on_progress(BuildProgress("convert", sample_id + 1, len(source), tokens, total))
-        writer.commit()
-        writer.finish(extra_files=[REPORT])
-    return _report(source, folder, reused, started)
-
-
-def _claim(folder: Path, source: Path, cache: CacheConfig) -> None:
-    """Note in ``folder`` what is converted; `InputError` when it holds something else."""
-    compact = {"quantisation": QUANTISATION} if cache.format == "compact" else {}
-    inputs = {
-        "converted_from": fingerprint(source),
-        "cache": {"format": cache.format, "shard_bytes": cache.shard_bytes, **compact},
-    }
-    note = folder / REPORT
-    begun = read_json(note).get("inputs", {}) if note.is_file() else None
-    check_claim(folder, "a cache", begun, inputs)
-    if begun is not None:
-        return
-    known = read_json(source / REPORT) if (source / REPORT).is_file() else {}
-    write_json(note, {"inputs": inputs, "result": known.get("result")})
-
-
-def _report(source: TargetCache, folder: Path, reused: int, started: float) -> ConvertReport:
+    else:
+        reused = _write(source, folder, cache, on_progress)
     made = TargetCache(folder)
     return ConvertReport(
         source=source.folder,
@@ -130,3 +84,41 @@ def _report(source: TargetCache, folder: Path, reused: int, started: float) -> C
         reused_samples=reused,
         seconds=time.monotonic() - started,
     )
+
+
+def _write(source: TargetCache, folder: Path, cache: CacheConfig, on_progress: Callable[[BuildProgress], None]) -> int:
+    """Returns how many samples were there already."""
+    predicting = [predicts_loss_token(source.loss_mask(sample)).sum() for sample in range(len(source))]
+    ends, pending = np.cumsum(source.lengths), 0
+    settings = {"taps": source.taps, "hidden_size": source.hidden_size, "extra": source.layout.extra}
+    with (
+        locked(folder / WORK),
+        CacheWriter.of(folder, cache, source.lengths, np.array(predicting, np.int64), **settings) as writer,
+    ):
+        for sample_id in np.flatnonzero(~writer.written).tolist():
+            sample = source[sample_id]
+            writer.write(sample_id, sample.input_ids.numpy(), sample.loss_mask.numpy(), sample.taps, sample.last)
+            pending += writer.layout.sample_bytes(sample_id)
+            if pending >= _COMMIT_BYTES:
+                writer.commit()
+                pending = 0
+            tokens, total = int(ends[sample_id]), int(ends[-1])
+            on_progress(BuildProgress("convert", sample_id + 1, len(source), tokens, total))
+        writer.commit()
+        writer.finish(extra_files=[REPORT])
+    return writer.reused
+
+
+def _claim(folder: Path, source: Path, cache: CacheConfig) -> None:
+    """Note in ``folder`` what is converted; `InputError` when it holds something else."""
+    compact = {"quantisation": QUANTISATION} if cache.format == "compact" else {}
+    inputs = {
+        "converted_from": fingerprint(source),
+        "cache": {"format": cache.format, "shard_bytes": cache.shard_bytes, **compact},
+    }
+    note = folder / REPORT
+    begun = read_json(note).get("inputs", {}) if note.is_file() else None
+    check_claim(folder, "a cache", begun, inputs)
+    if begun is None:
+        known = read_json(source / REPORT) if (source / REPORT).is_file() else {}
+        write_json(note, {"inputs": inputs, "result": known.get("result")})

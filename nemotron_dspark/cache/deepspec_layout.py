@@ -3,12 +3,9 @@
 A cache is a folder with `manifest.json`, `samples.idx` (one fixed record a sample) and `shard-NNNNN.bin`.
 """
 
-import dataclasses
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,18 +14,18 @@ from torch import Tensor
 
 from nemotron_dspark.cache.layout import (
     INDEX,
+    MANIFEST,
     Layout,
     ManifestFile,
     Sample,
-    manifest_of,
-    require_index_size,
+    read_index,
+    read_manifest,
     split_into_shards,
-    validated_manifest,
 )
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import read_json
 
-VERSION = 2
+Number = TypeVar("Number", int, np.ndarray)
+
 RECORD = np.dtype(
     [
         ("sample_id", "<u8"),
@@ -41,9 +38,7 @@ RECORD = np.dtype(
         ("last", "<u8"),
     ]
 )
-RECORD_SIZE = struct.calcsize("<QIIQQQQQ")
 FIELDS = ("input_ids", "attention_mask", "loss_mask", "taps", "last")  # in the order of a sample's bytes
-_TYPES = {"hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8"}
 _REMEDY = "Build the cache again with `nds cache build`."
 
 
@@ -51,14 +46,13 @@ def shard_name(shard_id: int) -> str:
     return f"shard-{shard_id:05d}.bin"
 
 
-def bytes_per_token(num_taps: int, hidden_size: int) -> int:
-    """int32 id, two uint8 masks, and bf16 [T·H] + [H]."""
-    return 4 + 1 + 1 + 2 * hidden_size * (num_taps + 1)
-
-
-def field_sizes(length: int, num_taps: int, hidden_size: int) -> tuple[int, ...]:
-    """Bytes of each of `FIELDS` in a sample of ``length`` tokens."""
+def field_sizes(length: Number, num_taps: int, hidden_size: int) -> tuple[Number, ...]:
+    """Bytes of each of `FIELDS` in a sample of ``length`` tokens: int32 ids, two uint8 masks, bf16 [T·H] and [H]."""
     return 4 * length, length, length, 2 * length * num_taps * hidden_size, 2 * length * hidden_size
+
+
+def bytes_per_token(num_taps: int, hidden_size: int) -> int:
+    return sum(field_sizes(1, num_taps, hidden_size))
 
 
 class _Shard(BaseModel):
@@ -68,7 +62,9 @@ class _Shard(BaseModel):
     file_name: str = Field(pattern=r"^[\w.-]+$")
 
 
-class _ManifestFile(ManifestFile):
+class Manifest(ManifestFile):
+    """`manifest.json`, the fields that DeepSpec requires."""
+
     version: Literal[2]
     hidden_dtype: Literal["bfloat16"]
     token_dtype: Literal["int32"]
@@ -86,41 +82,14 @@ class _ManifestFile(ManifestFile):
             raise ValueError(f"there are {len(shards)} shards, and their ids must count from 0")
         return count
 
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """`manifest.json`. ``extra`` holds what DeepSpec writes beside the required fields, and what others may add."""
-
-    num_samples: int
-    taps: tuple[int, ...]  # layer ids, ascending
-    hidden_size: int
-    shard_files: tuple[str, ...]
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
     @property
-    def target_name(self) -> str | None:
-        return self.extra.get("target_model_name_or_path")
-
-    def to_bytes(self) -> bytes:
-        """The file as DeepSpec writes it: keys sorted, two spaces, no newline at the end."""
-        values = {
-            **self.extra,
-            **_TYPES,
-            "version": VERSION,
-            "num_samples": self.num_samples,
-            "num_shards": len(self.shard_files),
-            "target_layer_ids": list(self.taps),
-            "index_record_size": RECORD_SIZE,
-            "hidden_size": self.hidden_size,
-            "shards": [{"shard_id": i, "file_name": name} for i, name in enumerate(self.shard_files)],
-        }
-        return json.dumps(values, indent=2, sort_keys=True).encode()
+    def shard_files(self) -> list[str]:
+        return [shard.file_name for shard in self.shards]
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
         """The manifest of ``folder``; `InputError` names the file and the field that is missing or impossible."""
-        path = manifest_of(folder)
-        values = read_json(path)
+        values, path = read_manifest(folder), folder / MANIFEST
         if not isinstance(values, dict):
             raise InputError(f"{path} does not hold a JSON object.", _REMEDY)
         if "format" in values:
@@ -128,11 +97,7 @@ class Manifest:
                 f"{folder} is a cache in the format {values['format']}, not in DeepSpec's.",
                 f"Make one that DeepSpec reads: nds cache convert {folder} OUT --to deepspec.",
             )
-        found = validated_manifest(path, values, _ManifestFile, _REMEDY)
-        names = tuple(shard.file_name for shard in found.shards)
-        return Manifest(
-            found.num_samples, tuple(found.target_layer_ids), found.hidden_size, names, found.model_extra or {}
-        )
+        return Manifest.of(values, path, _REMEDY)
 
 
 class DeepSpecLayout(Layout):
@@ -143,19 +108,18 @@ class DeepSpecLayout(Layout):
 
     def __init__(
         self,
-        index: np.ndarray,  # RECORD [samples]
-        manifest: Manifest,
+        records: np.ndarray,  # RECORD [samples]
+        shard_files: Sequence[str],
         shard_sizes: Sequence[int],
+        *,
+        taps: Sequence[int],
+        hidden_size: int,
+        extra: Mapping[str, Any] | None = None,
     ):
-        self.records = index
-        self.lengths = index["seq_len"].astype(np.int64)
-        self.shards = index["shard_id"].astype(np.int64)
-        self.shard_files = manifest.shard_files
-        self.shard_sizes = tuple(shard_sizes)
-        self.taps = manifest.taps
-        self.hidden_size = manifest.hidden_size
-        self.extra = manifest.extra
-        self._manifest = manifest
+        self.records = records
+        self.lengths, self.shards = records["seq_len"].astype(np.int64), records["shard_id"].astype(np.int64)
+        self.shard_files, self.shard_sizes = tuple(shard_files), tuple(shard_sizes)
+        self.taps, self.hidden_size, self.extra = tuple(taps), hidden_size, extra or {}
 
     def fields(self, sample_id: int) -> list[tuple[int, int]]:
         record = self.records[sample_id]
@@ -195,27 +159,29 @@ class DeepSpecLayout(Layout):
             faults.append("has hidden states that are not finite")
         return faults
 
-    def index(self) -> bytes:
-        return self.records.tobytes()
-
-    def manifest(self) -> bytes:
-        return self._manifest.to_bytes()
+    def described(self) -> dict[str, Any]:
+        return {
+            "version": 2,
+            "hidden_dtype": "bfloat16",
+            "token_dtype": "int32",
+            "mask_dtype": "uint8",
+            "index_record_size": RECORD.itemsize,
+            "num_shards": len(self.shard_files),
+            "shards": [{"shard_id": i, "file_name": name} for i, name in enumerate(self.shard_files)],
+        }
 
     def check_files(self, folder: Path) -> list[str]:
         """One sentence for each shard that is missing and each record that cannot be true (at most 20 records)."""
         index, sizes = self.records, self.shard_sizes
         names = zip(self.shard_files, sizes, strict=True)
         faults = [f"The shard {folder / name} is missing." for name, size in names if size < 0]
-        numbers = np.arange(len(index))
-        wrong = index["sample_id"] != numbers
+        wrong = index["sample_id"] != np.arange(len(index))
         outside = index["shard_id"] >= len(sizes)
         empty = index["seq_len"] == 0
         shard_size = np.asarray([*sizes, 0], dtype=np.int64)[np.where(outside, len(sizes), index["shard_id"])]
-        short = np.zeros(len(index), dtype=bool)
-        per_token = field_sizes(1, len(self.taps), self.hidden_size)
-        for name, size in zip(FIELDS, per_token, strict=True):
-            short |= index[name].astype(np.float64) + size * index["seq_len"].astype(np.float64) > shard_size
-        short &= shard_size >= 0  # a missing shard has been named
+        field_bytes = field_sizes(index["seq_len"].astype(np.float64), len(self.taps), self.hidden_size)
+        ends = [index[name].astype(np.float64) + size for name, size in zip(FIELDS, field_bytes, strict=True)]
+        short = (np.max(ends, axis=0) > shard_size) & (shard_size >= 0)  # a missing shard has been named
         for sample in np.flatnonzero(wrong | outside | empty | short)[:20].tolist():
             where = f"{folder / INDEX}: sample {sample}"
             if wrong[sample]:
@@ -244,17 +210,16 @@ class DeepSpecLayout(Layout):
         shards = split_into_shards(sizes, shard_bytes)
         shard_sizes = np.bincount(shards, weights=sizes).astype(np.int64)
         before = np.concatenate([[0], np.cumsum(shard_sizes)])
-        offsets = np.cumsum(sizes) - sizes - before[shards]
         index = np.zeros(len(lengths), dtype=RECORD)
-        index["sample_id"] = np.arange(len(lengths))
-        index["shard_id"] = shards
-        index["seq_len"] = lengths
-        for name, per_field in zip(FIELDS, field_sizes(1, len(taps), hidden_size), strict=True):
+        index["sample_id"], index["shard_id"], index["seq_len"] = np.arange(len(lengths)), shards, lengths
+        offsets = np.cumsum(sizes) - sizes - before[shards]
+        for name, size in zip(FIELDS, field_sizes(lengths, len(taps), hidden_size), strict=True):
             index[name] = offsets
-            offsets = offsets + per_field * lengths
-        names = tuple(map(shard_name, range(len(shard_sizes))))
-        manifest = Manifest(len(lengths), tuple(taps), hidden_size, names, extra or {})
-        return DeepSpecLayout(index, manifest, shard_sizes.tolist())
+            offsets = offsets + size
+        names = map(shard_name, range(len(shard_sizes)))
+        return DeepSpecLayout(
+            index, tuple(names), shard_sizes.tolist(), taps=taps, hidden_size=hidden_size, extra=extra
+        )
 
     @staticmethod
     def read(folder: Path) -> "DeepSpecLayout":
@@ -264,10 +229,16 @@ class DeepSpecLayout(Layout):
             InputError: manifest or index is missing or malformed.
         """
         manifest = Manifest.read(folder)
-        require_index_size(folder / INDEX, manifest.num_samples * RECORD.itemsize, manifest.num_samples)
         paths = [folder / name for name in manifest.shard_files]
         sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
-        return DeepSpecLayout(np.fromfile(folder / INDEX, dtype=RECORD), manifest, sizes)
+        return DeepSpecLayout(
+            read_index(folder, RECORD, manifest.num_samples),
+            manifest.shard_files,
+            sizes,
+            taps=manifest.target_layer_ids,
+            hidden_size=manifest.hidden_size,
+            extra=manifest.extra,
+        )
 
 
 def _bf16_bits(tensor: Tensor) -> np.ndarray:  # uint16, same shape

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,9 +35,6 @@ class CacheInfo:
     shards: int
     lengths: tuple[Bin, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"folder": str(self.folder)}
-
 
 def length_bins(lengths: np.ndarray, count: int = 8) -> tuple[Bin, ...]:
     """At most ``count`` bins of equal width from the shortest to the longest sample."""
@@ -53,15 +49,11 @@ def length_bins(lengths: np.ndarray, count: int = 8) -> tuple[Bin, ...]:
     )
 
 
-def _loss_tokens(report: Path) -> int | None:
-    result = read_json(report).get("result") if report.is_file() else None
-    return result["loss_tokens"] if result else None
-
-
 def summarise(folder: Path | str) -> CacheInfo:
     """Numbers of the cache in ``folder``; `InputError` when it cannot be opened."""
     cache = TargetCache(folder)
-    built = cache.folder / REPORT
+    report = cache.folder / REPORT
+    result = read_json(report).get("result") if report.is_file() else None
     size, tokens = sum(cache.layout.shard_sizes), int(cache.lengths.sum())
     return CacheInfo(
         folder=cache.folder,
@@ -72,7 +64,7 @@ def summarise(folder: Path | str) -> CacheInfo:
         hidden_size=cache.hidden_size,
         samples=len(cache),
         tokens=tokens,
-        loss_tokens=_loss_tokens(built),
+        loss_tokens=result["loss_tokens"] if result else None,
         bytes=size,
         bytes_per_token=size // tokens if tokens else 0,
         shards=len(cache.layout.shard_files),

@@ -6,9 +6,10 @@ written in any order, by anybody, and a build that was killed ends in the same b
 
 import abc
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nemotron_dspark.config.validation import input_error
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import read_json
 
 MANIFEST = "manifest.json"
 INDEX = "samples.idx"
@@ -35,6 +37,7 @@ class Layout(abc.ABC):
     """One cache in one format. Fields of a sample are given in a fixed order; the first holds its int32 ids."""
 
     label: str  # the format in a few words
+    records: np.ndarray  # [samples], content of `samples.idx`
     lengths: np.ndarray  # int64 [samples], tokens of each
     shards: np.ndarray  # int64 [samples], shard of each; none across two
     shard_files: tuple[str, ...]
@@ -75,12 +78,19 @@ class Layout(abc.ABC):
         return b""
 
     @abc.abstractmethod
-    def index(self) -> bytes:
-        """Content of `samples.idx`."""
+    def described(self) -> dict[str, Any]:
+        """What `manifest.json` says of this format and its shards."""
 
-    @abc.abstractmethod
     def manifest(self) -> bytes:
-        """Content of `manifest.json`."""
+        """Content of `manifest.json` as DeepSpec writes it: keys sorted, two spaces, no newline at the end."""
+        values = {
+            **self.extra,
+            **self.described(),
+            "num_samples": len(self.records),
+            "target_layer_ids": list(self.taps),
+            "hidden_size": self.hidden_size,
+        }
+        return json.dumps(values, indent=2, sort_keys=True).encode()
 
     def check_files(self, folder: Path) -> list[str]:
         """One sentence for each shard in ``folder`` that is missing or has not its size."""
@@ -108,8 +118,13 @@ def manifest_of(folder: Path) -> Path:
     return path
 
 
+def read_manifest(folder: Path) -> Any:
+    """What `manifest_of` holds; `InputError` when it is not JSON."""
+    return read_json(manifest_of(folder))
+
+
 class ManifestFile(BaseModel):
-    """The fields of `manifest.json` that both formats have; a format adds its own."""
+    """The fields of `manifest.json` that both formats have; a format adds its own, and others may add more."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -123,16 +138,18 @@ class ManifestFile(BaseModel):
             raise ValueError("layers must ascend")
         return taps
 
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What others added."""
+        return self.model_extra or {}
 
-ManifestKind = TypeVar("ManifestKind", bound=ManifestFile)
-
-
-def validated_manifest(path: Path, values: Any, kind: type[ManifestKind], remedy: str) -> ManifestKind:
-    """``values``, which were read from ``path``; `InputError` names the field that is missing or impossible."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise input_error(error, str(path), remedy) from None
+    @classmethod
+    def of(cls, values: Any, path: Path, remedy: str) -> Self:
+        """``values``, which were read from ``path``; `InputError` names the field that is missing or impossible."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise input_error(error, str(path), remedy) from None
 
 
 def split_into_shards(sizes: Sequence[int] | np.ndarray, shard_bytes: int) -> np.ndarray:
@@ -148,11 +165,13 @@ def split_into_shards(sizes: Sequence[int] | np.ndarray, shard_bytes: int) -> np
     return shards
 
 
-def require_index_size(path: Path, wanted: int, samples: int) -> None:
-    """`InputError` unless the index ``path`` is there and has ``wanted`` bytes."""
+def read_index(folder: Path, record: np.dtype, samples: int) -> np.ndarray:  # ``record`` [samples]
+    """`samples.idx`; `InputError` unless it is there and has as many bytes as the manifest promises."""
+    path, wanted = folder / INDEX, samples * record.itemsize
     if not path.is_file():
         raise InputError(f"{path} is missing.", RESTORE)
     if path.stat().st_size != wanted:
         raise InputError(
             f"{path} has {path.stat().st_size} bytes; {MANIFEST} promises {samples} samples, that is {wanted}.", RESTORE
         )
+    return np.fromfile(path, dtype=record)

@@ -1,6 +1,6 @@
-"""What a build needs beside its disk (`cache.open.stored_bytes`): memory, at its highest point.
+"""What a build needs: disk, and memory at its highest point.
 
-Compared with real builds on a CPU by `benchmarks/plan.py`.
+The memory is compared with real builds on a CPU by `benchmarks/plan.py`.
 """
 
 import math
@@ -9,9 +9,26 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_dspark.cache import compact
 from nemotron_dspark.cache.batches import batches
+from nemotron_dspark.cache.compact import Count
+from nemotron_dspark.cache.deepspec_layout import RECORD, bytes_per_token
+from nemotron_dspark.config.run import CacheConfig
 from nemotron_dspark.targets.mamba2 import even_chunk
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
+
+
+def stored_bytes(
+    cache: CacheConfig, tokens: Count, predicting: Count, samples: int = 1, *, num_taps: int, hidden_size: int
+) -> Count:
+    """Bytes that ``samples`` take in the format that ``cache`` asks for, records included and shard headers not.
+
+    They have so many ``tokens`` together, of which so many are ``predicting``; or arrays of both, for samples each.
+    """
+    if cache.format == "compact":
+        size = compact.stored_bytes(tokens, predicting, samples, num_taps=num_taps, hidden_size=hidden_size)
+        return size + samples * compact.RECORD.itemsize
+    return tokens * bytes_per_token(num_taps, hidden_size) + samples * RECORD.itemsize
 
 
 def largest_batch(lengths: np.ndarray, batch_tokens: int) -> tuple[int, int]:

@@ -11,15 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_dspark.cache.checksums import (
-    changed_files,
-    read_checksums,
-    read_sample_checksums,
-    sample_checksum,
-)
-from nemotron_dspark.cache.layout import RESTORE, Sample
-from nemotron_dspark.cache.open import read_layout
+from nemotron_dspark.cache.checksums import changed_files, read_checksums, read_sample_checksums, sample_checksum
+from nemotron_dspark.cache.compact import FORMAT, CompactLayout
+from nemotron_dspark.cache.deepspec_layout import DeepSpecLayout
+from nemotron_dspark.cache.layout import RESTORE, Layout, Sample, read_manifest
 from nemotron_dspark.errors import InputError
+
+
+def read_layout(folder: Path) -> Layout:
+    """The layout of the cache in ``folder``; `InputError` when it is none, or its manifest or index is malformed."""
+    values = read_manifest(folder)
+    compact = isinstance(values, dict) and values.get("format") == FORMAT
+    return CompactLayout.read(folder) if compact else DeepSpecLayout.read(folder)
 
 
 class TargetCache:

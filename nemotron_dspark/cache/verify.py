@@ -16,8 +16,7 @@ from nemotron_dspark.cache.checksums import (
     write_checksums,
 )
 from nemotron_dspark.cache.layout import INDEX, MANIFEST, RESTORE
-from nemotron_dspark.cache.open import read_layout
-from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.cache.reader import TargetCache, read_layout
 from nemotron_dspark.data.tokens import check_no_mask_token
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import sha256, write_whole

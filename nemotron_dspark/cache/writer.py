@@ -14,21 +14,26 @@ import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
 from nemotron_dspark.cache.checksums import CHECKSUMS, SAMPLES, sample_checksum, write_checksums
+from nemotron_dspark.cache.compact import CompactLayout
+from nemotron_dspark.cache.deepspec_layout import DeepSpecLayout
 from nemotron_dspark.cache.layout import INDEX, MANIFEST, WORK, Layout
+from nemotron_dspark.config.run import CacheConfig
 from nemotron_dspark.errors import CheckError
 from nemotron_dspark.files import disk_errors, fsync_folder, read_json, sha256, write_json, write_whole
+from nemotron_dspark.folders import check_space
 
 Written = dict[int, int]  # sample ids, with the checksum of each
 
+_SPARE_BYTES = 16 * 1024**2  # of disk: index, checksums and the file system's own needs
 _CONTENT = struct.Struct("<QI")  # sample id, its checksum
 _ENTRY = struct.Struct("<QII")  # and the CRC-32 of these twelve bytes: a torn entry does not count
 
@@ -113,6 +118,38 @@ class CacheWriter:
         self._resume(_read_journal(self._journal))
         self.reused = int(self.written.sum())  # samples that an earlier, killed build had written
 
+    @staticmethod
+    def of(
+        folder: Path,
+        cache: CacheConfig,
+        lengths: np.ndarray,  # int [samples]
+        predicting: np.ndarray,  # int [samples], `predicts_loss_token` counted: last states that a compact cache keeps
+        *,
+        taps: Sequence[int],
+        hidden_size: int,
+        extra: Mapping[str, Any],  # for the manifest
+    ) -> "CacheWriter":
+        """The writer of a cache of such samples in the format that ``cache`` asks for.
+
+        Raises:
+            EnvironmentFault: what is not written yet does not fit on the disk.
+        """
+        settings = {"taps": taps, "hidden_size": hidden_size, "shard_bytes": cache.shard_bytes, "extra": extra}
+        compact = cache.format == "compact"
+        layout: Layout = (
+            CompactLayout.of(lengths, predicting, **settings) if compact else DeepSpecLayout.of(lengths, **settings)
+        )
+        writer = CacheWriter(folder, layout)
+        missing = sum(layout.shard_sizes) - sum(map(layout.sample_bytes, np.flatnonzero(writer.written).tolist()))
+        check_space(
+            folder,
+            missing + _SPARE_BYTES,
+            "The cache needs",
+            "Free some space, and the same command goes on; or choose another disk, a compact cache "
+            "(--cache-format compact), fewer conversations or taps, or none (`nds train --data`): see `nds plan`.",
+        )
+        return writer
+
     def __enter__(self) -> Self:
         return self
 
@@ -120,21 +157,8 @@ class CacheWriter:
         self.files.close()
         self._closer.shutdown(cancel_futures=True)
 
-    @property
-    def missing_bytes(self) -> int:
-        """Bytes that the samples that are not written yet will take."""
-        written = sum(map(self.layout.sample_bytes, np.flatnonzero(self.written).tolist()))
-        return sum(self.layout.shard_sizes) - written
-
-    def write(
-        self,
-        sample_id: int,
-        input_ids: np.ndarray,  # int32 [S]
-        loss_mask: np.ndarray,  # uint8 [S]
-        taps: Tensor,  # [S, T·H]
-        last: Tensor,  # [S, H]
-    ) -> None:
-        """Put one sample in its place; it counts as written after the next `commit`."""
+    def write(self, sample_id: int, input_ids: np.ndarray, loss_mask: np.ndarray, taps: Tensor, last: Tensor) -> None:
+        """As `ShardFiles.write`; the sample counts as written after the next `commit`."""
         self._pending[sample_id] = self.files.write(sample_id, input_ids, loss_mask, taps, last)
 
     def commit(self) -> None:
@@ -218,7 +242,7 @@ def finish_cache(
     extra_files: Iterable[str] = (),
 ) -> None:
     """Write everything but the shards; the manifest comes last."""
-    write_whole(folder / INDEX, lambda file: file.write(layout.index()))
+    write_whole(folder / INDEX, lambda file: file.write(layout.records.tobytes()))
     write_whole(folder / SAMPLES, lambda file: file.write(checksums.astype("<u4").tobytes()))
     manifest = layout.manifest()
     digests = {**digests, MANIFEST: hashlib.sha256(manifest).hexdigest()}

@@ -211,8 +211,8 @@ def remark(console: Console, label: str, text: str, style: str) -> None:
 
 
 def emit(value: Any) -> None:
-    """Print ``value`` as one JSON object on stdout."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    """Print ``value`` as one JSON object on stdout; what is not JSON in it by its ``to_json()``, or as text."""
+    typer.echo(json.dumps(value, ensure_ascii=False, default=lambda part: getattr(part, "to_json", part.__str__)()))
 
 
 def show_rows(rows: Iterable[tuple[str, str | None]], remarks: Iterable[str] = ()) -> None:

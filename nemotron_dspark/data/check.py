@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,10 +29,6 @@ class DataReport:
     longest: int | None = None
     median: int | None = None
     at_max_length: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {"file": str(self.file), "skipped": self.skipped.to_json()}
 
 
 def check_data(

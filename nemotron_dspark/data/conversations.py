@@ -22,23 +22,27 @@ ROLES = {
 }
 
 
+_SHOWN = 5  # lines that are named for each reason
+
+
 @dataclasses.dataclass(frozen=True)
 class Skipped:
     line: int  # counted from 1
     reason: str
 
 
-@dataclasses.dataclass
 class SkipTally:
     """How many lines were skipped for each reason, and the first few of them."""
 
-    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    lines: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    shown: int = 5
+    def __init__(self, skipped: Iterable[Skipped] = ()) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.lines: collections.defaultdict[str, list[int]] = collections.defaultdict(list)  # by reason
+        for item in skipped:
+            self.add(item)
 
     def add(self, skipped: Skipped) -> None:
         self.counts[skipped.reason] += 1
-        if len(self.lines.setdefault(skipped.reason, [])) < self.shown:
+        if len(self.lines[skipped.reason]) < _SHOWN:
             self.lines[skipped.reason].append(skipped.line)
 
     @property

@@ -46,10 +46,6 @@ class RegenerateReport:
     skipped: SkipTally
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {"out_file": str(self.out_file), "skipped": self.skipped.to_json()}
-
 
 def regenerate(
     prompts_file: Path | str,

@@ -159,13 +159,14 @@ def _check_manifest(manifest: Manifest, cfg: Mapping[str, Any], spec: TargetSpec
         [int(tap) for tap in cfg["model"]["target_layer_ids"]],
     )
     made_with, wanted = manifest.extra.get("chat_template"), cfg["data"].get("chat_template")
-    if manifest.target_name not in (None, target):
-        what = f"was made from the target {manifest.target_name}, the config says {target}."
+    made_from = manifest.extra.get("target_model_name_or_path")
+    if made_from not in (None, target):
+        what = f"was made from the target {made_from}, the config says {target}."
         do += " If both are the same model, write the cache's spelling into the config."
     elif manifest.hidden_size != spec.hidden_size:
         what = f"holds hidden states of size {manifest.hidden_size}, those of {target} have {spec.hidden_size}."
-    elif list(manifest.taps) != taps:
-        what = f"holds the taps {list(manifest.taps)}, the config asks for {taps}."
+    elif manifest.target_layer_ids != taps:
+        what = f"holds the taps {manifest.target_layer_ids}, the config asks for {taps}."
     elif made_with is not None and wanted not in (None, made_with):
         what = f"was made with the chat template {made_with!r}, the config says {wanted!r}."
         do += f" Or set data.chat_template to {made_with!r}, if that is what the target is served with."

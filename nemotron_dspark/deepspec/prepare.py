@@ -96,9 +96,6 @@ class Prepared:
     samples: int
     shards: int
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"folder": str(self.folder)}
-
 
 def begin(job: Preparation) -> bool:
     """Take ``job.out`` for this preparation; True when its cache is there already.
@@ -181,8 +178,14 @@ def join(job: Preparation) -> Prepared:
     fsync_folder(job.out)
     write_json(job.out / REPORT, _report(job))
     extra = {**parts[0].extra, "source_jsonl_paths": [str(path) for path in job.conversations], **job.names}
-    whole = Manifest(samples, job.taps, parts[0].hidden_size, tuple(map(shard_name, range(shards))), extra)
-    layout = DeepSpecLayout(np.concatenate(indices), whole, sizes)
+    layout = DeepSpecLayout(
+        np.concatenate(indices),
+        tuple(map(shard_name, range(shards))),
+        sizes,
+        taps=job.taps,
+        hidden_size=parts[0].hidden_size,
+        extra=extra,
+    )
     finish_cache(job.out, layout, np.concatenate(checksums), digests, [REPORT])
     shutil.rmtree(job.out / PARTS, ignore_errors=True)
     return Prepared(job.out, samples, shards)

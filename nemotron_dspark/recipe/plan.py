@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_dspark.cache.deepspec_layout import bytes_per_token
-from nemotron_dspark.cache.needs import capture_bytes
-from nemotron_dspark.cache.open import stored_bytes
+from nemotron_dspark.cache.needs import capture_bytes, stored_bytes
 from nemotron_dspark.config import CacheConfig, RunConfig
 from nemotron_dspark.data.tokens import TOKEN_BYTES
 from nemotron_dspark.errors import InputError

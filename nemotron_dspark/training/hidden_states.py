@@ -13,7 +13,7 @@ import transformers
 
 from nemotron_dspark.cache.build import inputs_of
 from nemotron_dspark.cache.checksums import fingerprint
-from nemotron_dspark.cache.open import stored_bytes
+from nemotron_dspark.cache.needs import stored_bytes
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token

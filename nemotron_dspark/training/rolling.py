@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_dspark import files
-from nemotron_dspark.cache.build import check_cache_space
 from nemotron_dspark.cache.capture_all import BuildProgress, capture_all
 from nemotron_dspark.cache.layout import MANIFEST, WORK
-from nemotron_dspark.cache.open import new_layout, stored_bytes
+from nemotron_dspark.cache.needs import stored_bytes
 from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig
@@ -177,16 +176,18 @@ class RollingSource(Source):
             except InputError as error:
                 self._on_message(f"{error.what} It is made again.")
                 _remove(folder)
-        layout = new_layout(
-            self._cache,
-            tokens.lengths,
-            tokens.predicting,
-            taps=self._taps,
-            hidden_size=self._width,
-            extra={"target_model_name_or_path": self._config.name},
-        )
-        with locked(folder / WORK), CacheWriter(folder, layout) as writer:
-            check_cache_space(writer)
+        with (
+            locked(folder / WORK),
+            CacheWriter.of(
+                folder,
+                self._cache,
+                tokens.lengths,
+                tokens.predicting,
+                taps=self._taps,
+                hidden_size=self._width,
+                extra={"target_model_name_or_path": self._config.name},
+            ) as writer,
+        ):
             capture_all(lambda: self._target, tokens, writer, self._cache.batch_tokens, report)
             writer.finish()
         self._on_status("")

@@ -245,9 +245,12 @@ def test_a_sample_larger_than_a_shard_has_one_to_itself():
 
 
 def test_the_manifest_survives_its_own_writing(tmp_path):
-    manifest = Manifest(0, (-1, 3), 8, (), {"target_model_name_or_path": "t", "max_length": 4})
-    (tmp_path / "manifest.json").write_bytes(manifest.to_bytes())
-    assert Manifest.read(tmp_path) == manifest
+    extra = {"target_model_name_or_path": "t", "max_length": 4}
+    layout = DeepSpecLayout.of([], taps=(-1, 3), hidden_size=8, shard_bytes=9, extra=extra)
+    (tmp_path / "manifest.json").write_bytes(layout.manifest())
+    found = Manifest.read(tmp_path)
+    assert (found.num_samples, found.target_layer_ids, found.hidden_size) == (0, [-1, 3], 8)
+    assert (found.shard_files, found.extra) == ([], extra)
 
 
 def test_a_cache_in_numbers(built):

@@ -8,7 +8,7 @@ import types
 import pytest
 from typer.testing import CliRunner
 
-from nemotron_dspark.cache.deepspec_layout import Manifest
+from nemotron_dspark.cache.deepspec_layout import DeepSpecLayout, Manifest
 from nemotron_dspark.cli import app
 from nemotron_dspark.config import load_config
 from nemotron_dspark.deepspec import checkout, launch, status
@@ -244,6 +244,7 @@ def test_faults_are_those_of_the_family_and_the_version(tiny_hybrid, tiny_llama)
 
 def test_a_cache_that_deepspec_wrote_has_no_template_to_compare(tiny_hybrid):
     spec = Checkpoint.find(tiny_hybrid).read_spec()
-    manifest = Manifest(1, (1,), spec.hidden_size, ("shard-00000.bin",), {})
+    layout = DeepSpecLayout.of([1], taps=(1,), hidden_size=spec.hidden_size, shard_bytes=1)
+    manifest = Manifest.model_validate_json(layout.manifest())
     cfg = {"model": {"target_model_name_or_path": "x", "target_layer_ids": [1]}, "data": {"chat_template": "chatml"}}
     launch._check_manifest(manifest, cfg, spec, types.SimpleNamespace())

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nemotron_dspark.cache.compact import CompactLayout
-from nemotron_dspark.cache.open import stored_bytes
+from nemotron_dspark.cache.needs import stored_bytes
 from nemotron_dspark.cli import plan_command, shell
 from nemotron_dspark.config import CacheConfig, load_config
 from nemotron_dspark.errors import InputError
