@@ -16,6 +16,7 @@ import torch
 
 from nemotron_dspark.cache.build import BuildProgress, BuildReport, helper_loads
 from nemotron_dspark.cache.build import build_cache as write_cache
+from nemotron_dspark.cache.capture import TargetFacts
 from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token
 from nemotron_dspark.config import RunConfig, TargetConfig
 from nemotron_dspark.decoding.pair import load_draft, load_pair
@@ -25,7 +26,6 @@ from nemotron_dspark.evaluation.measure import evaluate as measure_all
 from nemotron_dspark.evaluation.measure import prompt_ids
 from nemotron_dspark.evaluation.report import EvalReport
 from nemotron_dspark.targets import Checkpoint, Target, proofs
-from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.taps import chosen_taps
 from nemotron_dspark.targets.target import resolve_device, resolve_dtype
 from nemotron_dspark.training.callbacks import Callback
@@ -34,8 +34,6 @@ from nemotron_dspark.training.run import TrainReport
 from nemotron_dspark.training.run import train as train_draft
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from nemotron_dspark.serving.background import Server
 
 
@@ -107,17 +105,7 @@ def build_cache(
     return CacheReport(report, taps, mask)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Unloaded:
-    """What a target's files tell, as `cache.capture.TargetFacts`."""
-
-    folder: Path
-    spec: TargetSpec
-    tokenizer: "PreTrainedTokenizerBase"
-    dtype: torch.dtype
-
-
-def _unloaded(config: TargetConfig, device: torch.device) -> _Unloaded | None:
+def _unloaded(config: TargetConfig, device: torch.device) -> TargetFacts | None:
     """The target of ``config`` before it is loaded; None where its config does not tell its type."""
     checkpoint = Checkpoint.of(config, weights=True)
     spec = checkpoint.read_spec()
@@ -127,7 +115,7 @@ def _unloaded(config: TargetConfig, device: torch.device) -> _Unloaded | None:
     dtype = getattr(torch, str(kind).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         return None
-    return _Unloaded(checkpoint.folder, spec, checkpoint.load_tokenizer(), dtype)
+    return TargetFacts(checkpoint.folder, spec, checkpoint.load_tokenizer(), dtype)
 
 
 def train(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from nemotron_dspark._version import __version__
-from nemotron_dspark.cache.capture import CapturesStates, TargetFacts
+from nemotron_dspark.cache.capture import TargetFacts
 from nemotron_dspark.cache.capture_all import BuildProgress, LoadTarget, capture_all
 from nemotron_dspark.cache.compact import QUANTISATION
 from nemotron_dspark.cache.layout import MANIFEST, WORK
@@ -27,8 +27,7 @@ from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.format import recognise
 from nemotron_dspark.config.run import CacheConfig, DataConfig, TargetConfig
-from nemotron_dspark.data.conversations import SkipTally
-from nemotron_dspark.data.tokens import read_report, tokenise
+from nemotron_dspark.data.tokens import Tally, read_report, tokenise
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256
 from nemotron_dspark.folders import check_claim, locked
@@ -40,23 +39,20 @@ if TYPE_CHECKING:
 REPORT = "build.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class BuildReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildReport(Tally):
+    """A finished cache, and what came out of the conversations."""
+
     folder: Path
-    samples: int
-    tokens: int
-    loss_tokens: int
-    cut: int  # samples that max_length cut off
     bytes: int
     shards: int
-    skipped: SkipTally
     notes: tuple[str, ...]
     reused_samples: int  # written by an earlier, interrupted build
     seconds: float
 
 
 def build_cache(
-    target: TargetFacts,
+    target: TargetFacts | Target,
     conversations_file: Path | str,
     out_folder: Path | str,
     *,
@@ -113,7 +109,7 @@ def build_cache(
             hidden_size=spec.hidden_size,
             extra=_manifest_extra(target, conversations, data),
         ) as writer:
-            load = load or (lambda: cast(CapturesStates, target))  # as promised: it is loaded
+            load = load or (lambda: cast(Target, target))  # as promised: it is loaded
             capture_all(load, tokens, writer, cache.batch_tokens, on_progress, helpers=helpers)
             writer.finish(extra_files=[REPORT])
     return _finished(folder, started, writer.reused)
@@ -127,12 +123,11 @@ def helper_loads(config: TargetConfig, device: torch.device, processes: int | No
     Raises:
         InputError: there are not so many devices.
     """
-    if device.type == "cuda":
+    devices = [config.device]
+    if device.type == "cpu":
+        devices *= processes or 1
+    elif device.type == "cuda" and config.device in ("auto", "cuda"):
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        if config.device not in ("auto", "cuda"):
-            devices = [config.device]
-    else:
-        devices = [config.device] * (processes or 1 if device.type == "cpu" else 1)
     wanted = processes or len(devices)
     if wanted > len(devices):
         raise InputError(
@@ -152,8 +147,8 @@ def _finished(folder: Path, started: float, reused: int | None = None) -> BuildR
     layout = TargetCache(folder).layout
     tally, notes = read_report(folder / REPORT)
     return BuildReport(
-        folder,
         **vars(tally),
+        folder=folder,
         bytes=sum(layout.shard_sizes),
         shards=len(layout.shard_files),
         notes=notes,
@@ -192,9 +187,8 @@ def inputs_of(
 def _weights_identity(folder: Path) -> str:
     """Digest of config, tokenizer, and size, head and tail of every weight file (reading them whole takes minutes)."""
     digest = hashlib.sha256()
-    for path in sorted((folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors"))):
-        if not path.is_file():
-            continue
+    files = (folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors"))
+    for path in sorted(filter(Path.is_file, files)):
         size = path.stat().st_size
         digest.update(json.dumps([path.name, size]).encode())
         with open(path, "rb") as file:
@@ -204,7 +198,7 @@ def _weights_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _manifest_extra(target: TargetFacts, conversations: Path, data: DataConfig) -> dict[str, Any]:
+def _manifest_extra(target: TargetFacts | Target, conversations: Path, data: DataConfig) -> dict[str, Any]:
     chat_format = recognise(target.tokenizer)
     return {
         "target_model_name_or_path": target.spec.name,

@@ -4,39 +4,28 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.errors import CheckError
+from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.spec import TargetSpec
-from nemotron_dspark.targets.target import Captured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TargetFacts(Protocol):
-    """What a build must know of a target before it is loaded; a loaded `targets.Target` tells it too."""
+@dataclasses.dataclass(frozen=True)
+class TargetFacts:
+    """What a build must know of a target before it is loaded; a loaded `Target` tells it too."""
 
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def spec(self) -> TargetSpec: ...
-    @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase": ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-class CapturesStates(TargetFacts, Protocol):
-    """A loaded `targets.Target`."""
-
-    @property
-    def device(self) -> torch.device: ...
-    def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured: ...
+    folder: Path
+    spec: TargetSpec
+    tokenizer: "PreTrainedTokenizerBase"
+    dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +65,7 @@ class States:
             )
 
 
-def capture_states(target: CapturesStates, samples: Sequence[Tokenised], taps: tuple[int, ...]) -> States:
+def capture_states(target: Target, samples: Sequence[Tokenised], taps: tuple[int, ...]) -> States:
     """Start one forward over ``samples``. It needs no mask: no token sees a later one, and padding comes last.
 
     That is what the proof of causality shows on the loaded target; without a mask attention takes its fastest path.
@@ -90,24 +79,6 @@ def capture_states(target: CapturesStates, samples: Sequence[Tokenised], taps: t
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(tapped.device))
     return States(tapped, last, torch.isfinite(sums), real, done)
-
-
-def captured_states(
-    target: CapturesStates,
-    samples: Sequence[Tokenised],
-    sample_ids: Sequence[int],  # for the message
-    taps: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
-    """Taps [B, S, T·H] and last hidden states [B, S, H] as a cache rounds them, bf16, on the target's device.
-
-    Rows are padded on the right; what they hold behind their sample is without meaning.
-
-    Raises:
-        CheckError: a hidden state of a real token is not finite.
-    """
-    states = capture_states(target, samples, taps)
-    states.check_finite(sample_ids)
-    return states.taps, states.last
 
 
 def _padded(samples: Sequence[Tokenised], pad: int) -> tuple[Tensor, Tensor]:

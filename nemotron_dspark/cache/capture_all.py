@@ -9,11 +9,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Self
 
@@ -21,14 +22,15 @@ import numpy as np
 import torch
 
 from nemotron_dspark.cache.batches import batches
-from nemotron_dspark.cache.capture import CapturesStates, States, capture_states
+from nemotron_dspark.cache.capture import States, capture_states
 from nemotron_dspark.cache.writer import CacheWriter, ShardFiles, Written
 from nemotron_dspark.chat.mask import Tokenised
 from nemotron_dspark.data.tokens import TokenStore
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.processes import deaths_named, process_pool, share
+from nemotron_dspark.targets import Target
 
-LoadTarget = Callable[[], CapturesStates]  # for a helper it is pickled
+LoadTarget = Callable[[], Target]  # for a helper it is pickled
 
 _ENCODERS = 4  # threads that encode one batch beside a GPU, which computes faster than one of them encodes
 
@@ -85,7 +87,7 @@ def capture_all(
     queue = _missing_batches(tokens.lengths, writer.written, batch_tokens)
     threads = torch.get_num_threads() // (1 + len(helpers)) or 1
     with contextlib.ExitStack() as stack:
-        proxies = [stack.enter_context(HelperProxy(helper, tokens, writer, queue, threads)) for helper in helpers]
+        waits = [stack.enter_context(_helper(helper, tokens, writer, queue, threads)) for helper in helpers]
         target = load()
         if helpers and target.device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -94,8 +96,8 @@ def capture_all(
             for batch in _taken(queue):
                 pipeline.compute(batch)
                 report()
-        for proxy in proxies:
-            proxy.finish()
+        for wait in waits:
+            wait()
     report()
 
 
@@ -123,16 +125,10 @@ class Pipeline:
     ``on_written`` is told in a thread what has become durable.
     """
 
-    def __init__(
-        self,
-        target: CapturesStates,
-        tokens: TokenStore,
-        files: ShardFiles,
-        on_written: Callable[[Written], None],
-    ):
+    def __init__(self, target: Target, tokens: TokenStore, files: ShardFiles, on_written: Callable[[Written], None]):
         self._target, self._tokens, self._files, self._on_written = target, tokens, files, on_written
-        self._writing: deque[Future[None]] = deque()
         self._writer = ThreadPoolExecutor(1, "write")
+        self._writing: Future[None] = self._writer.submit(lambda: None)
         self._encoders = ThreadPoolExecutor(_ENCODERS if target.device.type == "cuda" else 1, "encode")
 
     def __enter__(self) -> Self:
@@ -142,7 +138,7 @@ class Pipeline:
         self._writer.shutdown()  # what was computed is written, whatever happened
         self._encoders.shutdown()
         if kind is None:
-            self._wait(0)
+            self._writing.result()
 
     def compute(self, batch: CaptureBatch) -> None:
         """Run one forward, and have it written while the next is run. Raises what the writing of an earlier one did."""
@@ -155,12 +151,8 @@ class Pipeline:
                 f"the memory of {self._target.device}.",
                 "Lower cache.batch_tokens or data.max_length, and build into another folder.",
             ) from None
-        self._writing.append(self._writer.submit(self._write, batch, samples, states))
-        self._wait(1)
-
-    def _wait(self, pending: int) -> None:
-        while len(self._writing) > pending:
-            self._writing.popleft().result()
+        before, self._writing = self._writing, self._writer.submit(self._write, batch, samples, states)
+        before.result()
 
     def _write(self, batch: CaptureBatch, samples: list[Tokenised], states: States) -> None:
         with states.wait_stream():
@@ -177,42 +169,36 @@ class Pipeline:
         self._on_written(written)
 
 
-class HelperProxy:
-    """One helper, fed by a thread of this process from the queue of batches; use as a context manager."""
+@contextlib.contextmanager
+def _helper(
+    load: LoadTarget, tokens: TokenStore, writer: CacheWriter, queue: Batches, threads: int
+) -> Iterator[Callable[[], None]]:
+    """A process that computes batches of ``queue``, which a thread of this one hands to it.
 
-    def __init__(self, load: LoadTarget, tokens: TokenStore, writer: CacheWriter, queue: Batches, threads: int):
-        self._writer, self._queue = writer, queue
-        self._pool = process_pool(1, (load, tokens, writer.folder, writer.layout, threads))
-        self._process = self._pool.submit(os.getpid)
-        self._loaded = self._pool.submit(_load_in_helper)
-        self._thread = ThreadPoolExecutor(1, "helper")
-        self._fed = self._thread.submit(self._feed)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._queue.clear()
-        with contextlib.suppress(BrokenProcessPool, ProcessLookupError):
-            if not self._loaded.done():  # it has computed nothing, and loading may take minutes
-                os.kill(self._process.result(), signal.SIGKILL)
-        self._thread.shutdown()
-        self._pool.shutdown()
-
-    def finish(self) -> None:
-        """Wait until it has written what it was given. Raises what it raised, or that it died."""
-        if self._loaded.done():
-            self._fed.result()
-
-    def _feed(self) -> None:
+    Yields a function that waits until it has written what it was given. It raises what the helper raised, or that it
+    died.
+    """
+    shared = (load, tokens, writer.folder, writer.layout, threads)
+    with process_pool(1, shared) as pool, ThreadPoolExecutor(1, "helper") as thread:
+        process, loaded = pool.submit(os.getpid), pool.submit(_load_in_helper)
+        fed = thread.submit(_feed, pool, loaded, writer, queue)
         try:
-            with deaths_named("helps to compute"):
-                self._loaded.result()
-                for batch in _taken(self._queue):
-                    self._writer.mark_written(self._pool.submit(_compute_in_helper, batch).result())
-                self._writer.mark_written(self._pool.submit(_compute_in_helper, None).result())
+            yield lambda: fed.result() if loaded.done() else None
         finally:
-            self._queue.clear()  # after a failure; else it is empty
+            queue.clear()
+            with contextlib.suppress(BrokenProcessPool, ProcessLookupError):
+                if not loaded.done():  # it has computed nothing, and loading may take minutes
+                    os.kill(process.result(), signal.SIGKILL)
+
+
+def _feed(pool: ProcessPoolExecutor, loaded: Future[None], writer: CacheWriter, queue: Batches) -> None:
+    try:
+        with deaths_named("helps to compute"):
+            loaded.result()
+            for batch in itertools.chain(_taken(queue), [None]):
+                writer.mark_written(pool.submit(_compute_in_helper, batch).result())
+    finally:
+        queue.clear()  # after a failure; else it is empty
 
 
 _pipeline: Pipeline  # in a helper's process

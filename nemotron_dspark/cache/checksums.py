@@ -16,6 +16,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256, write_json
 
 CHECKSUMS = "checksums.json"
+_REMEDY = "Restore the file or build the cache again."
 SAMPLES = "samples.crc"  # little-endian uint32 [samples]: CRC-32 of a sample's fields, one after the other
 
 
@@ -42,16 +43,14 @@ def read_checksums(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUMS
     if not path.is_file():
         if (folder / SAMPLES).is_file():
-            raise InputError(
-                f"{path} is missing, and {SAMPLES} is there.", "Restore the file or build the cache again."
-            )
+            raise InputError(f"{path} is missing, and {SAMPLES} is there.", _REMEDY)
         return {}
     values = read_json(path)
     files = values.get("files") if isinstance(values, dict) else None
     if not isinstance(files, dict) or values.get("algorithm") != "sha256":
-        raise InputError(f"{path} does not hold sha256 checksums.", "Restore the file or build the cache again.")
+        raise InputError(f"{path} does not hold sha256 checksums.", _REMEDY)
     if set(values) - {"algorithm", "files", "digest"} or values.get("digest", _digest(files)) != _digest(files):
-        raise InputError(f"{path} is not what was written.", "Restore the file or build the cache again.")
+        raise InputError(f"{path} is not what was written.", _REMEDY)
     return files
 
 
@@ -78,9 +77,7 @@ def read_sample_checksums(folder: Path, samples: int) -> np.ndarray | None:
         return None
     values = np.fromfile(path, dtype="<u4")
     if len(values) != samples or path.stat().st_size != 4 * samples:
-        raise InputError(
-            f"{path} does not have the checksums of {samples} samples.", "Restore the file or build the cache again."
-        )
+        raise InputError(f"{path} does not have the checksums of {samples} samples.", _REMEDY)
     return values
 
 

@@ -182,12 +182,17 @@ class CompactLayout(Layout):
 
     def check_files(self, folder: Path) -> list[str]:
         """One sentence for each shard that is missing, has not its size or does not begin as the index says."""
-        faults = super().check_files(folder)
-        for shard, name in enumerate(self.shard_files if not faults else ()):
-            wanted = self.preamble(shard)
-            with open(folder / name, "rb") as file:
-                if file.read(len(wanted)) != wanted:
-                    faults.append(f"{folder / name} does not begin as {INDEX} says: one of the two is damaged.")
+        faults = []
+        for shard, (name, size) in enumerate(zip(self.shard_files, self.shard_sizes, strict=True)):
+            path, preamble = folder / name, self.preamble(shard)
+            if not path.is_file():
+                faults.append(f"The shard {path} is missing.")
+            elif path.stat().st_size != size:
+                faults.append(f"{path} has {path.stat().st_size} bytes, not {size}.")
+            else:
+                with open(path, "rb") as file:
+                    if file.read(len(preamble)) != preamble:
+                        faults.append(f"{path} does not begin as {INDEX} says: one of the two is damaged.")
         return faults
 
     @staticmethod

@@ -92,35 +92,28 @@ class Layout(abc.ABC):
         }
         return json.dumps(values, indent=2, sort_keys=True).encode()
 
+    @abc.abstractmethod
     def check_files(self, folder: Path) -> list[str]:
-        """One sentence for each shard in ``folder`` that is missing or has not its size."""
-        faults = []
-        for name, size in zip(self.shard_files, self.shard_sizes, strict=True):
-            path = folder / name
-            if not path.is_file():
-                faults.append(f"The shard {path} is missing.")
-            elif path.stat().st_size != size:
-                faults.append(f"{path} has {path.stat().st_size} bytes, not {size}.")
-        return faults
-
-
-def manifest_of(folder: Path) -> Path:
-    """The manifest of the cache in ``folder``; `InputError` when there is none, which says whether it is unfinished."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        unfinished = (Path(folder) / WORK).is_dir()
-        raise InputError(
-            f"{folder} is {'an unfinished' if unfinished else 'not a'} target cache: it has no {MANIFEST}.",
-            "Run the same `nds cache build` again; it goes on where it stopped."
-            if unfinished
-            else "Give the folder that `nds cache build --out` wrote.",
-        )
-    return path
+        """One sentence for each shard in ``folder`` that is missing or cannot hold what it should."""
 
 
 def read_manifest(folder: Path) -> Any:
-    """What `manifest_of` holds; `InputError` when it is not JSON."""
-    return read_json(manifest_of(folder))
+    """`manifest.json` of the cache in ``folder``.
+
+    Raises:
+        InputError: there is none, which says whether the cache is unfinished; or it is not JSON.
+    """
+    path = folder / MANIFEST
+    if path.is_file():
+        return read_json(path)
+    if (folder / WORK).is_dir():
+        raise InputError(
+            f"{folder} is an unfinished target cache: it has no {MANIFEST}.",
+            "Run the same `nds cache build` again; it goes on where it stopped.",
+        )
+    raise InputError(
+        f"{folder} is not a target cache: it has no {MANIFEST}.", "Give the folder that `nds cache build --out` wrote."
+    )
 
 
 class ManifestFile(BaseModel):

@@ -35,11 +35,6 @@ class Part:
     dtype: torch.dtype
     columns: int
 
-    @property
-    def bytes(self) -> int:
-        """Of one state."""
-        return self.columns * self.dtype.itemsize
-
 
 class Int4:
     """The quantiser of states of ``width`` channels: 16 levels after a rotation of each group, its largest value apart.
@@ -69,18 +64,27 @@ class Int4:
 
     @property
     def state_bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
+        return sum(part.columns * part.dtype.itemsize for part in self.parts)
 
     def encode(
         self,
         states: Tensor,  # [N, width], finite
     ) -> tuple[Tensor, ...]:
         """Quantise ``states``, rounded to bf16, to their `parts` [N, columns]; on the same device."""
-        step = self._states_at_once(states.device)
-        some = [self._encode(states[first : first + step].bfloat16()) for first in range(0, len(states), step)]
-        if not some:
-            return tuple(torch.empty(0, part.columns, dtype=part.dtype) for part in self.parts)
-        return tuple(map(torch.cat, zip(*some, strict=True)))
+        width, groups = self.width, self.width // self.group
+        found = []
+        for some in states.split(self._states_at_once(states.device)):
+            grouped = some.bfloat16().float().view(len(some), groups, self.group)  # [n, groups, channels]
+            at = grouped.abs().argmax(dim=2, keepdim=True)
+            largest = grouped.gather(2, at)
+            rotated = self._rotate(grouped.scatter(2, at, 0.0))
+            scales = (rotated.abs().amax(dim=2, keepdim=True) * (_STRETCH / _LEVELS[-1])).bfloat16()
+            divisor = torch.where(scales > 0, scales, 1).float()  # 1 where a group is zero
+            place = ((rotated / divisor + _REACH) * _FINE).clamp(0, 2 * _REACH * _FINE - 1)
+            codes = _nearest_levels().to(states.device).index_select(0, place.int().flatten()).view(len(some), width)
+            packed = codes[:, 0::2] | codes[:, 1::2] << 4
+            found.append((packed, scales[..., 0], largest[..., 0].bfloat16(), at[..., 0].to(torch.uint8)))
+        return tuple(map(torch.cat, zip(*found, strict=True)))
 
     def decode(
         self,
@@ -92,7 +96,11 @@ class Int4:
         step = self._states_at_once(decoded.device)
         for first in range(0, count, step):
             some = {name: part[first : first + step] for name, part in parts.items()}
-            decoded[first : first + step] = self._decode(some)
+            levels = _level_pairs().index_select(0, some["codes"].flatten().int()).numpy().view(np.float32)
+            scaled = torch.from_numpy(levels).view(-1, self.width // self.group, self.group)
+            groups = (scaled * some["scales"].float()[..., None]) @ self._back()
+            groups.scatter_(2, some["largest_at"].long()[..., None], some["largest"].float()[..., None])
+            decoded[first : first + step] = groups.flatten(1)
         return decoded
 
     def sound(self, parts: Mapping[str, Tensor]) -> bool:
@@ -102,30 +110,6 @@ class Int4:
 
     def _states_at_once(self, device: torch.device) -> int:
         return max(1, _AT_ONCE.get(device.type, _AT_ONCE["cuda"]) // self.width)
-
-    def _encode(
-        self,
-        states: Tensor,  # bf16 [n, width]
-    ) -> tuple[Tensor, ...]:
-        groups = states.float().view(len(states), -1, self.group)  # [n, groups, channels]
-        at = groups.abs().argmax(dim=2, keepdim=True)
-        largest = groups.gather(2, at)
-        rotated = self._rotate(groups.scatter(2, at, 0.0))
-        scales = (rotated.abs().amax(dim=2, keepdim=True) * (_STRETCH / _LEVELS[-1])).bfloat16()
-        divisor = torch.where(scales > 0, scales, 1).float()  # 1 where a group is zero
-        place = ((rotated / divisor + _REACH) * _FINE).clamp(0, 2 * _REACH * _FINE - 1)
-        codes = _nearest_levels().to(states.device).index_select(0, place.int().flatten()).view(len(states), -1)
-        packed = codes[:, 0::2] | codes[:, 1::2] << 4
-        return packed, scales[..., 0], largest[..., 0].bfloat16(), at[..., 0].to(torch.uint8)
-
-    def _decode(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """fp32 [n, width]."""
-        codes = parts["codes"].flatten().int()
-        levels = torch.from_numpy(_level_pairs().index_select(0, codes).numpy().view(np.float32))
-        rotated = levels.view(-1, self.width // self.group, self.group) * parts["scales"].float()[..., None]
-        groups = rotated @ self._back()
-        groups.scatter_(2, parts["largest_at"].long()[..., None], parts["largest"].float()[..., None])
-        return groups.flatten(1)
 
     def _rotate(
         self,

@@ -3,7 +3,6 @@
 Files are read, not mapped: where one is cut off or its disk fails, a mapped page kills the process without a word.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +36,10 @@ class TargetCache:
         """
         self.folder = Path(folder)
         self.layout = read_layout(self.folder)
+        self.taps, self.hidden_size = self.layout.taps, self.layout.hidden_size
+        self.lengths = self.layout.lengths  # int64 [samples], tokens of each
+        # the target it was made from, as far as it says
+        self.target_name: str | None = self.layout.extra.get("target_model_name_or_path")
         for fault in self.layout.check_files(self.folder):
             raise InputError(fault, RESTORE)
         if check_files:
@@ -46,24 +49,6 @@ class TargetCache:
                 raise InputError(fault, RESTORE)
         self._checksums = read_sample_checksums(self.folder, len(self))
         self._unread = np.ones(len(self), dtype=bool)
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self.layout.taps
-
-    @property
-    def hidden_size(self) -> int:
-        return self.layout.hidden_size
-
-    @property
-    def target_name(self) -> str | None:
-        """The target it was made from, as far as it says."""
-        return self.layout.extra.get("target_model_name_or_path")
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [samples], tokens of each sample."""
-        return self.layout.lengths
 
     def __len__(self) -> int:
         return len(self.layout.lengths)
@@ -104,25 +89,14 @@ class TargetCache:
     def _read(self, sample_id: int, places: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """The bytes at these offsets, of these sizes."""
         fields = [np.empty(size, dtype=np.uint8) for _, size in places]
+        whole = True
         try:
-            file = os.open(self.folder / self.layout.shard_files[int(self.layout.shards[sample_id])], os.O_RDONLY)
-            try:
-                whole = all(_fill(file, field, place) for field, (place, _) in zip(fields, places, strict=True))
-            finally:
-                os.close(file)
+            with open(self.folder / self.layout.shard_files[int(self.layout.shards[sample_id])], "rb") as file:
+                for field, (offset, _) in zip(fields, places, strict=True):
+                    file.seek(offset)
+                    whole &= file.readinto(field.data) == len(field)
         except OSError as error:
             raise InputError(f"{self.where(sample_id)} cannot be read: {error.strerror}.", RESTORE) from None
         if not whole:
             raise InputError(f"{self.where(sample_id)} is cut off: the file has become too short.", RESTORE)
         return fields
-
-
-def _fill(file: int, field: np.ndarray, offset: int) -> bool:
-    """Read ``field`` at ``offset``; False where the file ends before."""
-    view = field.data
-    while view:  # one call reads at most 2 GiB
-        count = os.preadv(file, [view], offset)
-        if not count:
-            return False
-        view, offset = view[count:], offset + count
-    return True

@@ -28,7 +28,7 @@ _LIMIT = 20  # faults of one kind that are listed
 class VerifyReport:
     folder: Path
     samples: int
-    files: int  # with a checksum that was compared
+    files_with_checksums: int
     problems: tuple[str, ...]
 
     @property
@@ -36,13 +36,7 @@ class VerifyReport:
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "folder": str(self.folder),
-            "whole": self.whole,
-            "samples": self.samples,
-            "files_with_checksums": self.files,
-            "problems": list(self.problems),
-        }
+        return {"whole": self.whole} | dataclasses.asdict(self)
 
 
 def verify(folder: Path | str, *, progress: Callable[[str], None] = lambda name: None) -> VerifyReport:

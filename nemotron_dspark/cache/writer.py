@@ -179,8 +179,8 @@ class CacheWriter:
             ids = list(checksums)
             self.written[ids], self._checksums[ids] = True, list(checksums.values())
             for shard in np.unique(self.layout.shards[ids]).tolist():
-                if self._samples(shard).all():
-                    self._close(shard)
+                if self.written[self._bounds[shard] : self._bounds[shard + 1]].all():
+                    self._closing.append(self._closer.submit(self._put_in_place, shard))
             for closed in self._closing:
                 if closed.done():
                     closed.result()
@@ -197,14 +197,8 @@ class CacheWriter:
         finish_cache(self.folder, self.layout, self._checksums, self._digests, extra_files)
         shutil.rmtree(self.folder / WORK)
 
-    def _samples(self, shard: int) -> np.ndarray:  # bool [samples of the shard], a view
-        return self.written[self._bounds[shard] : self._bounds[shard + 1]]
-
-    def _close(self, shard: int) -> None:
-        partial = self.files.partial(shard)
-        self._closing.append(self._closer.submit(self._put_in_place, self.layout.shard_files[shard], partial))
-
-    def _put_in_place(self, name: str, partial: Path) -> None:
+    def _put_in_place(self, shard: int) -> None:
+        name, partial = self.layout.shard_files[shard], self.files.partial(shard)
         with disk_errors(self.folder):
             digest = sha256(partial)
             with self._state:
@@ -229,7 +223,7 @@ class CacheWriter:
                 os.replace(done, partial)
             self.written[found], self._checksums[found] = True, [noted[sample] for sample in found]
             if not whole and len(found) == len(samples):  # killed between the last note and the rename
-                self._close(shard)
+                self._closing.append(self._closer.submit(self._put_in_place, shard))
         entries = b"".join(_entry(sample, noted[sample]) for sample in np.flatnonzero(self.written).tolist())
         write_whole(self._journal, lambda file: file.write(entries))
 

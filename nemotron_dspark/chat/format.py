@@ -6,13 +6,15 @@ and how each was checked. Nothing here or in the loss masks depends on the marke
 
 import dataclasses
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nemotron_dspark.config.validation import input_error
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
 
@@ -28,10 +30,8 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages in order, and where they came from ("prompts.jsonl:12") for messages to people."""
-
     messages: tuple[Message, ...]
-    origin: str = ""
+    line: int = 0  # of its file, counted from 1
     complete: bool = True  # False: the last answer was cut off, so the target never ended that turn
 
 
@@ -39,8 +39,11 @@ class RenderError(InputError):
     """The chat template refuses these messages."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Thinking:
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Thinking(_Part):
     """How a format's reasoning is switched."""
 
     switch: str  # in words
@@ -49,8 +52,17 @@ class Thinking:
     history: str  # what becomes of the reasoning of earlier answers, in words
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatFormat:
+class DeepSpecTemplate(_Part):
+    """The arguments of DeepSpec's ChatTemplate."""
+
+    assistant_header: str
+    user_header: str
+    system_prompt: str | None
+    end_of_turn_token: str
+    assistant_loss_prefix: str | None
+
+
+class ChatFormat(_Part):
     """One file of `templates/`."""
 
     name: str
@@ -61,41 +73,19 @@ class ChatFormat:
     assistant: str | None
     end_of_turn: str | None  # None where nothing but the next turn's marker ends one
     thinking: Thinking | None  # None: the format has no reasoning
-    deepspec: dict[str, str | None] | None  # DeepSpec's ChatTemplate; None where its search for markers cannot do it
+    deepspec: DeepSpecTemplate | None  # None where DeepSpec's search for markers cannot do it
     jinja: str | None  # used for a tokenizer that ships no template; None where every known checkpoint ships one
     checked: str
-
-
-_THINKING = frozenset(field.name for field in dataclasses.fields(Thinking))
-_DEEPSPEC = frozenset(
-    ("assistant_header", "user_header", "system_prompt", "end_of_turn_token", "assistant_loss_prefix")
-)
 
 
 def load_format(path: Path) -> ChatFormat:
     """Read one YAML file; `InputError` names the file and the key that is missing, unknown or of another type."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return ChatFormat.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise input_error(error, str(path), "Compare it with templates/nemotron_3.yaml.") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}.", "Correct the file.") from None
-    _check_keys(path, "", values, {field.name for field in dataclasses.fields(ChatFormat)})
-    if not isinstance(values["recognise"], list):
-        raise InputError(f"{path}: recognise is not a list.", "Write a list of texts, [] for none.")
-    for part, names in (("thinking", _THINKING), ("deepspec", _DEEPSPEC)):
-        if values[part] is not None:
-            _check_keys(path, f"{part}.", values[part], names)
-    thinking = values["thinking"] and Thinking(**values["thinking"])
-    return ChatFormat(**(values | {"recognise": tuple(values["recognise"]), "thinking": thinking}))
-
-
-def _check_keys(path: Path, prefix: str, values: Any, names: Set[str]) -> None:
-    if not isinstance(values, dict) or values.keys() != names:
-        wrong = sorted(names ^ values.keys(), key=str) if isinstance(values, dict) else sorted(names)
-        listed = ", ".join(f"{prefix}{name}" for name in wrong)
-        raise InputError(f"{path}: missing or unknown keys: {listed}.", "Compare it with templates/nemotron_3.yaml.")
-    for key, value in values.items():
-        if key not in ("recognise", "thinking", "deepspec") and not isinstance(value, str | None):
-            raise InputError(f"{path}: {prefix}{key} is not text.", "Quote the value.")
 
 
 @functools.cache

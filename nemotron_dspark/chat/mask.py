@@ -7,6 +7,7 @@ rewrites it (drops reasoning, prints other tags), a conversation becomes several
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -111,6 +112,17 @@ def with_opening_tag(answer: str) -> str:
     return f"<think>{answer}" if closed and "<think>" not in before else answer
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mode:
+    """How one conversation is printed."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    thinking: bool | None
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        return render(self.tokenizer, messages, generation_prompt=generation_prompt, thinking=self.thinking)
+
+
 def _turns(
     tokenizer: "PreTrainedTokenizerBase", conversation: Conversation, thinking: bool | None
 ) -> list[_Turn | None]:
@@ -127,11 +139,8 @@ def _turns(
         modes += [False, True]
     best: list[_Turn | None] = []
     best_fit: list[int] = []
-    for mode in modes:
-        turns = [
-            _turn(tokenizer, messages[: i + 1], mode, complete=conversation.complete or i != answers[-1])
-            for i in answers
-        ]
+    for mode in (_Mode(tokenizer, thinking) for thinking in modes):
+        turns = [_turn(mode, messages[: i + 1], complete=conversation.complete or i != answers[-1]) for i in answers]
         fit = [0 if turn is None else 1 + turn.as_rendered for turn in reversed(turns)]
         if not conversation.complete:  # cut inside its reasoning an answer looks like one without: no mode is better
             fit[0] = min(fit[0], 1)
@@ -148,26 +157,32 @@ def _turns(
     return best
 
 
-def _turn(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], mode: bool | None, *, complete: bool
-) -> _Turn | None:
+def _turn(mode: _Mode, messages: Sequence[Message], *, complete: bool) -> _Turn | None:
     """The last message as what the target wrote after its prompt; None if it cannot have written that in this mode."""
     before, content = messages[:-1], messages[-1].content
-    prompt = render(tokenizer, before, generation_prompt=True, thinking=mode)
-    text = render(tokenizer, messages, thinking=mode)
-    after = _printed_after(tokenizer, messages, mode)
-    if after is None:
+    prompt = mode.render(before, generation_prompt=True)
+    text = mode.render(messages)
+    _, found, after = mode.render([*before, Message("assistant", content + _PROBE)]).rpartition(_PROBE)
+    if not found:  # the template does not print the content
         return None
     if not text.endswith(content + after):  # the template trims contents, so the target was trained on trimmed ones
         content = content.strip() if complete else content.lstrip()
-    must_reason = complete and (bool(_OPENED.search(prompt)) or _off_closes(tokenizer, before, mode, prompt))
-    written = _continuation(prompt, content, must_reason)
+    written = _continuation(prompt, content, must_reason=complete and _must_reason(mode, before, prompt))
     if written is None:
         return None
     as_rendered = text == prompt + written + after
     if complete:
-        written += after.rstrip() or _next_marker(tokenizer, messages, mode)
+        written += after.rstrip() or _next_marker(mode, messages)
     return _Turn(prompt, written, as_rendered)
+
+
+def _must_reason(mode: _Mode, messages: Sequence[Message], prompt: str) -> bool:
+    """Whether ``prompt`` opens reasoning, or would close it at once if it were switched off and does not."""
+    if _OPENED.search(prompt):
+        return True
+    if mode.thinking is False or "enable_thinking" not in template_source(mode.tokenizer) or _CLOSED.search(prompt):
+        return False
+    return bool(_CLOSED.search(_Mode(mode.tokenizer, thinking=False).render(messages, generation_prompt=True)))
 
 
 def _continuation(prompt: str, content: str, must_reason: bool) -> str | None:
@@ -190,33 +205,17 @@ def _continuation(prompt: str, content: str, must_reason: bool) -> str | None:
     return content[tags.end() :].lstrip()
 
 
-def _off_closes(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], mode: bool | None, prompt: str
-) -> bool:
-    """Whether switching reasoning off would print an empty pair of tags that ``prompt`` does not have."""
-    if mode is False or "enable_thinking" not in template_source(tokenizer) or _CLOSED.search(prompt):
-        return False
-    return bool(_CLOSED.search(render(tokenizer, messages, generation_prompt=True, thinking=False)))
-
-
-def _printed_after(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], mode: bool | None) -> str | None:
-    """What the template prints after the content of a last assistant turn; None when it does not print the content."""
-    probe = Message("assistant", messages[-1].content + _PROBE)
-    _before, found, after = render(tokenizer, [*messages[:-1], probe], thinking=mode).rpartition(_PROBE)
-    return after if found else None
-
-
-def _next_marker(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], mode: bool | None) -> str:
+def _next_marker(mode: _Mode, messages: Sequence[Message]) -> str:
     """The end of a turn that has none of its own: what begins the next one, up to and with its first added token.
 
     That token is what such a target stops at. Empty if the next turn begins without one.
     """
     probes = [Message("assistant", messages[-1].content + _PROBE), Message("user", _PROBE)]
     try:
-        between = render(tokenizer, [*messages[:-1], *probes], thinking=mode).split(_PROBE)[-2]
+        between = mode.render([*messages[:-1], *probes]).split(_PROBE)[-2]
     except (RenderError, IndexError):
         return ""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    added = [token.content for token in mode.tokenizer.added_tokens_decoder.values() if token.content.strip()]
     places = [(between.index(text), -len(text), text) for text in added if text in between]
     if not places:
         return ""
@@ -231,3 +230,23 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", turn: _Turn) -> tuple[int, lis
     if ids[: len(prompt)] != prompt:  # a token across the border: the target read the prompt as it is, then wrote
         ids = prompt + tokenizer(turn.written, add_special_tokens=False)["input_ids"]
     return len(prompt), ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Consecutive tokens of one kind."""
+
+    text: str
+    trained: bool
+    special: bool  # added tokens: markers, tags
+
+
+def stretches(tokenizer: "PreTrainedTokenizerBase", sample: Tokenised) -> list[Stretch]:
+    """``sample`` from its first token to its last; the texts together are the whole sample."""
+    added = tokenizer.added_tokens_decoder.keys()
+    tokens = zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True)
+    result = []
+    for (trained, special), group in itertools.groupby(tokens, key=lambda token: (bool(token[1]), token[0] in added)):
+        text = tokenizer.decode([index for index, _ in group], clean_up_tokenization_spaces=False)
+        result.append(Stretch(cast(str, text), trained, special))  # one sequence gives one text
+    return result

@@ -106,7 +106,8 @@ def _show_verified(report: "VerifyReport") -> None:
     for problem in report.problems:
         shell.out.print(f"[red]✗[/] {escape(problem)}", soft_wrap=True)
     if report.whole:
-        checked = f"{report.files} checksums" if report.files else "no checksums to compare"
+        count = report.files_with_checksums
+        checked = f"{count} checksums" if count else "no checksums to compare"
         shell.out.print(
             f"[green]✓[/] {escape(str(report.folder))}: {report.samples} samples, {checked}", soft_wrap=True
         )

@@ -13,7 +13,7 @@ from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
 
 if TYPE_CHECKING:
-    from nemotron_dspark.chat.view import Stretch
+    from nemotron_dspark.chat.mask import Stretch
     from nemotron_dspark.data.conversations import Skipped
     from nemotron_dspark.data.samples import LinedSample
 
@@ -114,7 +114,7 @@ def _as_json(tokenizer: Any, samples: Sequence["LinedSample"], left_out: Sequenc
 
 
 def _print(tokenizer: Any, samples: Sequence["LinedSample"], left_out: Sequence["Skipped"]) -> None:
-    from nemotron_dspark.chat.view import stretches
+    from nemotron_dspark.chat.mask import stretches
 
     parts = f", {len(samples)} samples: the template rewrites its history" if len(samples) > 1 else ""
     for number, sample in enumerate(samples, start=1):

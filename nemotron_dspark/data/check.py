@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemotron_dspark.chat.format import Conversation
 from nemotron_dspark.config.run import DataConfig
 from nemotron_dspark.data.conversations import Skipped, SkipTally, read
 from nemotron_dspark.data.samples import LinedSample, read_samples
@@ -44,27 +43,24 @@ def check_data(
         InputError: the file cannot be read or holds no usable conversation.
     """
     data = data or DataConfig()
-    skipped = SkipTally()
+    skipped, known = SkipTally(), None
     conversations = answers = cut = loss_tokens = 0
     lengths: list[int] = []
-    known: Conversation | None = None
-    items = read(file) if tokenizer is None else read_samples(file, tokenizer, data)
-    for number, item in enumerate(items, start=1):
+    for number, item in enumerate(read(file) if tokenizer is None else read_samples(file, tokenizer, data), start=1):
         if progress:
             progress(number)
         if isinstance(item, Skipped):
             skipped.add(item)
             continue
-        conversation = item if isinstance(item, Conversation) else item.conversation
         if isinstance(item, LinedSample):
             lengths.append(len(item.tokens.input_ids))
             loss_tokens += item.tokens.loss_tokens
-        if conversation is known:  # another sample of it
-            continue
-        known = conversation
-        conversations += 1
-        answers += sum(message.role == "assistant" for message in conversation.messages)
-        cut += not conversation.complete
+            item = item.conversation
+        if item is not known:  # else another sample of it
+            known = item
+            conversations += 1
+            answers += sum(message.role == "assistant" for message in item.messages)
+            cut += not item.complete
     report = DataReport(Path(file), conversations, answers, cut, skipped)
     if tokenizer is None:
         return report
@@ -75,5 +71,5 @@ def check_data(
         loss_tokens=loss_tokens,
         longest=max(lengths, default=0),
         median=int(np.median(lengths)) if lengths else 0,
-        at_max_length=sum(length == data.max_length for length in lengths),
+        at_max_length=lengths.count(data.max_length),
     )

@@ -117,7 +117,7 @@ def parse_messages(row: dict[str, Any]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def parse_conversation(row: dict[str, Any], origin: str) -> Conversation:
+def parse_conversation(row: dict[str, Any], line: int) -> Conversation:
     """A conversation with at least one answer; ``"finish": "length"`` marks a last answer that was cut off."""
     messages = parse_messages(row)
     answers = [message for message in messages if message.role == "assistant"]
@@ -125,16 +125,14 @@ def parse_conversation(row: dict[str, Any], origin: str) -> Conversation:
         raise RowError("no assistant turn")
     if not all(answer.content.strip() for answer in answers):
         raise RowError("empty answer")
-    return Conversation(messages, origin, complete=row.get("finish") != "length")
+    return Conversation(messages, line, complete=row.get("finish") != "length")
 
 
-def conversations_of(
-    rows: Iterable[tuple[int, dict[str, Any] | Skipped]], name: str
-) -> Iterator[Conversation | Skipped]:
-    """``rows`` of the file ``name`` as conversations, and a `Skipped` for each that cannot be used."""
+def conversations_of(rows: Iterable[tuple[int, dict[str, Any] | Skipped]]) -> Iterator[Conversation | Skipped]:
+    """``rows`` as conversations, and a `Skipped` for each that cannot be used."""
     for line, row in rows:
         try:
-            yield row if isinstance(row, Skipped) else parse_conversation(row, f"{name}:{line}")
+            yield row if isinstance(row, Skipped) else parse_conversation(row, line)
         except RowError as error:
             yield Skipped(line, str(error))
 
@@ -145,14 +143,11 @@ def read(path: Path | str) -> Iterator[Conversation | Skipped]:
     Raises:
         InputError: the file cannot be read, or (after the last line) holds no usable conversation.
     """
-    path = Path(path)
-    tally = SkipTally()
-    usable = 0
-    for item in conversations_of(read_rows(path), path.name):
+    path, tally, usable = Path(path), SkipTally(), False
+    for item in conversations_of(read_rows(path)):
         if isinstance(item, Skipped):
             tally.add(item)
-        else:
-            usable += 1
+        usable |= isinstance(item, Conversation)
         yield item
     if not usable:
         found = "; ".join(tally.sentences()) or "it is empty"

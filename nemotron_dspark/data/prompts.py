@@ -27,11 +27,6 @@ class Prompt:
         """The messages before the first answer."""
         return self.turns[0]
 
-    @property
-    def asked(self) -> tuple[Message, ...]:
-        """Every message of every turn."""
-        return tuple(message for turn in self.turns for message in turn)
-
 
 def read_prompts(path: Path | str) -> Iterator[Prompt | Skipped]:
     """Every prompt of a JSON-lines file in order, and a `Skipped` for each line that holds none.
@@ -42,7 +37,7 @@ def read_prompts(path: Path | str) -> Iterator[Prompt | Skipped]:
     usable = False
     for line, row in read_rows(Path(path)):
         try:
-            item = row if isinstance(row, Skipped) else Prompt(_turns(row), line, _id(row))
+            item = row if isinstance(row, Skipped) else _prompt(row, line)
         except RowError as error:
             item = Skipped(line, str(error))
         usable |= isinstance(item, Prompt)
@@ -51,12 +46,7 @@ def read_prompts(path: Path | str) -> Iterator[Prompt | Skipped]:
         raise InputError(f"{path} holds no prompt.", 'Write one JSON object a line: {"prompt": "…"}.')
 
 
-def _id(row: dict[str, Any]) -> str | None:
-    value = row.get("id")
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
-
-
-def _turns(row: dict[str, Any]) -> tuple[tuple[Message, ...], ...]:
+def _prompt(row: dict[str, Any], line: int) -> Prompt:
     if "conversations" in row or "messages" in row:
         turns = _asked(parse_messages(row))
     else:
@@ -70,7 +60,8 @@ def _turns(row: dict[str, Any]) -> tuple[tuple[Message, ...], ...]:
         raise RowError("empty conversation")
     if not all(message.content.strip() for turn in turns for message in turn if message.role == "user"):
         raise RowError("empty prompt")
-    return tuple(map(tuple, turns))
+    own = row.get("id")
+    return Prompt(tuple(map(tuple, turns)), line, str(own) if type(own) in (str, int) else None)
 
 
 def _asked(messages: tuple[Message, ...]) -> list[list[Message]]:

@@ -8,17 +8,18 @@ import asyncio
 import collections
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from nemotron_dspark.chat.format import Message
 from nemotron_dspark.chat.mask import with_opening_tag
-from nemotron_dspark.data.conversations import Skipped, SkipTally
+from nemotron_dspark.data.conversations import RowError, Skipped, SkipTally
 from nemotron_dspark.data.prompts import Prompt, read_prompts
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.files import disk_errors, write_whole
+from nemotron_dspark.files import disk_errors, json_line, write_whole
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
@@ -76,6 +77,7 @@ def regenerate(
         raise EnvironmentFault(
             "The package openai is not installed.", "Run: pip install 'nemotron-dspark[data]'."
         ) from None
+    started = time.monotonic()
     job = _Job(Path(prompts_file), Path(out_file), progress or (lambda _: None))
     # Reasoning tags are special tokens in some tokenizers; answers without them could not be trained on.
     body: dict[str, Any] = {"skip_special_tokens": False}
@@ -89,14 +91,11 @@ def regenerate(
             name = model or (await client.models.list()).data[0].id
 
             async def ask(messages: list[dict[str, str]]) -> "ChatCompletion":
+                asked = cast("list[ChatCompletionMessageParam]", messages)  # role and content, as it asks for
                 sent = dict(body)
                 try:
                     return await client.chat.completions.create(
-                        model=name,
-                        messages=cast("list[ChatCompletionMessageParam]", messages),  # role and content, as it asks for
-                        temperature=temperature,
-                        max_tokens=max_tokens,
-                        extra_body=sent,
+                        model=name, messages=asked, temperature=temperature, max_tokens=max_tokens, extra_body=sent
                     )
                 except openai.BadRequestError as error:
                     if "skip_special_tokens" not in sent or "skip_special_tokens" not in error.message:
@@ -104,11 +103,11 @@ def regenerate(
                     body.pop("skip_special_tokens", None)  # a server that does not take the field
                     return await ask(messages)
 
-            await _answer_all(job, ask, concurrency)
+            await job.answer_all(ask, concurrency)
 
     if job.missing:
         try:
-            with disk_errors(job.out_file), job:
+            with disk_errors(job.out_file):
                 asyncio.run(run())
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise InputError(
@@ -119,7 +118,16 @@ def regenerate(
                 f"The server at {base_url} fails: {' '.join(str(error).split())}.",
                 "See that it runs, then run the same command again; answers so far are kept.",
             ) from None
-    return job.finish()
+    job.sort()
+    return RegenerateReport(
+        out_file=job.out_file,
+        answered=len(job.places),
+        reused=job.reused,
+        cut=job.cut,
+        tokens=job.tokens,
+        skipped=job.skipped,
+        seconds=time.monotonic() - started,
+    )
 
 
 class _Job:
@@ -127,45 +135,29 @@ class _Job:
 
     def __init__(self, prompts_file: Path, out_file: Path, progress: Callable[[RegenerateProgress], None]):
         self.prompts_file, self.out_file, self._progress = prompts_file, out_file, progress
-        self.started = time.monotonic()
-        self.skipped = SkipTally()
-        self.tokens = 0
-        self.cut = 0
-        self._file: BinaryIO
         items = list(read_prompts(prompts_file))
+        self.skipped = SkipTally(item for item in items if isinstance(item, Skipped))
         prompts = [item for item in items if isinstance(item, Prompt)]
-        for item in items:
-            if isinstance(item, Skipped):
-                self.skipped.add(item)
-        own = [prompt.id for prompt in prompts]
-        unique = None not in own and len(set(own)) == len(own)
+        own = {prompt.id for prompt in prompts}
+        unique = None not in own and len(own) == len(prompts)
         self.prompts = {(prompt.id or "") if unique else str(prompt.line): prompt for prompt in prompts}
         self.places: dict[str, tuple[int, int]] = {}  # id -> offset and length of its line in the output
+        self.tokens = self.cut = 0
         self._read_answers()
         self.reused = len(self.places)
-        self.missing = [key for key in self.prompts if key not in self.places]
-
-    def __enter__(self) -> None:
-        self.out_file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.out_file, "ab")
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.missing = collections.deque(key for key in self.prompts if key not in self.places)
 
     def _read_answers(self) -> None:
         """Find the answers of an earlier run, and cut off a line that was not finished."""
         if not self.out_file.is_file():
             return
         offset = 0
-        with open(self.out_file, "rb") as file:
+        with disk_errors(self.out_file), open(self.out_file, "r+b") as file:
             for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._recognise(line, offset)
-                offset += len(line)
-        if offset < self.out_file.stat().st_size:
-            with disk_errors(self.out_file), open(self.out_file, "r+b") as file:
-                file.truncate(offset)
+                if line.endswith(b"\n"):
+                    self._recognise(line, offset)
+                    offset += len(line)
+            file.truncate(offset)
 
     def _recognise(self, line: bytes, offset: int) -> None:
         try:
@@ -177,28 +169,72 @@ class _Job:
                 f"{self.out_file} holds lines that are not answers of an earlier run.", "Choose another --out."
             ) from None
         prompt = self.prompts.get(key)
-        wanted = [message.content for message in prompt.asked] if prompt else []
+        wanted = [message.content for turn in prompt.turns for message in turn] if prompt else []
         if prompt is None or wanted[: len(asked)] != asked or (finish != "length" and asked != wanted):
             raise InputError(f"{self.out_file} holds answers to other prompts ({key}).", "Choose another --out.")
         self.places[key] = (offset, len(line))
         self.cut += finish == "length"
 
-    def keep(self, key: str, messages: list[dict[str, str]], finish: str) -> None:
-        line = json.dumps({"id": key, "conversations": messages, "finish": finish}, ensure_ascii=False).encode() + b"\n"
-        self.places[key] = (self._file.tell(), len(line))
-        self._file.write(line)
-        self._file.flush()
-        self.cut += finish == "length"
+    async def answer_all(self, ask: "Ask", concurrency: int) -> None:
+        """Answer what is missing and append it to the file."""
+        self.out_file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.out_file, "ab") as file:
+            self._report()
+            workers = [asyncio.create_task(self._work(ask, file)) for _ in range(min(concurrency, len(self.missing)))]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
 
-    def skip(self, key: str, reason: str) -> None:
-        self.skipped.add(Skipped(self.prompts[key].line, reason))
+    async def _work(self, ask: "Ask", file: BinaryIO) -> None:
+        import openai
 
-    def report(self) -> None:
+        while self.missing:
+            key = self.missing.popleft()
+            try:
+                messages, finish = await self._conversation(self.prompts[key], ask)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                self.skipped.add(Skipped(self.prompts[key].line, f"the server refuses the prompt: {error.message}"))
+            except RowError as error:
+                self.skipped.add(Skipped(self.prompts[key].line, str(error)))
+            else:
+                row = {"id": key, "conversations": [dataclasses.asdict(message) for message in messages]}
+                line = json_line(row | {"finish": finish}).encode()
+                self.places[key] = (file.tell(), len(line))
+                file.write(line)
+                file.flush()
+                self.cut += finish == "length"
+            self._report()
+
+    async def _conversation(self, prompt: Prompt, ask: "Ask") -> tuple[list[Message], str]:
+        """Every turn of ``prompt`` with its answer, and how the last one ended; `RowError` when one is empty."""
+        messages: list[Message] = []
+        for turn in prompt.turns:
+            messages += turn
+            response = await ask([dataclasses.asdict(message) for message in messages])
+            choice = response.choices[0]
+            self.tokens += response.usage.completion_tokens if response.usage else 0
+            if getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None):
+                raise InputError(
+                    "The server splits the reasoning off its answers, so what the target wrote is lost.",
+                    "Start it without a reasoning parser.",
+                )
+            content = choice.message.content
+            if not content or not content.strip():
+                raise RowError("empty answer")
+            messages.append(Message("assistant", with_opening_tag(content)))
+            if choice.finish_reason == "length":
+                return messages, "length"  # what follows would be asked after an answer that has no end
+        return messages, "stop"
+
+    def _report(self) -> None:
         refused = self.skipped.total
         total = len(self.prompts) + refused
         self._progress(RegenerateProgress(min(total, len(self.places) + refused), total, self.tokens))
 
-    def finish(self) -> RegenerateReport:
+    def sort(self) -> None:
         """Rewrite the answers in the order of the prompts."""
         if not self.places:
             raise InputError(
@@ -208,67 +244,5 @@ class _Job:
         order = [self.places[key] for key in self.prompts if key in self.places]
         if order != sorted(order):
             with open(self.out_file, "rb") as source:
-                write_whole(self.out_file, lambda file: file.writelines(_lines(source, order)))
-        return RegenerateReport(
-            out_file=self.out_file,
-            answered=len(self.places),
-            reused=self.reused,
-            cut=self.cut,
-            tokens=self.tokens,
-            skipped=self.skipped,
-            seconds=time.monotonic() - self.started,
-        )
-
-
-def _lines(source: BinaryIO, places: list[tuple[int, int]]) -> Iterator[bytes]:
-    for offset, length in places:
-        source.seek(offset)
-        yield source.read(length)
-
-
-async def _answer_all(job: _Job, ask: "Ask", concurrency: int) -> None:
-    import openai
-
-    waiting = collections.deque(job.missing)
-
-    async def work() -> None:
-        while waiting:
-            key = waiting.popleft()
-            try:
-                await _answer(job, key, ask)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                job.skip(key, f"the server refuses the prompt: {error.message}")
-            job.report()
-
-    job.report()
-    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(waiting)))]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-
-
-async def _answer(job: _Job, key: str, ask: "Ask") -> None:
-    messages: list[Message] = []
-    finish = "stop"
-    for turn in job.prompts[key].turns:
-        messages += turn
-        response = await ask([dataclasses.asdict(message) for message in messages])
-        choice = response.choices[0]
-        finish = "length" if choice.finish_reason == "length" else "stop"
-        job.tokens += response.usage.completion_tokens if response.usage else 0
-        if getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None):
-            raise InputError(
-                "The server splits the reasoning off its answers, so what the target wrote is lost.",
-                "Start it without a reasoning parser.",
-            )
-        content = choice.message.content
-        if not content or not content.strip():
-            job.skip(key, "empty answer")
-            return
-        messages.append(Message("assistant", with_opening_tag(content)))
-        if finish == "length":
-            break  # what follows would be asked after an answer that has no end
-    job.keep(key, [dataclasses.asdict(message) for message in messages], finish)
+                lines = (os.pread(source.fileno(), length, offset) for offset, length in order)
+                write_whole(self.out_file, lambda file: file.writelines(lines))

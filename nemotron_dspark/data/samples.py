@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LinedSample:
-    line: int
     conversation: Conversation
     tokens: Tokenised
+
+    @property
+    def line(self) -> int:
+        return self.conversation.line
 
 
 def samples_of(
@@ -33,21 +36,20 @@ def samples_of(
         if isinstance(item, Skipped):
             yield item
             continue
-        line = int(item.origin.rpartition(":")[2])
         try:
             found = tokenise(tokenizer, item, max_length=data.max_length, thinking=data.thinking)
         except (NotMaskable, RenderError) as reason:
-            yield Skipped(line, reason.what.rstrip("."))
+            yield Skipped(item.line, reason.what.rstrip("."))
             continue
         long_enough = [sample for sample in found.samples if sample.loss_tokens >= data.min_loss_tokens]
         for sample in long_enough:
-            yield LinedSample(line, item, sample)
+            yield LinedSample(item, sample)
         if not long_enough:
-            yield Skipped(line, f"fewer than {data.min_loss_tokens} loss tokens")
+            yield Skipped(item.line, f"fewer than {data.min_loss_tokens} loss tokens")
         elif len(long_enough) < len(found.samples):
-            yield Skipped(line, f"a turn of fewer than {data.min_loss_tokens} loss tokens; the rest is used")
+            yield Skipped(item.line, f"a turn of fewer than {data.min_loss_tokens} loss tokens; the rest is used")
         if long_enough and found.unfit:
-            yield Skipped(line, "an answer that does not fit the conversation's thinking mode; the rest is used")
+            yield Skipped(item.line, "an answer that does not fit the conversation's thinking mode; the rest is used")
 
 
 def read_samples(

@@ -7,6 +7,8 @@ Sample ids are dense, in the order of the file. Large files are tokenised in chu
 
 import copy
 import dataclasses
+import functools
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -37,15 +39,15 @@ ALONE_BYTES = 1 << 22  # of text that this process tokenises in the time in whic
 _MOST_WORKERS = 16  # each takes some 300 MB
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tally:
     """What came out of the conversations."""
 
-    samples: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-    cut: int = 0  # samples that were longer than max_length
-    skipped: SkipTally = dataclasses.field(default_factory=SkipTally)
+    samples: int
+    tokens: int
+    loss_tokens: int
+    cut: int  # samples that were longer than max_length
+    skipped: SkipTally
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +115,11 @@ def tokenise(
         check_no_mask_token((store[sample].input_ids for sample in range(len(store))), mask_token_id, conversations)
         return store
     write_json(report, {"inputs": inputs})
-    limited = data.model_copy(update={"max_length": min(data.max_length, max_positions)})
-    tally = _write_tokens(folder, conversations, tokenizer, limited, mask_token_id, on_lines)
     notes = []
     if data.max_length > max_positions:
+        data = data.model_copy(update={"max_length": max_positions})
         notes.append(f"Samples end at the target's {max_positions} positions, before max_length.")
+    tally = _write_tokens(folder, conversations, tokenizer, data, mask_token_id, on_lines)
     result = dataclasses.asdict(tally) | {"skipped": tally.skipped.to_json(), "notes": notes}
     write_json(report, {"inputs": inputs, "result": result})
     return TokenStore(folder)
@@ -147,12 +149,12 @@ def tokenised_chunks(
 ) -> Iterator[LineChunk]:
     """The samples of ``file`` as `samples.read_samples` finds them, in its order; beyond `ALONE_BYTES` by a pool."""
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
-    arguments = (tokenizer, data, mask_token_id, file)
+    work = functools.partial(_tokenise_lines, tokenizer, data, mask_token_id, file)
     if workers == 1 or file.stat().st_size <= ALONE_BYTES:
-        yield from (_tokenise_lines(first, lines, *arguments) for first, lines in _line_chunks(file))
+        yield from itertools.starmap(work, _line_chunks(file))
         return
     pending: deque[Future[LineChunk]] = deque()
-    with deaths_named("tokenises"), process_pool(workers, arguments) as pool:
+    with deaths_named("tokenises"), process_pool(workers, work) as pool:
         try:
             for first, lines in _line_chunks(file):
                 pending.append(pool.submit(_tokenise_in_pool, first, lines))
@@ -174,19 +176,19 @@ def _line_chunks(file: Path) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def _tokenise_in_pool(first: int, lines: list[bytes]) -> LineChunk:
-    return _tokenise_lines(first, lines, *share())
+    return share()(first, lines)
 
 
 def _tokenise_lines(
-    first: int,
-    lines: list[bytes],
     tokenizer: "PreTrainedTokenizerBase",
     data: DataConfig,
     mask_token_id: int | None,
     file: Path,
+    first: int,
+    lines: list[bytes],
 ) -> LineChunk:
     tokens, records, skipped, loss_tokens = [], [], [], 0
-    for item in samples_of(conversations_of(rows_of(lines, first), file.name), tokenizer, data):
+    for item in samples_of(conversations_of(rows_of(lines, first)), tokenizer, data):
         if isinstance(item, Skipped):
             skipped.append(item)
             continue
@@ -210,31 +212,35 @@ def _write_tokens(
     mask_token_id: int | None,
     on_lines: Callable[[int], None],
 ) -> Tally:
-    tally = Tally()
+    loss_tokens, skipped = 0, SkipTally()
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder), open(folder / TOKENS, "wb") as tokens, open(folder / SAMPLES, "wb") as samples:
         for chunk in tokenised_chunks(conversations, tokenizer, data, mask_token_id):
-            for skipped in chunk.skipped:
-                tally.skipped.add(skipped)
-            tally.samples += len(chunk.records)
-            tally.tokens += int(chunk.records["tokens"].sum())
-            tally.loss_tokens += chunk.loss_tokens
-            tally.cut += int((chunk.records["tokens"] == data.max_length).sum())
+            for item in chunk.skipped:
+                skipped.add(item)
+            loss_tokens += chunk.loss_tokens
             tokens.write(chunk.tokens)
             samples.write(chunk.records.tobytes())
             on_lines(chunk.last_line)
         for file in (tokens, samples):
             file.flush()
             os.fsync(file.fileno())
-    if not tally.samples:
+    lengths = TokenStore(folder).lengths
+    if not len(lengths):
         for _ in read(conversations):  # says it better where no conversation can be used
             pass
         raise InputError(
-            f"{conversations} leaves no sample: {'; '.join(tally.skipped.sentences())}.",
+            f"{conversations} leaves no sample: {'; '.join(skipped.sentences())}.",
             "`nds data check` shows what happens to each conversation.",
         )
-    return tally
+    return Tally(
+        samples=len(lengths),
+        tokens=int(lengths.sum()),
+        loss_tokens=loss_tokens,
+        cut=int((lengths == data.max_length).sum()),
+        skipped=skipped,
+    )
 
 
 def _finished(folder: Path, report: Path, inputs: dict[str, Any]) -> bool:

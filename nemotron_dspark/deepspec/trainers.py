@@ -35,7 +35,7 @@ def register_templates() -> tuple[str, ...]:
         try:
             parser.TEMPLATE_REGISTRY.get(name)
         except KeyError:
-            parser.TEMPLATE_REGISTRY.register(name, parser.ChatTemplate(**found.deepspec))
+            parser.TEMPLATE_REGISTRY.register(name, parser.ChatTemplate(**vars(found.deepspec)))
     return tuple(usable)
 
 

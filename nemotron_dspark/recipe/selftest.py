@@ -178,7 +178,7 @@ def _families(bench: _Bench) -> str:
 
 def _mask(bench: _Bench) -> str:
     messages = (Message("user", "Is it exact?"), Message("assistant", "Yes, it is."), Message("user", "Sure?"))
-    conversation = Conversation((*messages, Message("assistant", "Quite sure.")), "selftest")
+    conversation = Conversation((*messages, Message("assistant", "Quite sure.")))
     (found,) = tokenise(bench.target.tokenizer, conversation, max_length=96).samples
     text = bench.target.tokenizer.decode(found.input_ids[found.loss_mask.astype(bool)])
     _require(text == "Yes, it is.<|im_end|>Quite sure.<|im_end|>", f"The loss mask covers {text!r}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nemotron_dspark.cache.capture import captured_states
+from nemotron_dspark.cache.capture import capture_states
 from nemotron_dspark.cache.reader import Sample
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.data.tokens import TokenStore
@@ -45,7 +45,8 @@ class OnlineSource(Source):
         tokens = [self._tokens[sample_id] for sample_id in ids]
         try:
             with self._busy:
-                taps, last = captured_states(self._target, tokens, ids, self._taps)
+                states = capture_states(self._target, tokens, self._taps)
+                states.check_finite(ids)
         except torch.OutOfMemoryError:
             raise EnvironmentFault(
                 f"The target's forward over {len(ids)} samples of up to {max(self.lengths[ids])} tokens does not fit "
@@ -56,8 +57,8 @@ class OnlineSource(Source):
             Sample(
                 torch.from_numpy(sample.input_ids.astype("int64")),
                 torch.from_numpy(sample.loss_mask != 0),
-                taps[row, : len(sample.input_ids)],
-                last[row, : len(sample.input_ids)],
+                states.taps[row, : len(sample.input_ids)],
+                states.last[row, : len(sample.input_ids)],
             )
             for row, sample in enumerate(tokens)
         ]

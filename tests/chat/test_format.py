@@ -82,9 +82,9 @@ def test_markers_are_what_the_template_prints(name, make_tokenizer):
     assert text.rstrip().endswith("ASSISTANT" + (chat_format.end_of_turn or "").rstrip())
     followed = tokenizer.apply_chat_template(messages, tokenize=False)
     fields = chat_format.deepspec
-    assert chat_format.assistant.endswith(fields["assistant_header"])
-    assert chat_format.user.endswith(fields["user_header"])
-    assert "ASSISTANT" + fields["end_of_turn_token"] in followed
+    assert chat_format.assistant.endswith(fields.assistant_header)
+    assert chat_format.user.endswith(fields.user_header)
+    assert "ASSISTANT" + fields.end_of_turn_token in followed
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "nemotron_nano_v2"])  # prints a pair that trains
@@ -92,9 +92,9 @@ def test_deepspecs_fields_find_what_an_answer_without_reasoning_trains(name, mak
     """DeepSpec puts the prefix before an answer, renders, and trains from header and prefix to the end of the turn."""
     tokenizer, fields = make_tokenizer(TEMPLATES[name]), bundled_formats()[name].deepspec
     messages = [Message("user", "What?"), Message("assistant", "A state.")]
-    prefix, end = fields["assistant_loss_prefix"] or "", fields["end_of_turn_token"]
+    prefix, end = fields.assistant_loss_prefix or "", fields.end_of_turn_token
     text = render(tokenizer, [messages[0], Message("assistant", prefix + "A state.")])
-    trained = text.rpartition(fields["assistant_header"])[2].removeprefix(prefix)
+    trained = text.rpartition(fields.assistant_header)[2].removeprefix(prefix)
     trained = trained[: trained.index(end) + len(end)] if end in trained else trained.rstrip() + end
     (sample,) = tokenise(tokenizer, Conversation(tuple(messages)), max_length=99).samples
     assert tokenizer.decode(sample.input_ids[sample.loss_mask == 1]) == trained.rstrip("\n")
@@ -132,7 +132,7 @@ def test_no_special_tokens_are_added_to_the_rendering(make_tokenizer):
         ({"recognise": "text"}, "recognise"),
         ({"colour": "red"}, "colour"),
         ({"user": ...}, "user"),
-        ({"thinking": "on"}, "thinking.history"),
+        ({"thinking": "on"}, "thinking"),
         ({"thinking": {"switch": "", "when_on": 1, "when_off": "", "history": ""}}, "thinking.when_on"),
         ({"deepspec": {"user_header": "x"}}, "deepspec.assistant_header"),
     ],

@@ -64,7 +64,7 @@ def test_what_trains_stands_in_brackets_where_there_is_no_colour(target, convers
 
 def test_colours_cover_the_trained_tokens_and_nothing_else(target, conversations, monkeypatch):
     monkeypatch.setattr(shell, "out", Console(force_terminal=True, color_system="truecolor", no_color=False))
-    from nemotron_dspark.chat.view import stretches
+    from nemotron_dspark.chat.mask import stretches
     from nemotron_dspark.targets import Checkpoint
 
     tokenizer = Checkpoint.find(target).load_tokenizer()

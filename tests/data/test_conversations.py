@@ -31,7 +31,7 @@ def write(path, *rows):
 )
 def test_every_spelling_is_the_same_conversation(tmp_path, row):
     (found,) = read(write(tmp_path / "data.jsonl", row))
-    assert found == Conversation((Message("user", "What?"), Message("assistant", "state")), "data.jsonl:1")
+    assert found == Conversation((Message("user", "What?"), Message("assistant", "state")), line=1)
 
 
 def test_a_cut_answer_is_marked(tmp_path):

@@ -150,7 +150,7 @@ def test_disk_of_a_compact_cache_is_that_of_its_layout(shape):
     lengths = generator.integers(20, 900, 400)
     kept = lengths // 2
     layout = CompactLayout.of(lengths, kept, taps=range(5), hidden_size=4096, shard_bytes=1 << 30)
-    written = sum(layout.shard_sizes) + len(layout.index())
+    written = sum(layout.shard_sizes) + layout.records.nbytes
     predicted = stored_bytes(
         CacheConfig(format="compact"), int(lengths.sum()), int(kept.sum()), 400, num_taps=5, hidden_size=4096
     )

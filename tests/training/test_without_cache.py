@@ -300,12 +300,14 @@ def test_checkpoints_take_the_disk_that_was_announced(cached_run):
 
 def test_states_are_those_of_the_model(tiny_hybrid, cache):
     """What online training reads of a padded batch is, row by row, what the target says of the sample alone."""
-    from nemotron_dspark.cache.capture import captured_states
+    from nemotron_dspark.cache.capture import capture_states
     from nemotron_dspark.chat.mask import Tokenised
 
     target, stored = Target.load(str(tiny_hybrid), device="cpu"), TargetCache(cache)
     samples = [Tokenised(stored[n].input_ids.numpy(), stored[n].loss_mask.numpy()) for n in range(4)]
-    taps, last = captured_states(target, samples, range(4), (1, 4))
+    states = capture_states(target, samples, (1, 4))
+    states.check_finite(range(4))
+    taps, last = states.taps, states.last
     assert taps.dtype == last.dtype == torch.bfloat16
     for row, sample in enumerate(samples):
         alone = target.capture(torch.from_numpy(sample.input_ids)[None], None, (1, 4))
