@@ -25,6 +25,7 @@ COMMANDS = (
     "cache",
     "train",
     "eval",
+    "export",
     "import",
     "serve",
     "engine",

@@ -4,8 +4,9 @@ Safetensors files are mapped, not read: out of a 16 GB checkpoint only these two
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +40,16 @@ def read_embedding_and_head(folder: Path, spec: TargetSpec) -> Embeddings:
     if spec.tie_word_embeddings:
         return Embeddings(embedding, embedding)
     return Embeddings(embedding, _read(files, spec.names.head_tensors, "LM head", spec, folder))
+
+
+def open_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Functions that read each tensor of the checkpoint in ``folder``, by name; `InputError` as above."""
+
+    def read(path: Path, name: str) -> Tensor:
+        with safe_open(path, framework="pt") as shard:
+            return shard.get_tensor(name)
+
+    return {name: functools.partial(read, path, name) for name, path in _tensor_files(Path(folder)).items()}
 
 
 def parameter_count(folder: Path) -> int | None:
