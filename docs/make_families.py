@@ -22,6 +22,8 @@ MODELS = {
     "qwen3_moe": "Qwen3 MoE",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3, text",
+    "gemma4_text": "Gemma 4, text",
+    "gemma4": "Gemma 4",
     "gpt_oss": "gpt-oss",
     "lfm2": "LFM2",
     "lfm2_moe": "LFM2 MoE",

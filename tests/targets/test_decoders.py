@@ -44,6 +44,26 @@ def test_the_global_rope_of_gemma3_is_the_one():
     assert spec.assumed == ("rope theta 500000: of the layers that see everything; those with a window use 20000.",)
 
 
+def gemma4(**values: Any) -> TargetSpec:
+    """Sizes of the published 31B but for the layers, and a config that leaves the rest to its class."""
+    sizes = {"hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32, "vocab_size": 262144}
+    heads = {"num_key_value_heads": 16, "num_global_key_value_heads": 4, "attention_k_eq_v": True}
+    return spec_of("gemma4_text", **(sizes | heads | {"hidden_size_per_layer_input": 0} | values))
+
+
+def test_the_heads_of_gemma4_are_those_of_its_windows():
+    spec = gemma4(max_position_embeddings=262144)
+    assert (spec.head_dim, spec.num_key_value_heads, spec.rope_theta, spec.mlp) == (256, 16, 1e6, "gated")
+    assert "those that see everything have heads of 512, 4 of them" in spec.assumed[0]
+    assert gemma4(enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=64).mlp == "moe"
+
+
+def test_a_gemma4_that_sees_the_future_is_refused():
+    with pytest.raises(InputError, match="predicts no next token: it attends in both directions") as caught:
+        gemma4(use_bidirectional_attention="all")
+    assert caught.value.do.endswith(".")
+
+
 def test_experts_everywhere_or_only_here_and_there():
     assert (spec_of("gpt_oss").mlp, spec_of("gpt_oss").intermediate_size) == ("moe", None)
     assert spec_of("qwen3_moe").mlp == "moe"

@@ -47,7 +47,48 @@ def _decoder(model_type: str, **special: Any) -> Any:
 
 def _gemma(model_type: str, **special: Any) -> Any:
     """Larger weights, so that scores and logits reach their soft caps."""
-    return _decoder(model_type, tie_word_embeddings=True, initializer_range=0.1, sliding_window=WINDOW, **special)
+    values = {"tie_word_embeddings": True, "initializer_range": 0.1, "sliding_window": WINDOW}
+    return _decoder(model_type, **(values | special))
+
+
+def gemma4_text(**changes: Any) -> Any:
+    """As the small ones: inputs per layer, three layers that read the keys and values of earlier ones, wider MLPs."""
+    near, wide = "sliding_attention", "full_attention"
+    values = {
+        "num_hidden_layers": 7,
+        "layer_types": [near, wide, near, wide, near, near, wide],
+        "global_head_dim": 32,
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "final_logit_softcapping": 2.0,
+    }
+    return _gemma("gemma4_text", **(values | changes))
+
+
+def gemma4(**changes: Any) -> Any:
+    """As the large ones, beside a picture's encoder: keys for values, fewer of them in wide layers, experts."""
+    from transformers import Gemma4Config
+
+    special = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "use_bidirectional_attention": "vision",
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    text = gemma4_text(**(special | changes))
+    return Gemma4Config(text_config=text, vision_config=vision | heads, audio_config=None, **IDS)
 
 
 _MAMBA2 = {
@@ -323,6 +364,8 @@ TINY: dict[str, Callable[[], Any]] = {
     ),
     "gemma2": lambda: _gemma("gemma2", final_logit_softcapping=2.0, attn_logit_softcapping=1.5),
     "gemma3_text": lambda: _gemma("gemma3_text", layer_types=["sliding_attention"] * 3 + ["full_attention"] * 2),
+    "gemma4_text": gemma4_text,
+    "gemma4": gemma4,
     "gpt_oss": lambda: _decoder(
         "gpt_oss", num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW, intermediate_size=32
     ),

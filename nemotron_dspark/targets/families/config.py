@@ -52,6 +52,12 @@ class ConfigFile:
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(key, default)
 
+    def text_config(self) -> "ConfigFile":
+        """The config of the language model inside a model of several modalities; what it assumes is assumed here."""
+        inner = ConfigFile(self.require("text_config"), self.name)
+        inner.assumed = self.assumed
+        return inner
+
     def states(self, *keys: str) -> bool:
         """True when the file has one of ``keys``, and not as null."""
         return any(self.stated.get(key) is not None for key in keys)

@@ -1,10 +1,12 @@
 """Ordinary decoders: every layer is attention followed by an MLP; the table below says what is special about each."""
 
+import dataclasses
 import functools
 
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.families.config import ConfigFile, fill_spec
 from nemotron_dspark.targets.families.family import Family, one_mask
-from nemotron_dspark.targets.spec import MLP, LayerKind, TargetSpec
+from nemotron_dspark.targets.spec import MLP, LayerKind, TargetSpec, weight_names
 
 
 def decoder_spec(config: ConfigFile, mlp: MLP = "gated") -> TargetSpec:
@@ -19,12 +21,37 @@ def qwen3_moe_spec(config: ConfigFile) -> TargetSpec:
     return decoder_spec(config, mlp="moe" if everywhere else "gated")
 
 
-def gemma3_spec(config: ConfigFile) -> TargetSpec:
+def gemma3_spec(config: ConfigFile, mlp: MLP = "gated") -> TargetSpec:
     """The rope theta is that of the layers that see everything; those with a window have another."""
     rope = config["rope_parameters"]
     wide, near = (rope[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention"))
     config.assumed.append(f"rope theta {wide:g}: of the layers that see everything; those with a window use {near:g}.")
-    return decoder_spec(config)
+    return decoder_spec(config, mlp)
+
+
+def gemma4_spec(config: ConfigFile) -> TargetSpec:
+    """Layers with a window and layers that see everything have heads of their own each; the draft's are the former's.
+
+    The model's own forward takes care of the rest: inputs per layer, later layers that read the keys and values of
+    earlier ones, a scalar on every layer's output, experts beside the MLP.
+    """
+    if config["use_bidirectional_attention"] == "all":
+        raise InputError(
+            f"{config.name} predicts no next token: it attends in both directions (use_bidirectional_attention all).",
+            'Choose a target that generates text: one with null or "vision" there.',
+        )
+    wide = config.built.per_layer_config[config["layer_types"].index("full_attention")]
+    config.assumed.append(
+        f"heads of {config['head_dim']}, {config['num_key_value_heads']} of keys and values: of the layers with a "
+        f"window; those that see everything have heads of {wide.head_dim}, {wide.num_key_value_heads} of them."
+    )
+    return gemma3_spec(config, mlp="moe" if config["enable_moe_block"] else "gated")
+
+
+def gemma4_whole_spec(config: ConfigFile) -> TargetSpec:
+    """The language model of the published checkpoints, which read pictures, too."""
+    spec = gemma4_spec(config.text_config())
+    return dataclasses.replace(spec, model_type="gemma4", names=weight_names("model.language_model"))
 
 
 FAMILIES = {
@@ -39,6 +66,8 @@ FAMILIES = {
     # Soft caps on the scores need eager attention: transformers 5.15 would run SDPA, which leaves them out, in silence.
     "gemma2": Family(decoder_spec, attention="eager"),
     "gemma3_text": Family(gemma3_spec),
+    "gemma4_text": Family(gemma4_spec),
+    "gemma4": Family(gemma4_whole_spec),
     # An attention sink per head, which SDPA does not have.
     "gpt_oss": Family(functools.partial(decoder_spec, mlp="moe"), attention="eager"),
 }

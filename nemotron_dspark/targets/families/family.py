@@ -25,7 +25,7 @@ def one_mask(model: "PreTrainedModel", state: TargetState, block: int) -> Tensor
 
 def mask_by_layer_type(model: "PreTrainedModel", state: TargetState, block: int) -> dict[str, Tensor | None]:
     """`Family.block_mask` of a model whose forward takes a mask for each kind of layer; a recurrent one needs none."""
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
     everything = _as_read(model, state.mask(block, model.device))
     near = everything if window is None else _as_read(model, state.mask(block, model.device, window))
     return {"full_attention": everything, "sliding_attention": near, "linear_attention": None, "conv": None}
