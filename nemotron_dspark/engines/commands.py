@@ -41,12 +41,12 @@ class EngineTable:
 
     title: str
     command: tuple[str, ...]
-    version: tuple[str, ...]  # prints its version
+    version: tuple[str, ...]  # prints its version, or what ``shows`` is looked for in
     install: str
     minimum: Mapping[str, str]  # oldest version by trait of the pair
     read_from: str  # versions and texts that the flags were taken from
     flags: tuple[Mapping[str, Any], ...]
-    recommended: str | None = None
+    shows: str | None = None  # what a version that is new enough prints, where versions are not told
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # by name, then by kind of draft
 

@@ -46,8 +46,8 @@ def installed(command: EngineCommand) -> str:
     return program
 
 
-def check_version(command: EngineCommand) -> str:
-    """The installed version; `EnvironmentFault` when it cannot be told or is older than the pair needs."""
+def check_version(command: EngineCommand) -> None:
+    """`EnvironmentFault` when the installed version cannot be told or is older than the pair needs."""
     table = engine_table(command.engine)
     try:
         done = subprocess.run(table.version, capture_output=True, text=True, timeout=_VERSION_SECONDS, check=False)
@@ -55,6 +55,13 @@ def check_version(command: EngineCommand) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         said = str(error)
         done = None
+    if table.shows is not None:
+        if table.shows not in said:
+            raise EnvironmentFault(
+                f"The {command.title} that is installed here does not know {table.shows}.",
+                f"Update it: {command.minimum} or newer does.",
+            )
+        return
     found = _VERSION.search(said)
     if done is None or done.returncode or found is None:
         raise EnvironmentFault(f"{command.title} does not tell its version: it is not installed here.", table.install)
@@ -64,7 +71,6 @@ def check_version(command: EngineCommand) -> str:
             f"{command.title} {version} is installed, and this pair needs {command.minimum} or newer.",
             "Update it in its own environment.",
         )
-    return version
 
 
 def check_port(host: str, port: int) -> None:

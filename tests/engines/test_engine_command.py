@@ -189,10 +189,14 @@ def test_an_engine_that_is_too_old_is_refused(hybrid, monkeypatch, tmp_path):
         launch.run(commands.engine_command("vllm", hybrid), host="127.0.0.1", port=0)
 
 
-def test_llama_cpps_version_is_its_build(hybrid, monkeypatch, tmp_path):
-    program(tmp_path / "bin", "llama-server", "version: 11434 (abcdef0)\nbuilt with GNU 12.2.0 for Linux x86_64")
+def test_llama_cpp_is_new_enough_when_it_knows_the_kind_of_draft(hybrid, monkeypatch, tmp_path):
+    command = commands.engine_command("llamacpp", hybrid)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
-    assert launch.check_version(commands.engine_command("llamacpp", hybrid)) == "11434"
+    program(tmp_path / "bin", "llama-server", "--spec-type none,draft-simple,draft-dflash,draft-dspark")
+    launch.check_version(command)
+    program(tmp_path / "bin", "llama-server", "--spec-type none,draft-simple; default 0.75")
+    with pytest.raises(EnvironmentFault, match="does not know draft-dspark"):
+        launch.check_version(command)
 
 
 def test_a_port_in_use_is_said_and_nothing_started(hybrid, monkeypatch, tmp_path):
@@ -205,7 +209,7 @@ def test_a_port_in_use_is_said_and_nothing_started(hybrid, monkeypatch, tmp_path
 
 
 def test_what_was_not_exported_is_said(hybrid, monkeypatch, tmp_path):
-    program(tmp_path / "bin", "llama-server", "version: 11434 (abcdef0)")
+    program(tmp_path / "bin", "llama-server", "--spec-type draft-dspark")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
     with pytest.raises(InputError, match=r"target\.gguf is not there") as raised:
         launch.run(commands.engine_command("llamacpp", hybrid), host="127.0.0.1", port=0)
