@@ -1,40 +1,63 @@
 """`nds export`: a draft, or a target, in the format that another program reads."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
+from nemotron_dspark.errors import InputError
+
+if TYPE_CHECKING:
+    from nemotron_dspark.engines.exchange import Exchanged
 
 
 def register(app: typer.Typer) -> None:
-    shell.command(app)(export)
+    shell.command(app, target="optional", show=show_exchanged)(export)
 
 
 def export(
     config: RunConfig,
-    out: Annotated[Path, typer.Option("--out", "-o", help="New file of the exported model.")],
-    to: Annotated[Literal["gguf"], typer.Option(help="Format: gguf for llama.cpp.")],
+    to: Annotated[
+        Literal["deepspec", "speculators", "sglang", "modelopt", "gguf"],
+        typer.Option(help="Format: deepspec (also for vLLM), speculators, sglang, modelopt, or gguf for llama.cpp."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder, or new file of --to gguf.")],
     draft: Annotated[
-        Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft; without one, the target.")
+        Path | None,
+        typer.Option("--draft", "-d", help="Folder of a trained draft; without one, --to gguf writes the target."),
     ] = None,
+    slim: Annotated[
+        bool, typer.Option("--slim", help="Leave out the target's embedding and LM head, which engines share.")
+    ] = False,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the matrices that are written.")
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the matrices in a GGUF file.")
     ] = "bfloat16",
-) -> None:
+) -> "Exchanged":
     """Write a draft for another program, or a target as GGUF."""
     shell.quiet_libraries()
-    from nemotron_dspark.drafts.config import DraftConfig
-    from nemotron_dspark.engines import gguf_export
+    from nemotron_dspark.engines import exchange, gguf_export
     from nemotron_dspark.targets import Checkpoint
-    from nemotron_dspark.targets.weights import open_tensors
 
-    target = Checkpoint.of(config.target, weights=draft is None)
-    if draft is None:
-        gguf_export.export_target(target, out, dtype)
-        return
-    shape = DraftConfig.from_folder(draft)
-    shape.check_target(target.read_spec())
-    gguf_export.export_draft(shape, open_tensors(draft), target, out, dtype)
+    target = Checkpoint.of(config.target, weights=to != "gguf" or draft is None) if config.target.name else None
+    if to != "gguf" and draft is not None:
+        return exchange.export_draft(draft, to, out, target, slim=slim)
+    if to != "gguf":
+        raise InputError(f"--to {to} is for drafts, and --draft is not given.", "Give the draft with --draft.")
+    if target is None:
+        raise InputError("A GGUF file holds the target's tokenizer.", "Give the target with --target.")
+    return gguf_export.export(target, draft, out, dtype)
+
+
+def show_exchanged(found: "Exchanged") -> None:
+    """What was written, of an export or of an import."""
+    from nemotron_dspark.files import size_text
+
+    rows = [
+        ("from", found.source),
+        ("written", f"{found.out}, {found.tensors} tensors, {size_text(found.bytes)}"),
+        ("format", found.format),
+        ("embedding and LM head", "in it" if found.embeddings else "not in it: taken from the target"),
+    ]
+    shell.show_rows(rows, found.remarks)

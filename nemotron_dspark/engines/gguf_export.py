@@ -21,6 +21,7 @@ from torch import Tensor
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import SHARED
 from nemotron_dspark.engines import gguf_tokenizer
+from nemotron_dspark.engines.exchange import Exchanged
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.files import disk_errors, fsync_folder
 from nemotron_dspark.targets import Checkpoint
@@ -88,6 +89,20 @@ _SHARED = {
 _FLOAT32 = ("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight", "ffn_gate_inp.weight")
 
 Tensors = Mapping[str, Callable[[], Tensor]]
+
+
+def export(target: Checkpoint, draft: Path | None, out: Path, outtype: Outtype) -> Exchanged:
+    """Write the draft in the folder ``draft``, or without one the target; errors as the two functions below."""
+    if draft is None:
+        export_target(target, out, outtype)
+    else:
+        config = DraftConfig.from_folder(draft)
+        config.check_target(target.read_spec())
+        export_draft(config, open_tensors(draft), target, out, outtype)
+    import gguf
+
+    tensors = len(gguf.GGUFReader(out).tensors)
+    return Exchanged(str(draft or target.folder), str(out), "gguf", tensors, out.stat().st_size, draft is None)
 
 
 def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out: Path, outtype: Outtype) -> None:

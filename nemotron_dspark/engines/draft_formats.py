@@ -1,0 +1,206 @@
+"""DSpark drafts in the layouts of other projects: one pair of functions a format, config to config and name to name.
+
+- deepspec: flat, architecture `Qwen3DSparkModel`; tap i is the output of layer i; with or without the target's
+  embedding and LM head. DeepSpec, vLLM and NeMo AutoModel read it.
+- sglang: the same, always without embedding and head.
+- speculators: a Qwen3 config nested in it; taps count from the embedding, so i + 1. speculators, vLLM and llama.cpp's
+  converter read it.
+- modelopt: flat with a `dflash_config`; heads without `markov_head.`, and `confidence_proj`. ModelOpt and vLLM read it.
+
+Facts are of speculators 0.9.0 (`models/dspark/config.py`) and ModelOpt 0.47.0 (`export/plugins/hf_spec_export.py`).
+Keys that a format has no place for (``num_anchors``) are kept beside its own, which all of these readers ignore.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.errors import InputError
+
+Json = dict[str, Any]
+_KEPT = ("num_anchors", "num_target_layers", "dtype", "target_logit_multiplier", "target_logit_softcap")
+_HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+_LAYERS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_parameters",
+    "hidden_act",
+    "attention_bias",
+    "layer_types",
+)
+_DEFAULTS: Json = {"markov_rank": 256, "markov_head_type": "vanilla", "enable_confidence_head": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verifier:
+    """The target as a format may name it."""
+
+    name: str
+    architectures: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one project lays out a DSpark draft."""
+
+    name: str
+    embeddings: bool  # may hold the target's embedding and LM head
+    write: Callable[[DraftConfig, Verifier], Json]  # its config.json
+    read: Callable[[Json], Json]  # DeepSpec's config.json of its own
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # beginnings of tensor names: DeepSpec's, its
+    heads: tuple[str, ...] = ("vanilla", "gated", "rnn")
+
+    def tensor_name(self, name: str, *, back: bool = False) -> str:
+        """A tensor's name in this format, or ``back``: DeepSpec's."""
+        for ours, theirs in self.names.items():
+            old, new = (theirs, ours) if back else (ours, theirs)
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+
+def _deepspec(config: DraftConfig, verifier: Verifier) -> Json:
+    return config.to_json()
+
+
+def _to_speculators(config: DraftConfig, verifier: Verifier) -> Json:
+    flat = config.to_json()
+    proposal = {"proposal_type": "greedy", "speculative_tokens": config.block_size}
+    return {
+        "architectures": ["DSparkSpeculator"],
+        "speculators_model_type": "dspark",
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": "dspark",
+            "proposal_methods": [proposal],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": verifier.name, "architectures": list(verifier.architectures)},
+        },
+        "transformer_layer_config": {"model_type": "qwen3"} | {key: flat[key] for key in _LAYERS},
+        "draft_vocab_size": config.vocab_size,
+        "target_hidden_size": config.hidden_size,
+        "block_size": config.block_size,
+        "aux_hidden_state_layer_ids": [tap + 1 for tap in config.target_layer_ids],
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": True,
+        "sliding_window_non_causal": False,
+        **_present(flat, (*_HEADS, *_KEPT)),
+        "tie_word_embeddings": False,
+    }
+
+
+def _from_speculators(values: Json) -> Json:
+    layers = values.get("transformer_layer_config") or {}
+    _refuse("sample_from_anchor", values.get("sample_from_anchor", True), True)
+    _refuse("draft_vocab_size", values.get("draft_vocab_size"), layers.get("vocab_size"))
+    taps = values.get("aux_hidden_state_layer_ids") or []
+    return {
+        **_present(layers, (*_LAYERS, "rope_theta")),
+        **_present(values, ("block_size", "mask_token_id", *_KEPT)),
+        **_heads(values),
+        "target_layer_ids": [tap - 1 for tap in taps],
+    }
+
+
+def _to_modelopt(config: DraftConfig, verifier: Verifier) -> Json:
+    flat = config.to_json()
+    if not config.markov_rank or (config.enable_confidence_head and not config.confidence_head_with_markov):
+        raise InputError(
+            "ModelOpt's DSpark always has a Markov head, which its confidence head reads too.",
+            "Export to deepspec, or train with draft.markov_rank and draft.confidence_with_markov set.",
+        )
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "block_size": config.block_size,
+        "dflash_config": {
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(config.target_layer_ids),
+            "causal": False,
+            "projector_type": "dspark",
+            "shift_label": True,
+            "markov_rank": config.markov_rank,
+            "markov_head_type": config.markov_head_type,
+            "use_confidence_head": config.enable_confidence_head,
+        },
+        **_present(flat, _LAYERS),
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": config.dtype,
+        **_present(flat, _KEPT),
+    }
+
+
+def _from_modelopt(values: Json) -> Json:
+    nested = values.get("dflash_config") or {}
+    _refuse("dflash_config.shift_label", nested.get("shift_label", True), True)
+    _refuse("dflash_config.sample_from_anchor", nested.get("sample_from_anchor", True), True)
+    _refuse("dflash_config.causal", nested.get("causal", False), False)
+    _refuse("attention_sink_bias", bool(values.get("attention_sink_bias", nested.get("attention_sink_bias"))), False)
+    _refuse("dflash_config.use_swa", nested.get("use_swa", False), False)
+    confident = nested.get("use_confidence_head", nested.get("enable_confidence_head", False))
+    return {
+        **_present(values, (*_LAYERS, "rope_theta", "block_size", *_KEPT)),
+        **_present(nested, ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")),
+        "dtype": values.get("dtype") or values.get("torch_dtype") or "float32",
+        "enable_confidence_head": confident,
+        "confidence_head_with_markov": confident and nested.get("confidence_head_with_markov", True),
+    }
+
+
+def _heads(values: Json) -> Json:
+    found = _DEFAULTS | _present(values, _HEADS)
+    found.setdefault("confidence_head_with_markov", found["enable_confidence_head"] and found["markov_rank"] > 0)
+    return found
+
+
+def _present(values: Mapping[str, Any], keys: tuple[str, ...]) -> Json:
+    return {key: values[key] for key in keys if values.get(key) is not None}
+
+
+def _refuse(key: str, value: Any, only: Any) -> None:
+    if value != only:
+        raise InputError(
+            f"The draft has {key} = {value!r}, and drafts here only {only!r}.", "Serve it with the engine it is for."
+        )
+
+
+_BARE_HEADS = {f"markov_head.{part}.": f"{part}." for part in ("markov_w1", "markov_w2", "gate_proj", "joint_proj")}
+_BARE_HEADS["confidence_head.proj."] = "confidence_proj."
+FORMATS: dict[str, Format] = {
+    found.name: found
+    for found in (
+        Format("deepspec", True, _deepspec, dict),
+        Format("sglang", False, _deepspec, dict),
+        Format("speculators", False, _to_speculators, _from_speculators),
+        Format("modelopt", False, _to_modelopt, _from_modelopt, _BARE_HEADS),
+    )
+}
+
+
+def recognise(values: Json, origin: str) -> Format:
+    """The format that a draft's ``config.json`` is in.
+
+    Raises:
+        InputError: none of those known.
+    """
+    if values.get("speculators_model_type") == "dspark":
+        return FORMATS["speculators"]
+    if (values.get("dflash_config") or {}).get("projector_type") == "dspark":
+        return FORMATS["modelopt"]
+    if DraftConfig.architecture in (values.get("architectures") or ()):
+        return FORMATS["deepspec"]
+    kind = values.get("speculators_model_type") or (values.get("architectures") or ["nothing known"])[0]
+    raise InputError(
+        f"{origin} describes {kind}, not a DSpark draft.",
+        "Give a draft of DeepSpec, speculators, SGLang or ModelOpt with a DSpark head.",
+    )

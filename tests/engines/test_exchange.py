@@ -1,0 +1,187 @@
+"""A draft goes into the layouts of other projects and comes back, equal to the bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.dspark import SHARED, DSparkDraft
+from nemotron_dspark.engines.draft_formats import FORMATS
+from nemotron_dspark.engines.exchange import export_draft, import_draft
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets import Checkpoint
+from nemotron_dspark.targets.weights import read_embedding_and_head
+
+SHAPE = {
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 12345.0,
+    "max_position_embeddings": 512,
+    "block_size": 5,
+    "mask_token_id": 20,
+    "target_layer_ids": (1, 4),
+    "num_anchors": 77,
+    "markov_rank": 8,
+}
+
+
+@pytest.fixture
+def target(tiny_hybrid):
+    return Checkpoint.find(tiny_hybrid)
+
+
+def saved(folder, target, *, slim=True, **changes):
+    spec = target.read_spec()
+    its = {"hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size, "num_target_layers": spec.num_layers}
+    draft = DSparkDraft(DraftConfig(**(SHAPE | its | changes)), seed=3)
+    if not slim:
+        draft.set_embeddings(*(torch.randn(spec.vocab_size, spec.hidden_size) for _ in range(2)))
+    draft.save(folder, slim=slim)
+    return folder
+
+
+def contents(folder):
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+def assert_equal(first, second):
+    assert first[0] == second[0]
+    assert first[1].keys() == second[1].keys()
+    for name, tensor in first[1].items():
+        assert tensor.dtype == second[1][name].dtype
+        assert torch.equal(tensor, second[1][name]), name
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("format_name", list(FORMATS))
+def test_a_draft_comes_back_equal_to_the_bit(target, tmp_path, format_name, head):
+    draft = saved(tmp_path / "draft", target, markov_head_type=head)
+    export_draft(draft, format_name, tmp_path / "there", target, slim=True)
+    import_draft(tmp_path / "there", tmp_path / "back")
+    assert_equal(contents(tmp_path / "back"), contents(draft))
+    export_draft(tmp_path / "back", format_name, tmp_path / "again", target, slim=True)
+    assert_equal(contents(tmp_path / "again"), contents(tmp_path / "there"))
+
+
+@pytest.mark.parametrize("changes", [{"markov_rank": 0, "enable_confidence_head": False}, {"dtype": "float32"}])
+@pytest.mark.parametrize("format_name", ["deepspec", "speculators"])
+def test_heads_that_are_off_stay_off(target, tmp_path, format_name, changes):
+    draft = saved(tmp_path / "draft", target, **changes)
+    export_draft(draft, format_name, tmp_path / "there", target, slim=True)
+    import_draft(tmp_path / "there", tmp_path / "back")
+    assert_equal(contents(tmp_path / "back"), contents(draft))
+
+
+def test_taps_count_from_the_embedding_in_speculators_and_not_elsewhere(target, tmp_path):
+    draft = saved(tmp_path / "draft", target)
+    for name in FORMATS:
+        export_draft(draft, name, tmp_path / name, target, slim=True)
+    configs = {name: contents(tmp_path / name)[0] for name in FORMATS}
+    assert configs["speculators"]["aux_hidden_state_layer_ids"] == [2, 5]
+    assert configs["modelopt"]["dflash_config"]["target_layer_ids"] == [1, 4]
+    assert configs["deepspec"]["target_layer_ids"] == configs["sglang"]["target_layer_ids"] == [1, 4]
+    assert configs["speculators"]["transformer_layer_config"]["rope_parameters"]["rope_theta"] == 12345.0
+    assert configs["modelopt"]["rope_theta"] == 12345.0
+    names = set(contents(tmp_path / "modelopt")[1])
+    assert {"markov_w1.weight", "confidence_proj.bias", "layers.0.self_attn.q_norm.weight"} <= names
+    assert not any(name.startswith(("markov_head", "confidence_head")) for name in names)
+
+
+def test_a_slim_draft_becomes_full_with_its_target_and_slim_again(target, tmp_path):
+    draft = saved(tmp_path / "draft", target)
+    full = export_draft(draft, "deepspec", tmp_path / "full", target)
+    assert full.embeddings
+    stored = contents(tmp_path / "full")[1]
+    its = read_embedding_and_head(target.folder, target.read_spec())
+    assert torch.equal(stored[SHARED[0]], its.embedding)
+    assert torch.equal(stored[SHARED[1]], its.head)
+    assert not export_draft(tmp_path / "full", "deepspec", tmp_path / "slim", slim=True).embeddings
+    assert_equal(contents(tmp_path / "slim"), contents(draft))
+    imported = import_draft(tmp_path / "slim", tmp_path / "filled", target)
+    assert imported.embeddings
+    assert_equal(contents(tmp_path / "filled"), contents(tmp_path / "full"))
+
+
+def test_formats_that_share_the_target_s_matrices_never_hold_them(target, tmp_path):
+    draft = saved(tmp_path / "draft", target, slim=False)
+    for name in ("sglang", "speculators", "modelopt"):
+        assert not export_draft(draft, name, tmp_path / name, target).embeddings
+        assert not set(SHARED) & contents(tmp_path / name)[1].keys()
+
+
+def test_the_target_s_layers_are_asked_for_where_a_format_lacks_them(target, tmp_path):
+    draft = saved(tmp_path / "draft", target)
+    export_draft(draft, "speculators", tmp_path / "there", target)
+    file = tmp_path / "there" / "config.json"
+    values = json.loads(file.read_text())
+    del values["num_target_layers"], values["num_anchors"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="how many layers"):
+        import_draft(tmp_path / "there", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    found = import_draft(tmp_path / "there", tmp_path / "back", target)
+    assert found.remarks
+    assert contents(tmp_path / "back")[0]["num_target_layers"] == target.read_spec().num_layers
+
+
+@pytest.mark.parametrize(
+    ("format_name", "path", "value", "message"),
+    [
+        ("speculators", ("sample_from_anchor",), False, "sample_from_anchor = False"),
+        ("speculators", ("draft_vocab_size",), 100, "draft_vocab_size = 100"),
+        ("modelopt", ("dflash_config", "causal"), True, "dflash_config.causal = True"),
+        ("modelopt", ("dflash_config", "shift_label"), False, "shift_label = False"),
+        ("modelopt", ("dflash_config", "attention_sink_bias"), True, "attention_sink_bias = True"),
+        ("modelopt", ("dflash_config", "use_swa"), True, "use_swa = True"),
+        ("deepspec", ("layer_types",), ["sliding_attention"] * 2, "layer_types"),
+        ("deepspec", ("architectures",), ["LlamaForCausalLM"], "describes LlamaForCausalLM, not a DSpark draft"),
+    ],
+)
+def test_a_draft_that_drafts_here_cannot_be_is_refused(target, tmp_path, format_name, path, value, message):
+    draft = saved(tmp_path / "draft", target)
+    export_draft(draft, format_name, tmp_path / "there", target, slim=True)
+    file = tmp_path / "there" / "config.json"
+    values = json.loads(file.read_text())
+    inner = values
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        import_draft(tmp_path / "there", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_lost(target, tiny_llama, tmp_path):
+    draft, out = saved(tmp_path / "draft", target), tmp_path / "out"
+    with pytest.raises(InputError, match="made for another target"):
+        export_draft(draft, "deepspec", out, Checkpoint.find(tiny_llama))
+    with pytest.raises(InputError, match="names its target"):
+        export_draft(draft, "speculators", out)
+    embedding = saved(tmp_path / "tap", target, target_layer_ids=(-1, 2))
+    with pytest.raises(InputError, match="tap -1"):
+        export_draft(embedding, "sglang", out, target)
+    plain = saved(tmp_path / "plain", target, markov_rank=0, enable_confidence_head=False)
+    for name, message in (("sglang", "without a Markov head"), ("modelopt", "always has a Markov head")):
+        with pytest.raises(InputError, match=message):
+            export_draft(plain, name, out, target)
+    assert not out.exists()
+    with pytest.raises(InputError, match="holds other files"):
+        export_draft(draft, "deepspec", draft, target)
+    shutil.copytree(draft, tmp_path / "broken")
+    tensors = load_file(draft / "model.safetensors")
+    save_file(tensors | {"d2t": torch.zeros(4)}, tmp_path / "broken" / "model.safetensors")
+    with pytest.raises(InputError, match="from a part of the vocabulary"):
+        import_draft(tmp_path / "broken", out)
+    del tensors["fc.weight"]
+    save_file(tensors, tmp_path / "broken" / "model.safetensors")
+    with pytest.raises(InputError, match=r"lacks fc\.weight"):
+        import_draft(tmp_path / "broken", out)
+    assert not out.exists()
