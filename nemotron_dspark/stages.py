@@ -17,7 +17,8 @@ import torch
 from nemotron_dspark.cache.build import BuildProgress, BuildReport, helper_loads
 from nemotron_dspark.cache.build import build_cache as write_cache
 from nemotron_dspark.cache.capture import TargetFacts
-from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token
+from nemotron_dspark.cache.reader import TargetCache
+from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token, reserved_mask_token
 from nemotron_dspark.config import RunConfig, TargetConfig
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.drafts.dspark import Draft
@@ -88,8 +89,9 @@ def build_cache(
     device = target.device if target else resolve_device(config.target.device)
     facts = target or _unloaded(config.target, device) or load_target(config)
     taps = chosen_taps(facts.spec, config.draft)
-    override = config.draft.mask_token_id
-    mask = choose_mask_token(facts.tokenizer, facts.spec, override=override) if masked else None
+    override, mask = config.draft.mask_token_id, None
+    if masked and (override is not None or reserved_mask_token(facts.tokenizer, facts.spec)):
+        mask = choose_mask_token(facts.tokenizer, facts.spec, override=override)
     report = write_cache(
         facts,
         data,
@@ -102,6 +104,8 @@ def build_cache(
         helpers=helper_loads(config.target, device, processes),
         on_progress=on_progress or (lambda progress: None),
     )
+    if masked and mask is None:  # one that the samples do not use, and training on them will find the same
+        mask = choose_mask_token(facts.tokenizer, facts.spec, samples=TargetCache(report.folder).all_input_ids())
     return CacheReport(report, taps, mask)
 
 

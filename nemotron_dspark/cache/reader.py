@@ -3,7 +3,7 @@
 Files are read, not mapped: where one is cut off or its disk fails, a mapped page kills the process without a word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,10 @@ class TargetCache:
         """int64 [S], without its hidden states being read or its checksum looked at."""
         (ids,) = self._read(sample_id, self.layout.fields(sample_id)[:1])
         return torch.from_numpy(ids.view("<i4").astype(np.int64))
+
+    def all_input_ids(self) -> Iterator[Tensor]:
+        """`input_ids` of each sample in turn."""
+        return map(self.input_ids, range(len(self)))
 
     def loss_mask(self, sample_id: int) -> np.ndarray:
         """Bool [S], without its hidden states being read or its checksum looked at."""

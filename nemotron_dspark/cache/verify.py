@@ -98,7 +98,7 @@ def write_missing_checksums(folder: Path | str, *, progress: Callable[[str], Non
 
 def check_mask_token(cache: TargetCache, mask_token_id: int) -> None:
     """`InputError` naming the sample in which the draft's mask token occurs."""
-    check_no_mask_token(map(cache.input_ids, range(len(cache))), mask_token_id, cache.folder)
+    check_no_mask_token(cache.all_input_ids(), mask_token_id, cache.folder)
 
 
 def _sample_faults(cache: TargetCache) -> list[str]:

@@ -1,11 +1,16 @@
 """Which token fills the slots of a block that are not drafted yet.
 
-It must be an id of the target's embedding that never occurs in text: a reserved token that no template prints.
+It must be an id of the target's embedding that never occurs in text: a reserved token that no template prints. A
+tokenizer without one lends a token that the training data never uses.
 """
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
 
 from nemotron_dspark.chat.format import template_source
 from nemotron_dspark.errors import InputError
@@ -30,12 +35,16 @@ class MaskToken:
 
 
 def choose_mask_token(
-    tokenizer: "PreTrainedTokenizerBase", spec: TargetSpec, *, override: int | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    spec: TargetSpec,
+    *,
+    override: int | None = None,
+    samples: Iterable[np.ndarray | Tensor] | None = None,
 ) -> MaskToken:
     """The mask token of drafts for this target, and why this one.
 
-    In order: ``override``; 990 for Nemotron tokenizers; the tokenizer's mask token; its highest reserved token; the
-    first row of the embedding that the tokenizer has no token for (DeepSpec's choice for Qwen3).
+    In order: ``override``; what `reserved_mask_token` finds; else, counted over the ids of ``samples``, the highest
+    special token, or else the highest token at all, that neither they nor the chat template use.
 
     Raises:
         InputError: ``override`` is outside the vocabulary or printed by the chat template, or no token is suitable.
@@ -54,6 +63,39 @@ def choose_mask_token(
                 "Set draft.mask_token_id to a reserved token, or leave it out.",
             )
         return MaskToken(override, "set by draft.mask_token_id")
+    if reserved := reserved_mask_token(tokenizer, spec):
+        return reserved
+    if samples is None:
+        raise InputError(
+            "The target's tokenizer has no mask token and no reserved token, and there is no data here to count which "
+            "token is never used.",
+            "Set draft.mask_token_id to a token that your data never uses.",
+        )
+    counts = np.zeros(spec.vocab_size, dtype=np.int64)
+    for ids in samples:
+        counts += np.bincount(np.asarray(ids), minlength=spec.vocab_size)
+    unused = set(np.flatnonzero(counts == 0).tolist()) - used
+    special = [index for index in added if index in unused]
+    if not unused:
+        raise InputError("Every token of the target's vocabulary occurs in the data.", "Take fewer conversations.")
+    # Ids of a byte-pair vocabulary are in the order in which it was learned: the highest is the rarest.
+    chosen = max(special or unused)
+    kind, text = ("special token", added[chosen]) if special else ("token", tokenizer.convert_ids_to_tokens(chosen))
+    return MaskToken(
+        chosen,
+        f"{text}, the last {kind} that neither the chat template nor the {int(counts.sum()):,} tokens of data use: the "
+        "tokenizer has none to spare",
+    )
+
+
+def reserved_mask_token(tokenizer: "PreTrainedTokenizerBase", spec: TargetSpec) -> MaskToken | None:
+    """The mask token where there is one to spare whatever the data holds, else None.
+
+    In order: 990 for Nemotron tokenizers; the tokenizer's mask token; its highest reserved token; the first row of the
+    embedding that the tokenizer has no token for (DeepSpec's choice for Qwen3).
+    """
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    used = _used_ids(tokenizer, added)
     nemotron = spec.vocab_size == _NEMOTRON_VOCABULARY and all(index in added for index in range(1000))
     if nemotron and NEMOTRON_MASK not in used:
         return MaskToken(NEMOTRON_MASK, "NVIDIA's choice for Nemotron tokenizers")
@@ -66,10 +108,7 @@ def choose_mask_token(
         return MaskToken(max(reserved), f"the highest reserved token, {added[max(reserved)]}")
     if len(tokenizer) < spec.vocab_size:
         return MaskToken(len(tokenizer), "the first row of the embedding that the tokenizer has no token for")
-    raise InputError(
-        "The target's tokenizer has no mask token and no reserved token.",
-        "Set draft.mask_token_id to a token that your data never uses.",
-    )
+    return None
 
 
 def _used_ids(tokenizer: "PreTrainedTokenizerBase", added: dict[int, str]) -> set[int]:

@@ -117,12 +117,37 @@ def tokenise(
     write_json(report, {"inputs": inputs})
     notes = []
     if data.max_length > max_positions:
-        data = data.model_copy(update={"max_length": max_positions})
         notes.append(f"Samples end at the target's {max_positions} positions, before max_length.")
-    tally = _write_tokens(folder, conversations, tokenizer, data, mask_token_id, on_lines)
+    limited = _limited(data, max_positions)
+    tally = _write_tokens(folder, conversations, tokenizer, limited, mask_token_id, on_lines)
     result = dataclasses.asdict(tally) | {"skipped": tally.skipped.to_json(), "notes": notes}
     write_json(report, {"inputs": inputs, "result": result})
     return TokenStore(folder)
+
+
+def samples_in(
+    folder: Path,
+    report: Path,
+    conversations: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    max_positions: int,
+    inputs: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """Ids [S] of each sample as `tokenise` finds them with these arguments; nothing is written."""
+    if _finished(folder, report, inputs):
+        store = TokenStore(folder)
+        yield from (store[sample].input_ids for sample in range(len(store)))
+        return
+    for chunk in tokenised_chunks(conversations, tokenizer, _limited(data, max_positions)):
+        at = 0
+        for length in chunk.records["tokens"].tolist():
+            yield np.frombuffer(chunk.tokens, "<i4", count=length, offset=TOKEN_BYTES * at)
+            at += length
+
+
+def _limited(data: DataConfig, max_positions: int) -> DataConfig:
+    return data.model_copy(update={"max_length": min(data.max_length, max_positions)})
 
 
 def read_report(report: Path) -> tuple[Tally, tuple[str, ...]]:

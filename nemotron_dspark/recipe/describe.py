@@ -13,7 +13,7 @@ import transformers
 
 from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.chat.format import recognise
-from nemotron_dspark.chat.mask_token import NEMOTRON_MASK, choose_mask_token
+from nemotron_dspark.chat.mask_token import NEMOTRON_MASK, choose_mask_token, reserved_mask_token
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.config.known import RESEARCH_ONLY, KnownTarget, known_target, preset_for
 from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
@@ -165,6 +165,8 @@ class _Inspection:
 
     def mask_token(self, tokenizer: Any, known: KnownTarget | None) -> tuple[int | None, str]:
         override = self.config.draft.mask_token_id
+        if tokenizer is not None and override is None and not reserved_mask_token(tokenizer, self.spec):
+            return None, "counted over the data: a special token that it never uses, else the rarest token"
         if tokenizer is not None:
             try:
                 chosen = choose_mask_token(tokenizer, self.spec, override=override)

@@ -4,10 +4,11 @@ Nothing is written before settings and data have been found to fit, so that a re
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -18,10 +19,11 @@ from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.config import DraftSection, RunConfig
-from nemotron_dspark.data.tokens import TokenStore, read_report, tokenise
+from nemotron_dspark.data.tokens import TokenStore, read_report, samples_in, tokenise
 from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.taps import chosen_taps
 from nemotron_dspark.targets.target import resolve_device, resolve_dtype
 from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
@@ -49,9 +51,11 @@ class Setup:
         """The target's."""
         return self.config.target.named
 
-    def draft_config(self, section: DraftSection) -> tuple[DraftConfig, list[str]]:
-        """The draft's config, and notes on what was assumed."""
-        mask = choose_mask_token(self.tokenizer, self.spec, override=section.mask_token_id)
+    def draft_config(
+        self, section: DraftSection, samples: Iterable[np.ndarray | torch.Tensor]
+    ) -> tuple[DraftConfig, list[str]]:
+        """The draft's config, and notes on what was assumed; ids of ``samples`` are read if they must be counted."""
+        mask = choose_mask_token(self.tokenizer, self.spec, override=section.mask_token_id, samples=samples)
         anchors = self.config.train.num_anchors
         draft, notes = build_draft_config(self.spec, section, mask_token_id=mask.id, num_anchors=anchors)
         return draft, [*notes, f"mask token {mask.id}: {mask.reason} (draft.mask_token_id sets it)."]
@@ -91,7 +95,7 @@ def open_cached(setup: Setup, cache_folder: Path) -> HiddenStates:
     section = setup.config.draft
     if section.taps is None:  # it was built with some; they are the only ones there are
         section = section.model_copy(update={"taps": list(cache.taps)})
-    draft, notes = setup.draft_config(section)
+    draft, notes = setup.draft_config(section, cache.all_input_ids())
     notes += _check_cache(cache, setup.spec, draft, setup.name)
     if setup.context.is_main:
         check_mask_token(cache, draft.mask_token_id)
@@ -150,19 +154,21 @@ def _beside_target(
 ) -> HiddenStates:
     """Tokenise ``data`` into the run's folder, and compute nothing yet."""
     config = setup.config
-    draft, notes = setup.draft_config(config.draft)
-    taps = draft.target_layer_ids
+    taps = chosen_taps(setup.spec, config.draft)
     dtype = resolve_dtype(config.target.dtype, resolve_device(config.target.device))
     made_from = {**inputs_of(setup.target, setup.tokenizer, setup.name, dtype, data, taps, config.data), **more}
-    settings = setup.lock(mode, draft, {"source": made_from})
     folder = setup.out / online.FOLDER
+    positions = setup.spec.max_position_embeddings
+    known = samples_in(folder, folder / online.REPORT, data, setup.tokenizer, config.data, positions, made_from)
+    draft, notes = setup.draft_config(config.draft, known)
+    settings = setup.lock(mode, draft, {"source": made_from})
     tokens = tokenise(
         folder,
         folder / online.REPORT,
         data,
         setup.tokenizer,
         config.data,
-        max_positions=setup.spec.max_position_embeddings,
+        max_positions=positions,
         mask_token_id=draft.mask_token_id,
         inputs=made_from,
         on_lines=lambda lines: setup.callback.on_status(f"tokenising, line {lines:,}"),

@@ -1,10 +1,11 @@
 """The mask token is one that neither text nor chat template ever uses."""
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from nemotron_dspark.chat.mask_token import choose_mask_token
+from nemotron_dspark.chat.mask_token import choose_mask_token, reserved_mask_token
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import spec_from_config
@@ -60,6 +61,20 @@ def test_a_row_without_a_token_when_nothing_is_reserved():
 def test_nothing_suitable_is_said():
     with pytest.raises(InputError, match="no reserved token"):
         choose_mask_token(make(["<unk>", "<|im_end|>"], words=62), spec(64))
+
+
+def test_a_tokenizer_without_one_to_spare_lends_what_the_data_never_uses():
+    tokenizer = make(["<unk>", "<|im_end|>", "<gh_stars>", "<file_sep>"], "{{ '<|im_end|>' }}", words=60)
+    assert reserved_mask_token(tokenizer, spec(64)) is None
+    samples = [np.array([0, 1, 7, 63]), np.array([3, 7])]
+    chosen = choose_mask_token(tokenizer, spec(64), samples=samples)
+    assert chosen.id == 2
+    assert "<gh_stars>" in chosen.reason
+    assert "6 tokens" in chosen.reason
+    chosen = choose_mask_token(tokenizer, spec(64), samples=[*samples, np.array([2])])
+    assert chosen.id == 62  # 63 is used
+    with pytest.raises(InputError, match="Every token"):
+        choose_mask_token(tokenizer, spec(64), samples=[np.arange(64)])
 
 
 def test_a_reserved_token_beyond_the_embedding_is_no_choice():
