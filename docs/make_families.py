@@ -32,6 +32,8 @@ MODELS = {
     "falcon_h1": "Falcon-H1",
     "zamba2": "Zamba2",
     "qwen3_next": "Qwen3-Next",
+    "qwen3_5": "Qwen3.5",
+    "qwen3_5_moe": "Qwen3.5 MoE",
     "qwen3_5_text": "Qwen3.5, text",
     "qwen3_5_moe_text": "Qwen3.5 MoE, text",
     "jamba": "Jamba",

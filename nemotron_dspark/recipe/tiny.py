@@ -100,7 +100,9 @@ def decoder_config(family: str, vocab_size: int = 384, hidden_size: int = 64, nu
     return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**(values | changes))
 
 
-def random_model(config: Any, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
+def random_model(
+    config: Any, seed: int = 0, spread: float = 3.0, *, kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """A model with random weights, in fp32 and eval mode.
 
     Matrices are ``spread`` times larger than the usual initialisation, and Mamba mixers get convolutions and step sizes
@@ -108,7 +110,7 @@ def random_model(config: Any, seed: int = 0, spread: float = 3.0) -> PreTrainedM
     initialisation a broken state would hide behind the residual stream.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = kind.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "linear_attn" not in name and ".conv" in name and parameter.dim() == 3:

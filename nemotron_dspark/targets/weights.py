@@ -55,13 +55,14 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
 def parameter_count(folder: Path) -> int | None:
     """Elements of all tensors in the folder's safetensors files, from their headers; None when there are no files.
 
-    Multi-token-prediction layers (``mtp.*``) are left out, as transformers ignores them.
+    Multi-token-prediction layers (``mtp.*``) and what reads pictures (``model.visual.*``, Qwen3.5) are left out, as
+    transformers leaves them out of the language model.
     """
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         return None
     tensors = (named for path in paths for named in _shapes(path).items())
-    return sum(math.prod(shape) for name, shape in tensors if not name.startswith("mtp."))
+    return sum(math.prod(shape) for name, shape in tensors if not name.startswith(("mtp.", "model.visual.")))
 
 
 def missing_shards(folder: Path) -> tuple[str, ...]:

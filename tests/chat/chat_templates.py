@@ -107,6 +107,34 @@ QWEN3 = """
 {%- endif -%}
 """
 
+# As Qwen 3, but the prompt opens the reasoning, the newest answer has tags always, and tools are called in XML.
+QWEN3_5 = """
+{%- if tools -%}{{- '<|im_start|>system\n<function=name>\n</function><|im_end|>\n' -}}{%- endif -%}
+{%- set last = namespace(user=-1) -%}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+  {%- set content = message.content.strip() -%}
+  {%- if message.role == 'assistant' -%}
+    {%- set reasoning = '' -%}
+    {%- if '</think>' in content -%}
+      {%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip() -%}
+      {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
+    {%- endif -%}
+    {%- if loop.index0 > last.user -%}
+      {%- set content = '<think>\n' + reasoning + '\n</think>\n\n' + content -%}
+    {%- endif -%}
+  {%- endif -%}
+  {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\n' -}}
+  {%- if enable_thinking is defined and not enable_thinking -%}{{- '<think>\n\n</think>\n\n' -}}
+  {%- else -%}{{- '<think>\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+
 # Contents are trimmed, an answer's role is "model", and the system text goes into the first question.
 GEMMA = """
 {{- bos_token -}}

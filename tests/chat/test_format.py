@@ -23,6 +23,7 @@ from tests.chat import chat_templates as templates
 TEMPLATES = {
     "chatml": tiny.CHAT_TEMPLATE,
     "qwen3": templates.QWEN3,
+    "qwen3_5": templates.QWEN3_5,
     "nemotron_3": templates.NEMOTRON_3,
     "nemotron_3_super": templates.NEMOTRON_3_SUPER,
     "nemotron_3_ultra": templates.NEMOTRON_3_ULTRA,

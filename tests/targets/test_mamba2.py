@@ -9,6 +9,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Checkpoint, Target, spec_from_config
 from nemotron_dspark.targets.proofs import run_proofs
+from tests.recipe.hybrids import BAMBA_9B
 from tests.targets.tiny_families import VOCAB, bamba, falcon_h1, granitemoehybrid, zamba2
 
 FAMILIES = {"granitemoehybrid": granitemoehybrid, "bamba": bamba, "falcon_h1": falcon_h1, "zamba2": zamba2}
@@ -147,29 +148,6 @@ def test_layers_by_the_names_on_the_hub_and_by_transformers_own(config, layout):
         if saved.get(key):
             saved[key] = [spelt.get(kind, kind) for kind in saved[key]]
     assert spec_from_config(saved).layout == spec_from_config(config()).layout == layout
-
-
-BAMBA_9B = {
-    "model_type": "bamba",
-    "attention_bias": False,
-    "attn_layer_indices": [9, 18, 27],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "mamba_chunk_size": 256,
-    "mamba_d_conv": 4,
-    "mamba_d_head": 64,
-    "mamba_d_state": 128,
-    "mamba_expand": 2,
-    "mamba_n_groups": 1,
-    "mamba_n_heads": 128,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
 
 
 def test_bamba_as_published_leaves_out_its_positions():

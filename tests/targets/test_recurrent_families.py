@@ -10,53 +10,10 @@ from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Checkpoint, LayerKind, Target, spec_from_config
 from nemotron_dspark.targets.families import FAMILIES
 from nemotron_dspark.targets.proofs import prove
+from tests.recipe.hybrids import LFM2_1B, QWEN3_NEXT_80B
 from tests.targets import tiny_families
 from tests.targets.tiny_families import IDS, TINY, VOCAB
 
-QWEN3_NEXT_80B = {
-    "model_type": "qwen3_next",
-    "decoder_sparse_step": 1,
-    "full_attention_interval": 4,
-    "head_dim": 256,
-    "hidden_size": 2048,
-    "intermediate_size": 5120,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
-    "max_position_embeddings": 262144,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 512,
-    "num_attention_heads": 16,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 2,
-    "partial_rotary_factor": 0.25,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 10000000,
-    "tie_word_embeddings": False,
-    "vocab_size": 151936,
-}
-LFM2_1B = {
-    "model_type": "lfm2",
-    "block_auto_adjust_ff_dim": True,
-    "block_ff_dim": 12288,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_multiple_of": 256,
-    "conv_L_cache": 3,
-    "conv_bias": False,
-    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
-    "hidden_size": 2048,
-    "max_position_embeddings": 128000,
-    "norm_eps": 1e-05,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 16,
-    "num_key_value_heads": 8,
-    "rope_theta": 1000000.0,
-    "vocab_size": 65536,
-}
 JAMBA_52B = {
     "model_type": "jamba",
     "attn_layer_offset": 4,

@@ -268,6 +268,15 @@ def qwen3_next(model_type: str = "qwen3_next", **changes: Any):
     return AutoConfig.for_model(model_type, **(values | changes))
 
 
+def qwen3_5(model_type: str, **changes: Any):
+    """As published: the language model beside a picture's encoder."""
+    from transformers import AutoConfig
+
+    vision = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+    text = qwen3_next(f"{model_type}_text", **changes)
+    return AutoConfig.for_model(model_type, text_config=text.to_dict(), vision_config=vision)
+
+
 _EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -353,6 +362,14 @@ def _zaya() -> Any:
     )
 
 
+def whole_model(config: Any) -> Any:
+    """The model that a published checkpoint of this config holds, with random weights."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    beside = config.model_type.startswith("qwen3_5") and "vision_config" in config.to_dict()
+    return tiny.random_model(config, kind=AutoModelForImageTextToText if beside else AutoModelForCausalLM)
+
+
 TINY: dict[str, Callable[[], Any]] = {
     "nemotron_h": lambda: tiny.nemotron_h_config("ME*-M*-M", VOCAB),
     "llama": lambda: tiny.decoder_config("llama", VOCAB),
@@ -381,6 +398,8 @@ TINY: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: qwen3_next(intermediate_size=96, mlp_only_layers=[1], **_EXPERTS),
     "qwen3_5_text": lambda: qwen3_next("qwen3_5_text", intermediate_size=96, tie_word_embeddings=True),
     "qwen3_5_moe_text": lambda: qwen3_next("qwen3_5_moe_text", **_EXPERTS),
+    "qwen3_5": lambda: qwen3_5("qwen3_5", intermediate_size=96),
+    "qwen3_5_moe": lambda: qwen3_5("qwen3_5_moe", **_EXPERTS),
     "jamba": jamba,
     "mamba": lambda: _mamba("mamba", state_size=8, time_step_rank=6),
     "falcon_mamba": lambda: _mamba("falcon_mamba", state_size=8, time_step_rank=6, tie_word_embeddings=False),

@@ -51,7 +51,7 @@ def gemma4_spec(config: ConfigFile) -> TargetSpec:
 def gemma4_whole_spec(config: ConfigFile) -> TargetSpec:
     """The language model of the published checkpoints, which read pictures, too."""
     spec = gemma4_spec(config.text_config())
-    return dataclasses.replace(spec, model_type="gemma4", names=weight_names("model.language_model"))
+    return dataclasses.replace(spec, model_type=config.stated["model_type"], names=weight_names("model.language_model"))
 
 
 FAMILIES = {

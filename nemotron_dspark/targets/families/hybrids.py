@@ -1,5 +1,6 @@
 """Families with recurrent layers: what is special about each, and where their mixers lie in a layer of which kind."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -154,6 +155,14 @@ def qwen3_next_spec(config: ConfigFile) -> TargetSpec:
     )
 
 
+def qwen3_5_spec(config: ConfigFile) -> TargetSpec:
+    """The language model of the published Qwen3.5 checkpoints, which transformers loads without what reads pictures."""
+    names = weight_names(stored=("model.language_model.embed_tokens.weight", "model.embed_tokens.weight"))
+    return dataclasses.replace(
+        qwen3_next_spec(config.text_config()), model_type=config.stated["model_type"], names=names
+    )
+
+
 def lfm2_spec(config: ConfigFile) -> TargetSpec:
     """Short convolutions or attention, then an MLP or experts. The last norm is called ``embedding_norm``.
 
@@ -218,6 +227,7 @@ _QWEN3_NEXT = _hybrid(
     states=delta.DeltaStates,
     block_forward=delta.block_forward,
 )
+_QWEN3_5 = dataclasses.replace(_QWEN3_NEXT, spec=qwen3_5_spec)
 _LFM2 = _hybrid(
     lfm2_spec,
     {LayerKind.CONV: "conv"},
@@ -240,6 +250,8 @@ FAMILIES = {
     "lfm2": _LFM2,
     "lfm2_moe": _LFM2,
     "qwen3_next": _QWEN3_NEXT,
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5,
     "qwen3_5_text": _QWEN3_NEXT,
     "qwen3_5_moe_text": _QWEN3_NEXT,
     "jamba": _hybrid(jamba_spec, {LayerKind.MAMBA1: "mamba"}, mamba1.prepare),
