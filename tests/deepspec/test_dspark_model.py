@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.engines.draft_formats import FORMATS, Verifier
+from nemotron_dspark.engines.exchange import import_draft
+from nemotron_dspark.files import write_json
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import DSparkObjective, LossWeights
@@ -154,3 +158,22 @@ def test_folders_are_read_in_both_directions_with_equal_logits(deepspec_on_cpu, 
         if again.config.enable_confidence_head:
             confidence = again.confidence(hidden, previous)[batch.slot_mask]
             torch.testing.assert_close(confidence, outputs.confidence_pred[batch.slot_mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format_name", ["speculators", "modelopt"])
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_a_draft_imported_from_another_layout_is_read_by_deepspec(deepspec_on_cpu, tmp_path, format_name, head):
+    draft = make_draft(**HEADS[head])
+    form = FORMATS[format_name]
+    (tmp_path / "theirs").mkdir()
+    values = form.write(draft.config, Verifier("somebody/target", ("NemotronHForCausalLM",)))
+    write_json(tmp_path / "theirs" / "config.json", values)
+    save_file(
+        {form.tensor_name(k): v for k, v in draft.state_dict().items()}, tmp_path / "theirs" / "model.safetensors"
+    )
+    import_draft(tmp_path / "theirs", tmp_path / "ours")
+    theirs = read_by_deepspec(tmp_path / "ours", deepspec_on_cpu.dspark)
+    assert tuple(theirs.config.target_layer_ids) == draft.config.target_layer_ids
+    held = theirs.state_dict()
+    for name, tensor in draft.state_dict().items():
+        assert torch.equal(held[name], tensor), name
