@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from nemotron_dspark.evaluation.report import EvalReport
 
 
+THRESHOLD = shell.KeyOption("--confidence-threshold", "eval.confidence_threshold")
+
+
 def register(app: typer.Typer) -> None:
-    shell.command(app, "eval", target="optional")(evaluate)
+    shell.command(app, "eval", target="optional", keys=[THRESHOLD])(evaluate)
 
 
 def evaluate(

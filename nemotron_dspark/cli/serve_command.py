@@ -13,7 +13,11 @@ from nemotron_dspark.config import RunConfig
 if TYPE_CHECKING:
     from nemotron_dspark.serving.background import Server
 
-_KEYS = [shell.KeyOption("--host", "serve.host"), shell.KeyOption("--port", "serve.port")]
+_KEYS = [
+    shell.KeyOption("--host", "serve.host"),
+    shell.KeyOption("--port", "serve.port"),
+    shell.KeyOption("--confidence-threshold", "serve.confidence_threshold"),
+]
 
 
 def register(app: typer.Typer) -> None:

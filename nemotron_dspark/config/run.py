@@ -154,6 +154,7 @@ class EvalConfig(_Section):
     max_new_tokens: int = Field(2048, ge=1, description="tokens generated per prompt")
     seed: int = Field(0, ge=0, description="seed of the sampled measurements")
     batch_size: int = Field(1, ge=1, description="prompts decoded together; speed is always measured one by one")
+    confidence_threshold: float = Field(0.0, ge=0, le=1, description="cut a block where confidence falls below")
 
 
 class ServeConfig(_Section):

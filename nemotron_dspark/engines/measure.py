@@ -6,7 +6,6 @@ of the three engines leaves its draft out for a single request, so plain answers
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.data.prompts import Prompt, read_prompts
 from nemotron_dspark.engines.clients import Answer, Counts, Engine, connect
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.evaluation.measure import ratio_error
 from nemotron_dspark.targets import Checkpoint
 
 _WARM_TOKENS = 8
@@ -120,18 +120,13 @@ def summarise(answers: Sequence[Answer], temperature: float, total: Counts | Non
     apart = [answer.counts for answer in answers if answer.counts is not None]
     counts = total if total is not None and total.rounds else sum(apart, Counts())
     rounds = max(counts.rounds, 1.0)
-    lengths = [1 + each.accepted / each.rounds for each in apart if each.rounds]
-    error = None
-    if len(lengths) > 1:
-        mean = sum(lengths) / len(lengths)
-        error = math.sqrt(sum((length - mean) ** 2 for length in lengths) / (len(lengths) - 1) / len(lengths))
     return EngineMeasurement(
         temperature=temperature,
         prompts=len(answers),
         tokens=sum(answer.length for answer in answers),
         rounds=counts.rounds,
         accepted_length=1 + counts.accepted / rounds,
-        standard_error=error,
+        standard_error=ratio_error([(each.accepted + each.rounds, each.rounds) for each in apart]),
         per_position=tuple(count / rounds for count in counts.per_position),
         tokens_per_second=_speed(answers),
     )

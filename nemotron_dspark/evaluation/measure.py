@@ -6,6 +6,7 @@ does not depend on the machine. Speed does, so plain and speculative decoding ta
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Measurement:
     tokens: int  # generated
     rounds: int  # verifications
     accepted_length: float  # tokens gained per round, the target's own included; 1 = the draft is useless
+    standard_error: float | None  # of the accepted length, over prompts; None of a single one
+    drafted: float  # slots verified per round: the block's, less what `eval.confidence_threshold` cuts
     per_position: tuple[float, ...]  # share of rounds in which the draft of slot k, and so all before it, was kept
     given_previous: tuple[float, ...]  # share kept of slot k where all slots before it were kept
     tokens_per_second: float | None  # one prompt at a time, prefill not counted; None when rows were batched
@@ -106,10 +109,11 @@ def measure(
     max_new_tokens: int,
     seed: int = 0,
     batch_size: int = 1,
+    confidence_threshold: float = 0.0,
     progress: Progress | None = None,
 ) -> Measurement:
     """Measure the acceptance of ``draft`` on ``prompts``; prompt i is sampled with seed ``seed + i``."""
-    decoder = Decoder(target, draft)
+    decoder = Decoder(target, draft, confidence_threshold=confidence_threshold)
     waiting = [
         (ids, Sampling(temperature=temperature, seed=seed + at, max_new_tokens=max_new_tokens))
         for at, ids in enumerate(prompts)
@@ -139,6 +143,8 @@ def summarise(generations: Sequence[Generation], temperature: float, gamma: int,
         tokens=sum(len(generation.tokens) for generation in generations),
         rounds=len(survived),
         accepted_length=sum(sum(generation.accepted) for generation in generations) / rounds,
+        standard_error=ratio_error([(sum(each.accepted), each.rounds) for each in generations]),
+        drafted=sum(sum(generation.proposed) for generation in generations) / rounds,
         per_position=tuple(count / rounds for count in reached[1:]),
         given_previous=tuple(after / before if before else 0.0 for before, after in itertools.pairwise(reached)),
         tokens_per_second=_speed(generations) if timed else None,
@@ -153,7 +159,7 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure acceptance, speed and equality on ``prompts``; greedy acceptance always, as the other two are greedy."""
-    plain, speculative = Decoder(target), Decoder(target, draft)
+    plain, speculative = Decoder(target), Decoder(target, draft, confidence_threshold=config.confidence_threshold)
     greedy = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
     warm = Sampling(temperature=0.0, max_new_tokens=min(16, config.max_new_tokens))
     for decoder in (plain, speculative):
@@ -176,6 +182,7 @@ def evaluate(
                     max_new_tokens=config.max_new_tokens,
                     seed=config.seed,
                     batch_size=config.batch_size,
+                    confidence_threshold=config.confidence_threshold,
                     progress=progress,
                 )
             )
@@ -185,6 +192,19 @@ def evaluate(
         _speed([slow for slow, _ in pairs]),
         _speed([fast for _, fast in pairs]),
     )
+
+
+def ratio_error(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Standard error of Σ gained / Σ rounds over prompts' (gained, rounds): of a ratio of two sums, by linearisation.
+
+    Cochran, Sampling Techniques, 3rd ed., section 6.4. Rounds of one prompt are not independent, prompts are.
+    """
+    rounds = sum(count for _, count in pairs)
+    if len(pairs) < 2 or not rounds:
+        return None
+    ratio = sum(gained for gained, _ in pairs) / rounds
+    squares = sum((gained - ratio * count) ** 2 for gained, count in pairs)
+    return math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / rounds
 
 
 def _speed(generations: Sequence[Generation]) -> float:

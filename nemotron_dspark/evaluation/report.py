@@ -63,16 +63,21 @@ def acceptance_table(measurements: Mapping[str, Measurement], title: str = "Acce
     slots = max(len(measurement.per_position) for measurement in measurements.values())
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = (
-        "accepted length: tokens gained a round, the target's own included\n"
+        "accepted length: tokens gained a round, the target's own included; ± standard error over prompts\n"
         "1…γ: share of rounds that kept the draft at this position"
     )
     table.add_column("", no_wrap=True)
-    table.add_column("accepted\nlength", justify="right", min_width=8)
+    table.add_column("accepted\nlength", justify="right", min_width=8, no_wrap=True)
+    cut = any(measurement.drafted < slots for measurement in measurements.values() if measurement.rounds)
+    if cut:
+        table.add_column("slots\nverified", justify="right")
     for slot in range(1, slots + 1):
         table.add_column(str(slot), justify="right")
     for label, measurement in measurements.items():
         shares = [f"{share:.0%}" for share in measurement.per_position]
-        table.add_row(label, f"[bold]{measurement.accepted_length:.2f}[/]", *shares)
+        error = f" ± {measurement.standard_error:.2f}" if measurement.standard_error is not None else ""
+        drafted = [f"{measurement.drafted:.2f}"] if cut else []
+        table.add_row(label, f"[bold]{measurement.accepted_length:.2f}[/]{error}", *drafted, *shares)
     return table
 
 

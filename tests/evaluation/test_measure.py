@@ -12,7 +12,7 @@ from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.evaluation.measure import evaluate, measure, prompt_ids, summarise
+from nemotron_dspark.evaluation.measure import evaluate, measure, prompt_ids, ratio_error, summarise
 from nemotron_dspark.targets import Target
 
 
@@ -52,8 +52,30 @@ def test_figures_follow_from_the_rounds():
     assert found.accepted_length == (1 + 4 + 2 + 3) / 4
     assert found.per_position == (3 / 4, 2 / 4, 1 / 4)
     assert found.given_previous == (3 / 4, 2 / 3, 1 / 2)
+    assert found.drafted == 3
     assert found.tokens_per_second == (7 + 3) / 3.0  # each answer's first token belongs to its prefill
     assert (found.prompts, found.rounds, found.tokens) == (2, 4, 12)
+
+
+def test_the_standard_error_is_that_of_a_bootstrap_over_prompts():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(int(gained), int(rounds)) for gained, rounds in torch.randint(20, 60, (200, 2), generator=generator)]
+    rows = torch.tensor(pairs, dtype=torch.float64)
+    drawn = rows[torch.randint(0, 200, (4000, 200), generator=generator)].sum(1)
+    assert ratio_error(pairs) == pytest.approx(float((drawn[:, 0] / drawn[:, 1]).std()), rel=0.05)
+    assert ratio_error(pairs[:1]) is None
+
+
+def test_a_threshold_cuts_blocks_and_not_the_output(target, draft, prompts_file):
+    prompts = prompt_ids(target, prompts_file, new_tokens=12)
+    whole = evaluate(target, draft, prompts, EvalConfig(max_new_tokens=12))
+    with torch.no_grad():  # random weights: about a half is kept everywhere, so a half is cut by a threshold of a half
+        draft.confidence_head.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+    cut = evaluate(target, draft, prompts, EvalConfig(max_new_tokens=12, confidence_threshold=0.5))
+    assert cut.lossless.identical == 4
+    for before, after in zip(whole.measurements, cut.measurements, strict=True):
+        assert before.drafted == 3
+        assert 0 < after.drafted < 3
 
 
 def test_evaluation_counts_identical_prompts_and_every_temperature(target, draft, prompts_file):
