@@ -84,7 +84,10 @@ def capture_all(
     if writer.written.all():
         report()
         return
-    queue = _missing_batches(tokens.lengths, writer.written, batch_tokens)
+    queue = Batches()
+    for samples in batches(tokens.lengths, batch_tokens):
+        if rows := np.flatnonzero(~writer.written[samples]).tolist():
+            queue.append(CaptureBatch(samples, rows))
     threads = torch.get_num_threads() // (1 + len(helpers)) or 1
     with contextlib.ExitStack() as stack:
         waits = [stack.enter_context(_helper(helper, tokens, writer, queue, threads)) for helper in helpers]
@@ -99,18 +102,6 @@ def capture_all(
         for wait in waits:
             wait()
     report()
-
-
-def _missing_batches(
-    lengths: np.ndarray,  # int64 [samples]
-    written: np.ndarray,  # bool [samples]
-    batch_tokens: int,
-) -> Batches:
-    found = Batches()
-    for samples in batches(lengths, batch_tokens):
-        if rows := np.flatnonzero(~written[samples]).tolist():
-            found.append(CaptureBatch(samples, rows))
-    return found
 
 
 def _taken(queue: Batches) -> Iterator[CaptureBatch]:

@@ -1,6 +1,7 @@
 """Is this cache whole? Every checksum, every record's bounds, every sample's values; one sentence a fault."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nemotron_dspark.data.tokens import check_no_mask_token
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import sha256, write_whole
 
-_LIMIT = 20  # faults of one kind that are listed
+_LIMIT = 20  # faults of samples that are listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,12 @@ def verify(folder: Path | str, *, progress: Callable[[str], None] = lambda name:
         if digests:
             known = {INDEX, *layout.shard_files}
             problems += [f"{folder / CHECKSUMS} has no checksum of {name}." for name in sorted(known - digests.keys())]
-        problems += layout.check_files(folder) or _sample_faults(TargetCache(folder, check_files=False))
+        misplaced = layout.check_files(folder)
+        problems += misplaced
+        if not misplaced:
+            cache = TargetCache(folder, check_files=False)
+            wrong = (fault for sample in range(samples) for fault in _faults(cache, sample, cache.fields(sample)))
+            problems += itertools.islice(wrong, _LIMIT)
     except InputError as error:
         if not (folder / MANIFEST).is_file():
             raise
@@ -99,15 +105,6 @@ def write_missing_checksums(folder: Path | str, *, progress: Callable[[str], Non
 def check_mask_token(cache: TargetCache, mask_token_id: int) -> None:
     """`InputError` naming the sample in which the draft's mask token occurs."""
     check_no_mask_token(cache.all_input_ids(), mask_token_id, cache.folder)
-
-
-def _sample_faults(cache: TargetCache) -> list[str]:
-    faults: list[str] = []
-    for sample_id in range(len(cache)):
-        faults += _faults(cache, sample_id, cache.fields(sample_id))
-        if len(faults) >= _LIMIT:
-            break
-    return faults
 
 
 def _faults(cache: TargetCache, sample_id: int, fields: Sequence[np.ndarray]) -> list[str]:

@@ -6,7 +6,6 @@ by one process; a killed build continues with the samples the journal does not h
 folder that has one is complete.
 """
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -113,7 +112,8 @@ class CacheWriter:
         self._closing: list[Future] = []
         with disk_errors(self.folder):
             work.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
+        for path in (*self.folder.glob(".*.tmp"), *work.glob(".*.tmp")):  # of a kill inside `files.write_whole`
+            path.unlink(missing_ok=True)
         self._digests = read_json(self._digests_file) if self._digests_file.is_file() else {}
         self._resume(_read_journal(self._journal))
         self.reused = int(self.written.sum())  # samples that an earlier, killed build had written
@@ -242,13 +242,6 @@ def finish_cache(
     digests = {**digests, MANIFEST: hashlib.sha256(manifest).hexdigest()}
     write_checksums(folder, digests | {name: sha256(folder / name) for name in (INDEX, SAMPLES, *extra_files)})
     write_whole(folder / MANIFEST, lambda file: file.write(manifest))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of a process that was killed inside `files.write_whole`."""
-    for path in (*folder.glob(".*.tmp"), *(folder / WORK).glob(".*.tmp")):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
 
 
 def _write_at(descriptor: int, array: np.ndarray, offset: int) -> None:

@@ -56,4 +56,4 @@ def read_samples(
     file: Path | str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
 ) -> Iterator[LinedSample | Skipped]:
     """`samples_of` the conversations of ``file``; errors as in `conversations.read`."""
-    yield from samples_of(read(file), tokenizer, data)
+    return samples_of(read(file), tokenizer, data)
