@@ -6,7 +6,8 @@ and how each was checked. Nothing here or in the loss masks depends on the marke
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 class Message:
     role: str  # "system", "user", "assistant" or "tool"
     content: str
+    parts: tuple[str, ...] = ()  # texts that ``content`` was given as, where it was a list of parts
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # tool_calls, reasoning_content, name, …
+    token_ids: tuple[int, ...] = ()  # what the server that wrote this answer says it wrote, and read before it
+    prompt_token_ids: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The message as OpenAI's API spells it."""
+        return {"role": self.role, "content": self.content, **self.more}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,10 @@ class Conversation:
     messages: tuple[Message, ...]
     line: int = 0  # of its file, counted from 1
     complete: bool = True  # False: the last answer was cut off, so the target never ended that turn
+    tools: tuple[Any, ...] = ()  # descriptions of the functions the target may call, as its template takes them
+
+
+_TAKES_REASONING = re.compile(r"""[.'"]reasoning_content""")  # as a template reads it from a message
 
 
 class RenderError(InputError):
@@ -118,22 +131,27 @@ def render(
     *,
     generation_prompt: bool = False,
     thinking: bool | None = None,
+    tools: Sequence[Any] = (),
 ) -> str:
     """The text of ``messages``; with ``generation_prompt`` it ends where the model starts to write the next answer.
+
+    Parts of a content go to the template as a list if it prints those, else joined by line breaks, as vLLM does it.
 
     Raises:
         RenderError: the template refuses the messages (roles that do not alternate, a role it does not know).
     """
+    source = template_source(tokenizer)
+    in_parts = any(message.parts for message in messages) and _prints_parts(tokenizer)
     switches: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        text = tokenizer.apply_chat_template(
-            [dataclasses.asdict(message) for message in messages],
-            chat_template=template_source(tokenizer),
-            tokenize=False,
+        return _applied(
+            tokenizer,
+            [_for_template(message, source, in_parts) for message in messages],
+            chat_template=source,
             add_generation_prompt=generation_prompt,
+            tools=list(tools) or None,
             **switches,
         )
-        return cast(str, text)  # untokenised
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise RenderError(
             f"The chat template refuses the messages: {' '.join(str(error).split())}.",
@@ -142,8 +160,37 @@ def render(
 
 
 def render_prompt(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], thinking: bool | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    thinking: bool | None = None,
+    tools: Sequence[Any] = (),
 ) -> list[int]:
     """Token ids of ``messages`` and the generation prompt after them: what the target reads before it answers."""
-    text = render(tokenizer, messages, generation_prompt=True, thinking=thinking)
+    text = render(tokenizer, messages, generation_prompt=True, thinking=thinking, tools=tools)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _for_template(message: Message, source: str, in_parts: bool) -> dict[str, Any]:
+    given = message.to_json()
+    if message.parts and in_parts:
+        given["content"] = [{"type": "text", "text": text} for text in message.parts]
+    if "reasoning_content" in given and not _TAKES_REASONING.search(source):
+        if "</think>" not in source:
+            raise ValueError("it prints no reasoning")
+        given["content"] = f"<think>\n{given.pop('reasoning_content')}\n</think>\n\n{message.content}"
+    return given
+
+
+def _prints_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template prints a content of parts as it prints their text."""
+    text, source = "part of a content", template_source(tokenizer)
+    contents = (text, [{"type": "text", "text": text}])
+    try:
+        whole, part = (_applied(tokenizer, [{"role": "user", "content": c}], chat_template=source) for c in contents)
+    except (TemplateError, TypeError, ValueError, KeyError):
+        return False
+    return whole == part
+
+
+def _applied(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **settings: Any) -> str:
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **settings))

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
@@ -27,6 +27,7 @@ _OPENED = re.compile(r"<think>\s*$")  # how a generation prompt may end
 _CLOSED = re.compile(r"<think>\s*</think>\s*$")
 _TAG = re.compile(r"\s*<think>")  # how an answer may begin
 _PAIR = re.compile(r"\s*<think>\s*</think>")
+_TWICE = re.compile(r"^(\s*<think>\s*)<think>\s*")  # a template's own tag before that of the answer
 _PROBE = "\u2063probe\u2063of\u2063content\u2063"  # invisible separators: no template and no text contains this
 
 
@@ -61,6 +62,7 @@ def predicts_loss_token(loss_mask: Mask) -> Mask:
 class TokenisedConversation:
     samples: tuple[Tokenised, ...]  # at least one, in the order of their last answers
     unfit: tuple[int, ...]  # answers, counted from 1, that the target would not have written in this thinking mode
+    retold: tuple[int, ...]  # answers whose token ids came after another prompt than the template's: their text is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ class _Turn:
     prompt: str
     written: str
     as_rendered: bool  # the template prints this answer as prompt + written
+    token_ids: tuple[int, ...] = ()  # of what was written, where they are known
 
 
 def tokenise(
@@ -79,12 +82,14 @@ def tokenise(
 
     An answer stands in the sample of a later one if its tokens (prompt and what was written) are exactly how that one's
     begin, else it ends a sample of its own. ``thinking`` None tries the template's default, then off, then on, and
-    takes the mode that fits the last answer best. An answer that was cut off has no end of turn.
+    takes the mode that fits the last answer best. An answer that was cut off has no end of turn. Token ids that the
+    server kept of an answer are used if it had read the template's prompt.
 
     Raises:
-        NotMaskable: no answer fits, or there is none.
+        NotMaskable: no answer fits, or there is none; or the template leaves tool calls or tool results out.
         RenderError: the template refuses the messages.
     """
+    answers = [message for message in conversation.messages if message.role == "assistant"]
     turns = _turns(tokenizer, conversation, thinking)
     samples: list[tuple[list[int], np.ndarray]] = []  # last answer first
     for turn in reversed([turn for turn in turns if turn is not None]):
@@ -100,6 +105,11 @@ def tokenise(
             for ids, loss_mask in reversed(samples)
         ),
         unfit=tuple(number for number, turn in enumerate(turns, start=1) if turn is None),
+        retold=tuple(
+            number
+            for number, (turn, answer) in enumerate(zip(turns, answers, strict=True), start=1)
+            if turn is not None and answer.token_ids and not turn.token_ids
+        ),
     )
 
 
@@ -117,10 +127,20 @@ class _Mode:
     """How one conversation is printed."""
 
     tokenizer: "PreTrainedTokenizerBase"
+    tools: tuple[Any, ...]
     thinking: bool | None
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-        return render(self.tokenizer, messages, generation_prompt=generation_prompt, thinking=self.thinking)
+        return render(
+            self.tokenizer,
+            messages,
+            generation_prompt=generation_prompt,
+            thinking=self.thinking,
+            tools=self.tools,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _turns(
@@ -137,9 +157,10 @@ def _turns(
     modes: list[bool | None] = [thinking]
     if thinking is None and "enable_thinking" in template_source(tokenizer):
         modes += [False, True]
+    _check_tools(_Mode(tokenizer, conversation.tools, thinking), messages)
     best: list[_Turn | None] = []
     best_fit: list[int] = []
-    for mode in (_Mode(tokenizer, thinking) for thinking in modes):
+    for mode in (_Mode(tokenizer, conversation.tools, thinking) for thinking in modes):
         turns = [_turn(mode, messages[: i + 1], complete=conversation.complete or i != answers[-1]) for i in answers]
         fit = [0 if turn is None else 1 + turn.as_rendered for turn in reversed(turns)]
         if not conversation.complete:  # cut inside its reasoning an answer looks like one without: no mode is better
@@ -159,21 +180,66 @@ def _turns(
 
 def _turn(mode: _Mode, messages: Sequence[Message], *, complete: bool) -> _Turn | None:
     """The last message as what the target wrote after its prompt; None if it cannot have written that in this mode."""
-    before, content = messages[:-1], messages[-1].content
-    prompt = mode.render(before, generation_prompt=True)
-    text = mode.render(messages)
-    _, found, after = mode.render([*before, Message("assistant", content + _PROBE)]).rpartition(_PROBE)
+    before, answer = messages[:-1], messages[-1]
+    prompt, text = mode.render(before, generation_prompt=True), mode.render(messages)
+    whole = not answer.more.keys() & {"tool_calls", "reasoning_content"}  # the content is all that is printed of it
+    content: str | None = answer.content
+    probe = Message("assistant", (answer.content if whole else "") + _PROBE)
+    _, found, after = mode.render([*before, probe]).rpartition(_PROBE)
     if not found:  # the template does not print the content
         return None
-    if not text.endswith(content + after):  # the template trims contents, so the target was trained on trimmed ones
-        content = content.strip() if complete else content.lstrip()
-    written = _continuation(prompt, content, must_reason=complete and _must_reason(mode, before, prompt))
-    if written is None:
+    if not whole:
+        content = _printed(prompt, text, after, answer.more.get("reasoning_content", "").strip())
+    elif not text.endswith(answer.content + after):  # the template trims, so the target was trained on trimmed ones
+        content = answer.content.strip() if complete else answer.content.lstrip()
+    if content is not None:
+        content = _continuation(prompt, content, must_reason=complete and _must_reason(mode, before, prompt))
+    token_ids = answer.token_ids if answer.token_ids and mode.encode(prompt) == list(answer.prompt_token_ids) else ()
+    if content is None and not token_ids:
         return None
-    as_rendered = text == prompt + written + after
+    written = content or ""
+    as_rendered = bool(token_ids) or text == prompt + written + after
     if complete:
-        written += after.rstrip() or _next_marker(mode, messages)
-    return _Turn(prompt, written, as_rendered)
+        end = after.rstrip() or _next_marker(mode, messages)
+        written += end
+        if token_ids and token_ids[-1] not in mode.tokenizer.added_tokens_decoder:  # the server kept the end to itself
+            token_ids = (*token_ids, *mode.encode(end))
+    return _Turn(prompt, written, as_rendered, token_ids)
+
+
+def _printed(prompt: str, text: str, after: str, reasoning: str) -> str | None:
+    """All that ``text`` has between the assistant's marker and ``after``: reasoning, content and tool calls.
+
+    None where the template leaves the reasoning out, or does not print it after such a prompt.
+    """
+    closed = _CLOSED.search(prompt)
+    tags = closed or _OPENED.search(prompt)
+    head = prompt[: tags.start()] if tags else prompt
+    if not text.startswith(head) or not text.endswith(after):
+        return None
+    content = text[len(head) : len(text) - len(after)]
+    if reasoning:
+        return _TWICE.sub(r"\1", content, count=1) if reasoning in content and not closed else None
+    empty = _PAIR.match(content)  # a mark of the mode, not what was said
+    return content[empty.end() :].lstrip() if empty else content
+
+
+def _check_tools(mode: _Mode, messages: Sequence[Message]) -> None:
+    """`NotMaskable` where the template leaves tool calls or tool results out."""
+    unseen = {"calls", "results"}
+    for place, message in enumerate(messages):
+        kind, probe = "results", dataclasses.replace(message, content=_PROBE, parts=())
+        if calls := message.more.get("tool_calls"):
+            renamed = {**calls[0], "function": {**calls[0]["function"], "name": _PROBE}}
+            kind, probe = "calls", dataclasses.replace(message, more={**message.more, "tool_calls": [renamed]})
+        elif message.role != "tool":
+            continue
+        if kind in unseen and _PROBE not in mode.render([*messages[:place], probe]):
+            raise NotMaskable(
+                f"The chat template does not print tool {kind}.",
+                "Take these conversations out, or give it one that does.",
+            )
+        unseen.discard(kind)
 
 
 def _must_reason(mode: _Mode, messages: Sequence[Message], prompt: str) -> bool:
@@ -182,7 +248,7 @@ def _must_reason(mode: _Mode, messages: Sequence[Message], prompt: str) -> bool:
         return True
     if mode.thinking is False or "enable_thinking" not in template_source(mode.tokenizer) or _CLOSED.search(prompt):
         return False
-    return bool(_CLOSED.search(_Mode(mode.tokenizer, thinking=False).render(messages, generation_prompt=True)))
+    return bool(_CLOSED.search(dataclasses.replace(mode, thinking=False).render(messages, generation_prompt=True)))
 
 
 def _continuation(prompt: str, content: str, must_reason: bool) -> str | None:
@@ -226,6 +292,8 @@ def _next_marker(mode: _Mode, messages: Sequence[Message]) -> str:
 def _encode(tokenizer: "PreTrainedTokenizerBase", turn: _Turn) -> tuple[int, list[int]]:
     """How many tokens the prompt has, and all tokens; what was written begins with a token of its own."""
     prompt = tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]
+    if turn.token_ids:
+        return len(prompt), [*prompt, *turn.token_ids]
     ids = tokenizer(turn.prompt + turn.written, add_special_tokens=False)["input_ids"]
     if ids[: len(prompt)] != prompt:  # a token across the border: the target read the prompt as it is, then wrote
         ids = prompt + tokenizer(turn.written, add_special_tokens=False)["input_ids"]

@@ -27,6 +27,10 @@ def regenerate(
     model: Annotated[str | None, typer.Option(help="Model name; default: the server's first.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature of the answers.")] = 0.7,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; default: the server's.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Most likely tokens to sample from; default: all.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; longer ones are kept, cut off.")] = 4096,
     thinking: Annotated[
         bool | None, typer.Option("--thinking/--no-thinking", help="Switch reasoning; default: the template's.")
@@ -49,6 +53,8 @@ def regenerate(
             model=model,
             concurrency=concurrency,
             temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
             max_tokens=max_tokens,
             thinking=thinking,
             api_key=api_key or os.environ.get("OPENAI_API_KEY", "none"),

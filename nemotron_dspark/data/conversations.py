@@ -1,11 +1,12 @@
 """Conversations from JSON lines: what can be used is yielded, what cannot is named with its line and the reason."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemotron_dspark.chat.format import Conversation, Message
 from nemotron_dspark.errors import InputError
@@ -102,19 +103,75 @@ def parse_messages(row: dict[str, Any]) -> tuple[Message, ...]:
         raise RowError("no list under conversations or messages")
     if not turns:
         raise RowError("empty conversation")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise RowError("a turn is not an object")
-        spelled = turn.get("role", turn.get("from"))
-        role = ROLES.get(spelled) if isinstance(spelled, str) else None
-        content = turn.get("content", turn.get("value"))
-        if role is None:
-            raise RowError("a turn has an unknown role")
-        if not isinstance(content, str):
-            raise RowError("a turn's content is not text")
-        messages.append(Message(role, content))
-    return tuple(messages)
+    return tuple(map(_message, turns))
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise RowError("a turn is not an object")
+    spelled = turn.get("role", turn.get("from"))
+    role = ROLES.get(spelled) if isinstance(spelled, str) else None
+    if role is None:
+        raise RowError("a turn has an unknown role")
+    more = {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+    if role == "assistant" and (calls := turn.get("tool_calls")):
+        more["tool_calls"] = [_tool_call(call) for call in calls] if isinstance(calls, list) else _refuse_call()
+    if role == "assistant" and (reasoning := turn.get("reasoning_content", turn.get("reasoning"))):
+        if not isinstance(reasoning, str):
+            raise RowError("a turn's reasoning is not text")
+        more["reasoning_content"] = reasoning
+    content = turn.get("content", turn.get("value"))
+    parts = tuple(map(_part, content)) if isinstance(content, list) else ()
+    if content is None and "tool_calls" in more:
+        content = ""
+    if not isinstance(content, str | list):
+        raise RowError("a turn's content is not text")
+    ids = [_token_ids(turn.get(key)) for key in ("token_ids", "prompt_token_ids")]
+    return Message(role, "\n".join(parts) if isinstance(content, list) else content, parts, more, *ids)
+
+
+def _part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get("text") if isinstance(part, dict) and kind == "text" else part
+    if isinstance(text, str):
+        return text
+    if isinstance(kind, str) and kind != "text":
+        raise RowError(f"a turn has a part that is no text, but {kind}")
+    raise RowError("a turn's content is not text")
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    """As templates take it: the arguments an object, whether it was given as one or as its JSON."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        _refuse_call()
+    arguments = function.get("arguments", {})
+    with contextlib.suppress(ValueError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        raise RowError("a tool call's arguments are not a JSON object")
+    own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _refuse_call() -> NoReturn:
+    raise RowError("tool_calls is not a list of calls of named functions")
+
+
+def _token_ids(ids: Any) -> tuple[int, ...]:
+    if not isinstance(ids or [], list) or not all(type(index) is int for index in ids or []):
+        raise RowError("token ids that are not a list of numbers")
+    return tuple(ids or ())
+
+
+def parse_tools(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The functions under ``tools``, a list or its JSON; `RowError` when it is something else."""
+    tools = row.get("tools") or []
+    with contextlib.suppress(ValueError):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("tools is not a list of objects")
+    return tuple(tools)
 
 
 def parse_conversation(row: dict[str, Any], line: int) -> Conversation:
@@ -123,9 +180,9 @@ def parse_conversation(row: dict[str, Any], line: int) -> Conversation:
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
         raise RowError("no assistant turn")
-    if not all(answer.content.strip() for answer in answers):
+    if not all(answer.content.strip() or answer.more.get("tool_calls") for answer in answers):
         raise RowError("empty answer")
-    return Conversation(messages, line, complete=row.get("finish") != "length")
+    return Conversation(messages, line, complete=row.get("finish") != "length", tools=parse_tools(row))
 
 
 def conversations_of(rows: Iterable[tuple[int, dict[str, Any] | Skipped]]) -> Iterator[Conversation | Skipped]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_dspark.chat.format import Message
-from nemotron_dspark.data.conversations import RowError, Skipped, parse_messages, read_rows
+from nemotron_dspark.data.conversations import RowError, Skipped, parse_messages, parse_tools, read_rows
 from nemotron_dspark.errors import InputError
 
 
@@ -21,6 +21,7 @@ class Prompt:
     turns: tuple[tuple[Message, ...], ...]
     line: int
     id: str | None = None  # the row's own
+    tools: tuple[Any, ...] = ()  # functions the target may call
 
     @property
     def first(self) -> tuple[Message, ...]:
@@ -61,7 +62,7 @@ def _prompt(row: dict[str, Any], line: int) -> Prompt:
     if not all(message.content.strip() for turn in turns for message in turn if message.role == "user"):
         raise RowError("empty prompt")
     own = row.get("id")
-    return Prompt(tuple(map(tuple, turns)), line, str(own) if type(own) in (str, int) else None)
+    return Prompt(tuple(map(tuple, turns)), line, str(own) if type(own) in (str, int) else None, parse_tools(row))
 
 
 def _asked(messages: tuple[Message, ...]) -> list[list[Message]]:

@@ -24,7 +24,7 @@ from nemotron_dspark.files import disk_errors, json_line, write_whole
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
-    Ask = Callable[[list[dict[str, str]]], Awaitable[ChatCompletion]]
+    Ask = Callable[[list[Message], tuple[Any, ...]], Awaitable[ChatCompletion]]  # messages, tools
 
 _RETRIES = 5  # per request, with the client's own growing pauses
 _TIMEOUT = 1800.0  # seconds; a long answer on a small machine is slow
@@ -56,6 +56,8 @@ def regenerate(
     model: str | None = None,
     concurrency: int = 64,
     temperature: float = 0.7,
+    top_p: float | None = None,
+    top_k: int | None = None,
     max_tokens: int = 4096,
     thinking: bool | None = None,
     api_key: str = "none",
@@ -64,8 +66,9 @@ def regenerate(
     """Have the server at ``base_url`` (".../v1") answer every prompt and write conversations to ``out_file``.
 
     In a prompt of several turns each answer sees the regenerated ones before it. An answer that reaches ``max_tokens``
-    ends its conversation, which is marked ``"finish": "length"``. ``model`` None takes the server's first. Records
-    carry the prompt's own ``id``, or its line number when ids are absent or repeat.
+    ends its conversation, which is marked ``"finish": "length"``; one that calls tools ends it too. ``model`` None
+    takes the server's first, ``top_p`` and ``top_k`` None its own. Records carry the prompt's own ``id``, or its line
+    number when ids are absent or repeat, and the token ids of the answers where the server gives them.
 
     Raises:
         InputError: no prompts, an output file of other prompts, a model or key that the server refuses.
@@ -80,7 +83,8 @@ def regenerate(
     started = time.monotonic()
     job = _Job(Path(prompts_file), Path(out_file), progress or (lambda _: None))
     # Reasoning tags are special tokens in some tokenizers; answers without them could not be trained on.
-    body: dict[str, Any] = {"skip_special_tokens": False}
+    optional: dict[str, Any] = {"skip_special_tokens": False, "return_token_ids": True}
+    body: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     if thinking is not None:
         body["chat_template_kwargs"] = {"enable_thinking": thinking}
 
@@ -90,18 +94,24 @@ def regenerate(
         ) as client:
             name = model or (await client.models.list()).data[0].id
 
-            async def ask(messages: list[dict[str, str]]) -> "ChatCompletion":
-                asked = cast("list[ChatCompletionMessageParam]", messages)  # role and content, as it asks for
-                sent = dict(body)
+            async def ask(messages: list[Message], tools: tuple[Any, ...]) -> "ChatCompletion":
+                sent = optional | body
                 try:
                     return await client.chat.completions.create(
-                        model=name, messages=asked, temperature=temperature, max_tokens=max_tokens, extra_body=sent
+                        model=name,
+                        messages=cast("list[ChatCompletionMessageParam]", [message.to_json() for message in messages]),
+                        tools=tools or openai.omit,
+                        temperature=temperature,
+                        top_p=top_p if top_p is not None else openai.omit,
+                        max_tokens=max_tokens,
+                        extra_body=sent,
                     )
                 except openai.BadRequestError as error:
-                    if "skip_special_tokens" not in sent or "skip_special_tokens" not in error.message:
+                    refused = next((key for key in sent if key in error.message and key not in body), None)
+                    if refused is None:
                         raise
-                    body.pop("skip_special_tokens", None)  # a server that does not take the field
-                    return await ask(messages)
+                    optional.pop(refused, None)  # a server that does not take the field
+                    return await ask(messages, tools)
 
             await job.answer_all(ask, concurrency)
 
@@ -169,8 +179,9 @@ class _Job:
                 f"{self.out_file} holds lines that are not answers of an earlier run.", "Choose another --out."
             ) from None
         prompt = self.prompts.get(key)
+        called = "tool_calls" in row["conversations"][-1]
         wanted = [message.content for turn in prompt.turns for message in turn] if prompt else []
-        if prompt is None or wanted[: len(asked)] != asked or (finish != "length" and asked != wanted):
+        if prompt is None or wanted[: len(asked)] != asked or (finish != "length" and not called and asked != wanted):
             raise InputError(f"{self.out_file} holds answers to other prompts ({key}).", "Choose another --out.")
         self.places[key] = (offset, len(line))
         self.cut += finish == "length"
@@ -200,7 +211,9 @@ class _Job:
             except RowError as error:
                 self.skipped.add(Skipped(self.prompts[key].line, str(error)))
             else:
-                row = {"id": key, "conversations": [dataclasses.asdict(message) for message in messages]}
+                row: dict[str, Any] = {"id": key, "conversations": [_recorded(message) for message in messages]}
+                if self.prompts[key].tools:
+                    row["tools"] = self.prompts[key].tools
                 line = json_line(row | {"finish": finish}).encode()
                 self.places[key] = (file.tell(), len(line))
                 file.write(line)
@@ -213,7 +226,7 @@ class _Job:
         messages: list[Message] = []
         for turn in prompt.turns:
             messages += turn
-            response = await ask([dataclasses.asdict(message) for message in messages])
+            response = await ask(messages, prompt.tools)
             choice = response.choices[0]
             self.tokens += response.usage.completion_tokens if response.usage else 0
             if getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None):
@@ -221,12 +234,19 @@ class _Job:
                     "The server splits the reasoning off its answers, so what the target wrote is lost.",
                     "Start it without a reasoning parser.",
                 )
-            content = choice.message.content
-            if not content or not content.strip():
+            calls = [call.to_dict() for call in choice.message.tool_calls or ()]
+            content = choice.message.content or ""
+            if not content.strip() and not calls:
                 raise RowError("empty answer")
-            messages.append(Message("assistant", with_opening_tag(content)))
+            answer = Message("assistant", with_opening_tag(content), more={"tool_calls": calls} if calls else {})
+            said, read = getattr(choice, "token_ids", None), getattr(response, "prompt_token_ids", None)
+            if said and read:
+                answer = dataclasses.replace(answer, token_ids=tuple(said), prompt_token_ids=tuple(read))
+            messages.append(answer)
             if choice.finish_reason == "length":
                 return messages, "length"  # what follows would be asked after an answer that has no end
+            if calls:
+                break  # nobody here answers them
         return messages, "stop"
 
     def _report(self) -> None:
@@ -246,3 +266,8 @@ class _Job:
             with open(self.out_file, "rb") as source:
                 lines = (os.pread(source.fileno(), length, offset) for offset, length in order)
                 write_whole(self.out_file, lambda file: file.writelines(lines))
+
+
+def _recorded(message: Message) -> dict[str, Any]:
+    ids = {"token_ids": message.token_ids, "prompt_token_ids": message.prompt_token_ids} if message.token_ids else {}
+    return message.to_json() | ids

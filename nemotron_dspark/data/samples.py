@@ -48,6 +48,10 @@ def samples_of(
             yield Skipped(item.line, f"fewer than {data.min_loss_tokens} loss tokens")
         elif len(long_enough) < len(found.samples):
             yield Skipped(item.line, f"a turn of fewer than {data.min_loss_tokens} loss tokens; the rest is used")
+        if long_enough and found.retold:
+            yield Skipped(
+                item.line, "token ids of an answer that follow another prompt than the template's; its text is used"
+            )
         if long_enough and found.unfit:
             yield Skipped(item.line, "an answer that does not fit the conversation's thinking mode; the rest is used")
 

@@ -174,7 +174,7 @@ def _rendered(config: RunConfig, engine: Engine, file: Path) -> list[list[int]]:
     """Token ids of the prompts that leave room for an answer, by the target's tokenizer or the engine's."""
     chats = [item.first for item in read_prompts(file) if isinstance(item, Prompt)]
     if config.target.name is None:
-        return [engine.render([dataclasses.asdict(message) for message in chat]) for chat in chats]
+        return [engine.render([message.to_json() for message in chat]) for chat in chats]
     checkpoint = Checkpoint.of(config.target)
     room = checkpoint.read_spec().max_position_embeddings - config.eval.max_new_tokens
     tokenizer = checkpoint.load_tokenizer()

@@ -135,6 +135,36 @@ QWEN3_5 = """
 {%- endif -%}
 """
 
+# Functions in the system turn, calls behind the content, results in a user turn; reasoning is a field of its own.
+TOOLS = """
+{%- if tools -%}
+  {{- '<|im_start|>system\\n' -}}
+  {%- for tool in tools -%}{{- (tool | tojson) + '\\n' -}}{%- endfor -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message.role == 'tool' -%}
+    {{- '<|im_start|>user\\n<tool_response>' + message.content + '</tool_response><|im_end|>\\n' -}}
+  {%- else -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.content is string -%}{{- message.content -}}
+    {%- else -%}{%- for part in message.content -%}{{- part.text -}}{%- endfor -%}{%- endif -%}
+    {%- for call in message.tool_calls -%}
+      {%- if message.content or not loop.first -%}{{- '\\n' -}}{%- endif -%}
+      {{- '<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+THINKING_TOOLS = TOOLS.replace(
+    "    {%- if message.content is string",
+    "    {%- if message.reasoning_content -%}"
+    "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}{%- endif -%}\n"
+    "    {%- if message.content is string",
+).replace("<|im_start|>assistant\\n' -}}{%- endif", "<|im_start|>assistant\\n<think>\\n' -}}{%- endif")
+
 # Contents are trimmed, an answer's role is "model", and the system text goes into the first question.
 GEMMA = """
 {{- bos_token -}}

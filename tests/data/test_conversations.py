@@ -15,6 +15,10 @@ from nemotron_dspark.recipe import tiny
 GOOD = {"conversations": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "state"}]}
 
 
+def called(function):
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": function}]}]}
+
+
 def write(path, *rows):
     path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
     return path
@@ -32,6 +36,28 @@ def write(path, *rows):
 def test_every_spelling_is_the_same_conversation(tmp_path, row):
     (found,) = read(write(tmp_path / "data.jsonl", row))
     assert found == Conversation((Message("user", "What?"), Message("assistant", "state")), line=1)
+
+
+def test_calls_results_reasoning_and_functions_are_read_in_every_spelling(tmp_path):
+    call = {"id": "7", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {
+            "role": "assistant",
+            "reasoning": "r",
+            "tool_calls": [call | {"function": {"name": "f", "arguments": '{"x": 1}'}}],
+        },
+        {"role": "tool", "content": "4", "tool_call_id": "7", "name": "f"},
+        {"role": "assistant", "content": "four"},
+    ]
+    (found,) = read(write(tmp_path / "data.jsonl", {"messages": turns, "tools": json.dumps([{"name": "f"}])}))
+    assert found.messages == (
+        Message("user", "a\nb", parts=("a", "b")),
+        Message("assistant", "", more={"tool_calls": [call], "reasoning_content": "r"}),
+        Message("tool", "4", more={"tool_call_id": "7", "name": "f"}),
+        Message("assistant", "four"),
+    )
+    assert found.tools == ({"name": "f"},)
 
 
 def test_a_cut_answer_is_marked(tmp_path):
@@ -52,6 +78,17 @@ def test_a_cut_answer_is_marked(tmp_path):
         ({"conversations": [{"role": "judge", "content": "x"}]}, "a turn has an unknown role"),
         ({"conversations": [{"role": ["user"], "content": "x"}]}, "a turn has an unknown role"),
         ({"conversations": [{"role": "user", "content": [{"type": "text"}]}]}, "a turn's content is not text"),
+        (
+            {"conversations": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a turn has a part that is no text, but image",
+        ),
+        (called({"name": 3}), "tool_calls is not a list of calls of named functions"),
+        (called({"name": "f", "arguments": "[1]"}), "a tool call's arguments are not a JSON object"),
+        (GOOD | {"tools": [1]}, "tools is not a list of objects"),
+        (
+            {"conversations": [{"role": "assistant", "content": "x", "token_ids": "12"}]},
+            "token ids that are not a list of numbers",
+        ),
         ({"conversations": [{"role": "user", "content": "What?"}]}, "no assistant turn"),
         ({"conversations": [*GOOD["conversations"], {"role": "assistant", "content": " "}]}, "empty answer"),
     ],

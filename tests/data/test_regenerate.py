@@ -54,6 +54,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         text = f"{len(messages)}: {messages[-1]['content']}"
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         choice["finish_reason"] = changes.pop("finish_reason", "stop")
+        if "token_ids" in changes:
+            choice["token_ids"] = changes.pop("token_ids")
+        more = {"prompt_token_ids": changes.pop("prompt_token_ids")} if "prompt_token_ids" in changes else {}
         choice["message"].update(changes)
         usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
         self.answer(
@@ -65,6 +68,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "model": "tiny",
                 "choices": [choice],
                 "usage": usage,
+                **more,
             },
         )
 
@@ -99,6 +103,32 @@ def prompts(tmp_path):
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_token_ids_of_a_server_that_gives_them_are_kept(server, prompts, tmp_path):
+    server.reply = lambda messages: (200, {"token_ids": [7, len(messages)], "prompt_token_ids": [1, 2]})
+    regenerate(prompts, tmp_path / "out.jsonl", base_url=server.url, top_p=0.9, top_k=20)
+    assert {(r["return_token_ids"], r["top_p"], r["top_k"]) for r in server.asked} == {(True, 0.9, 20)}
+    answers = [turn for turn in rows(tmp_path / "out.jsonl")[1]["conversations"] if turn["role"] == "assistant"]
+    assert [(turn["token_ids"], turn["prompt_token_ids"]) for turn in answers] == [([7, 1], [1, 2]), ([7, 3], [1, 2])]
+    assert all("token_ids" not in turn for request in server.asked for turn in request["messages"])
+    assert next(iter(read(tmp_path / "out.jsonl"))).messages[1].token_ids == (7, 1)
+
+
+def test_a_call_of_a_function_is_recorded_and_ends_its_conversation(server, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "r"}], "tools": tools}
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps(row) + "\n")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    server.reply = lambda messages: (200, {"content": None, "tool_calls": [call], "finish_reason": "tool_calls"})
+    for reused in (0, 1):
+        assert regenerate(prompts, out, base_url=server.url).reused == reused
+    assert server.asked[0]["tools"] == tools
+    (found,) = read(out)
+    assert found.tools == tuple(tools)
+    assert [message.role for message in found.messages] == ["user", "assistant"]
+    assert found.messages[1].more["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
 
 
 def test_every_answer_is_regenerated_in_the_order_of_the_prompts(server, prompts, tmp_path):
