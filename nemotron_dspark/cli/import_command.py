@@ -24,7 +24,7 @@ def import_checkpoint(
         str,
         typer.Argument(
             help="A target: a GGUF file, or package:NAME for an installed Python package that holds one. A draft: its "
-            "folder, of DeepSpec, speculators, SGLang or ModelOpt."
+            "folder, of DeepSpec, speculators, SGLang or ModelOpt, or its GGUF file."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the checkpoint.")],
@@ -41,11 +41,11 @@ def import_checkpoint(
     from nemotron_dspark.engines.gguf_checkpoint import import_gguf
     from nemotron_dspark.targets import Checkpoint
 
+    target = Checkpoint.of(config.target, weights=True) if config.target.name else None
     if Path(source).expanduser().is_dir():
-        target = Checkpoint.of(config.target, weights=True) if config.target.name else None
         return import_draft(Path(source).expanduser(), out, target)
     with shell.err.status(f"Reading {source}"):
-        return import_gguf(source, out, dtype)
+        return import_gguf(source, out, dtype, target)
 
 
 def _show(found: "ImportedTarget | Exchanged") -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nemotron_dspark import files
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import SHARED, WEIGHTS_FILE, DSparkDraft
-from nemotron_dspark.engines.draft_formats import FORMATS, Format, Verifier, recognise
+from nemotron_dspark.engines.draft_formats import FORMATS, Verifier, recognise
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.folders import check_claim
 from nemotron_dspark.targets import Checkpoint
@@ -69,7 +69,7 @@ def export_draft(
     tensors = _with_embeddings(_read(folder, config), target, keep=form.embeddings and not slim)
     named = {form.tensor_name(name): tensor for name, tensor in tensors.items()}
     _write(out, form.write(_typed(config, tensors), verifier), named)
-    return _report(folder, out, form, named, SHARED[0] in tensors)
+    return _report(folder, out, form.name, named)
 
 
 def import_draft(folder: Path, out: Path, target: Checkpoint | None = None) -> Exchanged:
@@ -94,30 +94,39 @@ def import_draft(folder: Path, out: Path, target: Checkpoint | None = None) -> E
                 f"{folder} drafts from a part of the vocabulary ({reduced}), and drafts here from all of it.",
                 "Serve it with the engine it is for.",
             )
-    flat = form.read(values)
+    named = {form.tensor_name(name.removeprefix("model."), back=True): read() for name, read in stored.items()}
+    return write_imported(folder, form.name, form.read(values), named, out, target)
+
+
+def write_imported(
+    source: Path,
+    format_name: str,
+    flat: dict[str, Any],
+    named: Mapping[str, Tensor],
+    out: Path,
+    target: Checkpoint | None,
+) -> Exchanged:
+    """Write a draft whose config ``flat`` and tensors ``named`` have DeepSpec's keys; errors as `import_draft`."""
     remarks = []
     if not flat.get("num_target_layers"):
         if target is None:
-            raise InputError(f"{folder} does not say how many layers its target has.", "Give it with --target.")
+            raise InputError(f"{source} does not say how many layers its target has.", "Give it with --target.")
         flat["num_target_layers"] = target.read_spec().num_layers
         remarks.append(f"The target's number of layers is that of {target.name}.")
     flat["architectures"] = [DraftConfig.architecture]
-    config = DraftConfig.from_json(flat, str(folder / "config.json"))
+    config = DraftConfig.from_json(flat, str(source))
     if target is not None:
         config.check_target(target.read_spec())
-    named = {form.tensor_name(name.removeprefix("model."), back=True): read() for name, read in stored.items()}
     expected = DSparkDraft(config, seed=None).state_dict()
     unknown, missing = sorted(named.keys() - expected), sorted(expected.keys() - named.keys() - set(SHARED))
     wrong = [name for name in named.keys() & expected.keys() if named[name].shape != expected[name].shape]
     if unknown or missing or wrong:
         which = [f"holds {unknown[0]}"] if unknown else [f"lacks {missing[0]}"] if missing else []
         which = which or [f"has {wrong[0]} of shape {tuple(named[wrong[0]].shape)}"]
-        raise InputError(
-            f"{folder} {which[0]}, which is not what its config.json describes.", "Download the draft again."
-        )
+        raise InputError(f"{source} {which[0]}, which is not what its config describes.", "Download the draft again.")
     tensors = _with_embeddings(named, target, keep=True)
     _write(out, _typed(config, tensors).to_json(), tensors)
-    return _report(folder, out, form, tensors, SHARED[0] in tensors, tuple(remarks))
+    return _report(source, out, format_name, tensors, tuple(remarks))
 
 
 def _read(folder: Path, config: DraftConfig) -> dict[str, Tensor]:
@@ -148,7 +157,7 @@ def _write(out: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def _report(
-    source: Path, out: Path, form: Format, tensors: Mapping[str, Tensor], embeddings: bool, notes: tuple[str, ...] = ()
+    source: Path, out: Path, format_name: str, tensors: Mapping[str, Tensor], notes: tuple[str, ...] = ()
 ) -> Exchanged:
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return Exchanged(str(source), str(out), form.name, len(tensors), size, embeddings, notes)
+    return Exchanged(str(source), str(out), format_name, len(tensors), size, SHARED[0] in tensors, notes)

@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
+from nemotron_dspark.engines import gguf_draft
+from nemotron_dspark.engines.exchange import Exchanged
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 from nemotron_dspark.files import disk_errors, sha256, size_text, write_json
 from nemotron_dspark.folders import check_claim, check_space
+from nemotron_dspark.targets import Checkpoint
 
 PACKAGE = "package:"  # `nds import package:NAME`
 _GGUF = re.compile(r".*\.gguf(\.part\d+)?")
@@ -44,12 +47,15 @@ class ImportedTarget:
         return dataclasses.asdict(self)
 
 
-def import_gguf(source: str, out: Path, dtype: str = "bfloat16") -> ImportedTarget:
-    """Write the model and the tokenizer of a GGUF file into the checkpoint folder ``out``.
+def import_gguf(
+    source: str, out: Path, dtype: str = "bfloat16", target: Checkpoint | None = None
+) -> ImportedTarget | Exchanged:
+    """Write the model and the tokenizer of a GGUF file, or the draft in one, into the folder ``out``.
 
     Args:
         source: a ``.gguf`` file, or ``package:NAME`` for an installed Python package that holds one.
-        dtype: of the weights written; dequantised weights keep 8 bits or fewer of precision in any case.
+        target: of a draft; see `exchange.import_draft`.
+        dtype: of a target's weights written; dequantised weights keep 8 bits or fewer of precision in any case.
 
     Raises:
         InputError: no such file, not a GGUF, of a type that transformers does not read, or ``out`` is not empty.
@@ -70,6 +76,8 @@ def import_gguf(source: str, out: Path, dtype: str = "bfloat16") -> ImportedTarg
             raise InputError(f"{file} is not a GGUF file: {first_line(error)}.", "Check the file.") from None
         stored = collections.Counter(tensor.tensor_type.name for tensor in reader.tensors)
         stated = {key: field.contents() for key, field in reader.fields.items() if key.startswith("general.")}
+        if stated.get("general.architecture") == gguf_draft.ARCHITECTURE:
+            return gguf_draft.import_draft_gguf(reader, file, out, target)
         _check_type(str(stated.get("general.architecture")), file)
         check_space(
             _parent(out),

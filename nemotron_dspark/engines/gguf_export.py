@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 Outtype = Literal["bfloat16", "float16", "float32"]
-_LAYER = {  # of a draft and of a llama, behind layers.N
+LAYER_NAMES = {  # of a draft and of a llama, behind layers.N
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -45,7 +45,7 @@ _LAYER = {  # of a draft and of a llama, behind layers.N
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_DRAFT = {
+DRAFT_NAMES = {
     "fc.weight": "fc.weight",
     "hidden_norm.weight": "enc.output_norm.weight",
     "norm.weight": "output_norm.weight",
@@ -147,6 +147,9 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
         writer.add_array(f"{arch}.target_layers", [tap + 1 for tap in config.target_layer_ids])
         writer.add_bool(f"{arch}.sample_from_anchor", True)
         writer.add_bool(f"{arch}.has_confidence_head", config.enable_confidence_head)
+        for key in ("num_target_layers", "num_anchors", "markov_rank"):  # nobody's but ours: for the way back
+            writer.add_uint32(f"nds.{key}", getattr(config, key))
+        writer.add_bool("nds.confidence_head_with_markov", config.confidence_head_with_markov)
         gguf_tokenizer.write(writer, target, config.vocab_size)
         writer.add_uint32("tokenizer.ggml.mask_token_id", config.mask_token_id)
 
@@ -154,7 +157,7 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
 
 
 def _draft_name(name: str) -> str:
-    return _DRAFT[name] if name in _DRAFT else _layer_name(name, _LAYER)
+    return DRAFT_NAMES[name] if name in DRAFT_NAMES else _layer_name(name, LAYER_NAMES)
 
 
 def export_target(target: Checkpoint, out: Path, outtype: Outtype) -> None:
@@ -209,7 +212,7 @@ def _llama(target: Checkpoint, tensors: Tensors) -> _Parts:
         bare = name.removeprefix("model.")
         if (bare == "lm_head.weight" and spec.tie_word_embeddings) or bare.endswith("rotary_emb.inv_freq"):
             continue
-        there = _SHARED[bare] if bare in _SHARED else _layer_name(bare, _LAYER)
+        there = _SHARED[bare] if bare in _SHARED else _layer_name(bare, LAYER_NAMES)
         heads = {"attn_q.weight": spec.num_attention_heads, "attn_k.weight": spec.num_key_value_heads}
         kind = there.split(".", 2)[-1]
         found[there] = _interleaved(read, heads[kind]) if kind in heads else read

@@ -127,6 +127,31 @@ def test_a_draft_without_a_markov_head_gets_one_that_adds_nothing(tiny_hybrid, t
     assert not confidence[:, 64:].any()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"enable_confidence_head": False},
+        {"confidence_head_with_markov": False},
+        {"markov_rank": 0, "confidence_head_with_markov": False},
+        {"target_layer_ids": (-1, 2), "num_anchors": 33, "rms_norm_eps": 1e-6, "rope_theta": 12345.0},
+    ],
+)
+def test_an_exported_draft_comes_back_equal_to_the_bit(tiny_hybrid, tmp_path, changes):
+    target = Checkpoint.find(tiny_hybrid)
+    draft = saved_draft(tmp_path / "draft", target.read_spec(), **changes)
+    export_draft(draft.config, open_tensors(tmp_path / "draft"), target, tmp_path / "d.gguf", "float32")
+    import_gguf(str(tmp_path / "d.gguf"), tmp_path / "back")
+    back = DSparkDraft.load(tmp_path / "back")
+    assert back.config == draft.config
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "draft" / "model.safetensors"
+    ).read_bytes()
+    export_draft(draft.config, open_tensors(tmp_path / "draft"), target, tmp_path / "half.gguf", "bfloat16")
+    found = import_gguf(str(tmp_path / "half.gguf"), tmp_path / "full", target=target)
+    assert found.embeddings
+
+
 def test_what_llama_cpp_cannot_serve_is_refused_and_nothing_is_written(tiny_hybrid, tiny_llama, tmp_path):
     hybrid, out = Checkpoint.find(tiny_hybrid), tmp_path / "d.gguf"
     config = draft_config(hybrid.read_spec())

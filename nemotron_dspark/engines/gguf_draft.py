@@ -1,0 +1,94 @@
+"""A DSpark draft out of a GGUF file, of `gguf_export.export_draft` or of llama.cpp's converter."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.engines.exchange import Exchanged, write_imported
+from nemotron_dspark.engines.gguf_export import DRAFT_NAMES, LAYER_NAMES
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets import Checkpoint
+
+ARCHITECTURE = "dflash"
+_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | None) -> Exchanged:
+    """Write the draft that ``reader`` (a ``gguf.GGUFReader`` of ``file``) holds as a draft folder ``out``.
+
+    ``target`` as in `exchange.import_draft`; embedding and LM head are never in such a file.
+
+    Raises:
+        InputError: a DFlash without a Markov head, one that drafts here cannot be, or for another target.
+        EnvironmentFault: the disk is full.
+    """
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    own = {key.removeprefix(f"{ARCHITECTURE}."): value for key, value in fields.items()}
+    stored = {_name(tensor.name, file): _tensor(tensor) for tensor in reader.tensors}
+    if "markov_head.markov_w1.weight" not in stored:
+        raise InputError(f"{file} is a DFlash draft without a Markov head.", "Give a DSpark draft.")
+    for key, only in (("sample_from_anchor", True), ("attention.sliding_window", None), ("attention.causal", False)):
+        if own.get(key, only) != only:
+            raise InputError(
+                f"The draft has {key} = {own[key]!r}, and drafts here only {only!r}.", "Serve it with llama.cpp."
+            )
+    noted = {key.removeprefix("nds."): value for key, value in fields.items() if key.startswith("nds.")}
+    rank = noted.get("markov_rank", stored["markov_head.markov_w1.weight"].shape[1])
+    hidden = own["embedding_length"]
+    if not rank:
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("markov_head.")}
+    reads_token = noted.get("confidence_head_with_markov", own.get("has_confidence_head", False))
+    if "confidence_head.proj.weight" in stored and not reads_token:
+        stored["confidence_head.proj.weight"] = stored["confidence_head.proj.weight"][:, :hidden].contiguous()
+    flat = {
+        "architectures": [DraftConfig.architecture],
+        "hidden_size": hidden,
+        "intermediate_size": own["feed_forward_length"],
+        "num_hidden_layers": own["block_count"],
+        "num_attention_heads": own["attention.head_count"],
+        "num_key_value_heads": own["attention.head_count_kv"],
+        "head_dim": own["attention.key_length"],
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "rms_norm_eps": _decimal(own["attention.layer_norm_rms_epsilon"]),
+        "rope_theta": _decimal(own["rope.freq_base"]),
+        "max_position_embeddings": own["context_length"],
+        "block_size": own["block_size"],
+        "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
+        "target_layer_ids": [place - 1 for place in own["target_layers"]],
+        "markov_rank": rank,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": "confidence_head.proj.weight" in stored,
+        "confidence_head_with_markov": reads_token,
+        **{key: noted[key] for key in ("num_target_layers", "num_anchors") if key in noted},
+    }
+    return write_imported(file, "gguf", flat, stored, out, target)
+
+
+def _name(name: str, file: Path) -> str:
+    """llama.cpp's name of a tensor as DeepSpec's."""
+    for ours, theirs in DRAFT_NAMES.items():
+        if name == theirs:
+            return ours
+    parts = name.split(".")
+    for ours, theirs in LAYER_NAMES.items():
+        if parts[0] == "blk" and parts[2] == theirs:
+            return f"layers.{parts[1]}.{ours}.{parts[3]}"
+    raise InputError(
+        f"{file} holds the tensor {name}, for which drafts here have no place.", "Serve it with llama.cpp."
+    )
+
+
+def _tensor(tensor: Any) -> Tensor:
+    import gguf
+
+    values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+    return values.to(_KINDS.get(tensor.tensor_type.name, torch.float32))
+
+
+def _decimal(value: float) -> float:
+    """A float32 as the shortest number that it stands for: 1e-06 and not 9.999999974752427e-07."""
+    return float(str(np.float32(value)))
