@@ -144,7 +144,7 @@ def _near_miss(name: str) -> str:
         fuller = [full for full in full_names if words <= _words(full)]
         if fuller:
             return f"Did you mean {min(fuller, key=lambda full: (len(_words(full) - words), len(full)))}?"
-    keys = {(full if owner else full.partition("/")[2]).lower(): full for full in full_names}
+    keys = {(full if owner else full.rpartition("/")[2]).lower(): full for full in full_names}
     close = difflib.get_close_matches(f"{owner}/{last}" if owner else last, keys, n=1, cutoff=0.75)
     return f"Did you mean {keys[close[0]]}?" if close else ""
 

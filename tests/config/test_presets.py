@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from nemotron_dspark.cache.deepspec_layout import bytes_per_token as deepspec_bytes
 from nemotron_dspark.config import DraftSection, load_config
@@ -12,9 +13,11 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import spec_from_config
+from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.spec import LayerKind
 from nemotron_dspark.training.tiling import objective_bytes
-from tests.recipe.nemotrons import NEMOTRONS
+from tests.recipe.hybrids import HYBRIDS
+from tests.recipe.nemotrons import NEMOTRONS, Nemotron
 
 FILES = sorted(resource_folder("configs").glob("*.yaml"))
 PRESETS = [path for path in FILES if path.stem != "demo"]
@@ -66,9 +69,9 @@ def page(path) -> dict[str, str]:
 
 
 def shape_of(path):
-    """The row of `NEMOTRONS` that a preset's own target, or one of the same preset, has."""
+    """The row of a table that a preset's own target, or one of the same preset, has."""
     name = load_config(file=path).target.name
-    rows = [row for row in NEMOTRONS if known_target(row.repository).preset == path.name]
+    rows = [row for row in (*NEMOTRONS, *HYBRIDS) if known_target(row.repository).preset == path.name]
     return next((row for row in rows if row.repository == name), rows[0])
 
 
@@ -81,14 +84,47 @@ def training_activations(draft, length=4096, anchors=512) -> int:
     return 2 * (draft.num_hidden_layers * layer + once)
 
 
+NAMES = {
+    LayerKind.MAMBA2: "Mamba-2",
+    LayerKind.DELTA: "gated delta nets",
+    LayerKind.CONV: "short convolutions",
+    LayerKind.PARALLEL: "attention and Mamba-2 side by side",
+}
+
+
+def drawn(spec, attention) -> tuple[str, ...]:
+    """How many layers are recurrent, and which attend: what a page says of them in one go."""
+    kind = next(kind for kind in NAMES if kind in spec.layers)
+    texts = (f"{spec.num_layers} layers: {spec.layers.count(kind)} {NAMES[kind]}",)
+    if kind is LayerKind.PARALLEL:
+        return texts
+    return (*texts, f"{len(attention)} attention ({', '.join(map(str, attention))})")
+
+
+def attend(taps) -> str:
+    if len(taps) == 1:
+        return f"{taps[0]} is an attention layer"
+    return f"{', '.join(map(str, taps[:-1]))} and {taps[-1]} are attention layers"
+
+
+def state_bytes(config, spec) -> int:
+    """Bytes of all recurrent states of one request, without the last inputs of convolutions unless these are all."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = config.pop("model_type")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+    states = family_for(spec).prepare(model, spec)(torch.device("meta"), torch.bfloat16)
+    conv, *others = states._tensors()
+    return sum(tensor.nbytes for tensor in others or [conv])
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_a_page_with_the_right_figures(path):
     row, said, known = shape_of(path), page(path), known_target(load_config(file=path).target.name)
-    assert tuple(said) == LABELS
+    assert tuple(said) == (LABELS if isinstance(row, Nemotron) else (*LABELS, "Source"))
     spec = spec_from_config(row.config())
     draft, _ = build_draft_config(spec, DraftSection(), mask_token_id=990)
-
-    import torch
 
     with torch.device("meta"):
         trainable = sum(p.numel() for p in DSparkDraft(draft).trainable_parameters().values())
@@ -96,12 +132,10 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
     activations, slots = training_activations(draft), 512 * draft.block_size
     objective = objective_bytes(spec.vocab_size, spec.hidden_size, draft.markov_rank, 2, slots, slots, gpu=True)
     bytes_per_token = deepspec_bytes(len(draft.target_layer_ids), spec.hidden_size)
-    count = {kind: spec.layers.count(kind) for kind in LayerKind}
-    heads, width, state = row.mamba
+    attending = sum(kind.attends for kind in spec.layers)
     for label, texts in {
         "Target": (
-            f"{spec.num_layers} layers: {count[LayerKind.MAMBA2]} Mamba-2",
-            f"{count[LayerKind.ATTENTION]} attention ({', '.join(map(str, row.attention))})",
+            *drawn(spec, row.attention),
             f"Hidden {spec.hidden_size}, {spec.num_attention_heads} heads, {spec.num_key_value_heads} of keys",
             f"{spec.head_dim} wide; vocabulary {spec.vocab_size}; {spec.max_position_embeddings} positions",
             f"{row.billions:.3f} billion parameters, {2 * row.billions:.1f} GB in bf16",
@@ -124,16 +158,17 @@ def test_a_preset_is_a_page_with_the_right_figures(path):
             f"Training: {(18 * trainable + 4 * embedding + activations + objective) / 1e9:.1f} GB",
             f"{4 * embedding / 1e9:.1f} of frozen embedding",
             f"{activations / 1e9:.1f} of activations, {objective / 1e9:.1f} of the objective",
-            f"{4 * count[LayerKind.MAMBA2] * heads * width * state / 1e6:.0f} MB of state a request",
-            f"{4 * count[LayerKind.ATTENTION] * spec.num_key_value_heads * spec.head_dim / 1e3:.1f} kB of keys",
+            f"{state_bytes(row.config(), spec) / 1e6:.{1 if path.stem == 'lfm2_1b' else 0}f} MB of state a request",
+            f"{4 * attending * spec.num_key_value_heads * spec.head_dim / 1e3:.1f} kB of keys",
         ),
     }.items():
         for text in texts:
             assert text in said[label], label
     on_attention = [tap for tap in row.taps if tap in row.attention]
-    assert (
-        f"{' and '.join(map(str, on_attention))} are attention layers" if on_attention else "no attention layer"
-    ) in said["Draft"]
+    if len(on_attention) in (0, len(row.taps)):
+        assert ("all of them attend" if on_attention else "no attention layer") in said["Draft"]
+    else:
+        assert attend(on_attention) in said["Draft"]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -141,8 +176,9 @@ def test_what_a_preset_sets_of_the_draft_is_what_the_target_would_give_anyway(pa
     """The values stand there to be read and changed; they must not drift away from the rules."""
     spec = spec_from_config(shape_of(path).config())
     preset = load_config(file=path).draft
-    worked, notes = build_draft_config(spec, preset, mask_token_id=preset.mask_token_id)
-    plain, _ = build_draft_config(spec, DraftSection(), mask_token_id=990)
+    mask = preset.mask_token_id or 0  # a preset that names none leaves it to the tokenizer
+    worked, notes = build_draft_config(spec, preset, mask_token_id=mask)
+    plain, _ = build_draft_config(spec, DraftSection(), mask_token_id=mask)
     assert worked == plain
     assert not [note for note in notes if "SwiGLU" in note or "rope" in note]
 

@@ -1,9 +1,7 @@
 """Configs of hybrids that people run beside the Nemotrons: what shapes a model, nothing else.
 
-Sources: Bamba-9B, Qwen3-Next and LFM2 as their published files spell them. Granite 4.0 H Small: dimensions as a copy of
-its config.json lists them and as its GGUF file states them (both in public repositories), positions as its model card.
-Falcon-H1 7B and Qwen3.5-35B-A3B: copies of their config.json in public repositories. Each gives the number of
-parameters that is published for it.
+Each says in its preset where its values are from, and gives the number of parameters that is published for it. Numbers
+that multiply something are left out where they were not seen: they shape nothing.
 """
 
 import copy
@@ -55,12 +53,9 @@ BAMBA_9B = {
 }
 GRANITE_4_H_SMALL = {
     "model_type": "granitemoehybrid",
-    "attention_multiplier": 0.0078125,
-    "embedding_multiplier": 12,
     "hidden_size": 4096,
     "intermediate_size": 768,
     "layer_types": ["attention" if layer in (5, 15, 25, 35) else "mamba" for layer in range(40)],
-    "logits_scaling": 16,
     "mamba_d_conv": 4,
     "mamba_d_head": 64,
     "mamba_d_state": 128,
@@ -74,7 +69,6 @@ GRANITE_4_H_SMALL = {
     "num_key_value_heads": 8,
     "num_local_experts": 72,
     "position_embedding_type": "nope",
-    "residual_multiplier": 0.22,
     "rms_norm_eps": 1e-05,
     "rope_theta": 10000,  # unused: no position embedding
     "shared_intermediate_size": 1536,

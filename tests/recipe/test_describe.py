@@ -13,6 +13,7 @@ from nemotron_dspark.config import load_config
 from nemotron_dspark.config.known import KNOWN, RESEARCH_ONLY, known_target
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe.describe import inspect
+from tests.recipe.hybrids import HYBRIDS
 from tests.recipe.nemotrons import LLAMA_8B, MINI, NEMOTRONS, NEW_NAMES, OLD_NAMES, SUPER_49B, listed
 
 H_8B = next(row for row in NEMOTRONS if row.name == "Nemotron-H-8B-Base-8K")
@@ -69,8 +70,26 @@ def test_a_known_target_s_config_alone_gives_everything(tmp_path, row):
     json.dumps(found.to_json())
 
 
+@pytest.mark.parametrize("row", HYBRIDS, ids=lambda row: row.name)
+def test_a_known_hybrid_s_config_alone_gives_everything_but_its_mask_token(tmp_path, row):
+    found = described(bare(tmp_path, row.config(), row.name))
+    known, spec = known_target(row.repository), found.spec
+    assert tuple(layer for layer, kind in enumerate(spec.layers) if kind.attends) == row.attention
+    assert found.parameters / 1e9 == pytest.approx(row.billions, rel=1e-3)
+    assert (known.billions, known.layers) == (row.billions, spec.num_layers)
+    assert (found.known, found.preset, found.licence) == (row.repository, known.preset, known.licence)
+    assert (found.draft.target_layer_ids, found.draft.intermediate_size) == (row.taps, row.swiglu)
+    assert (spec.rope_theta, found.draft.rope_theta) == (row.rope, row.rope or 10000.0)
+    assert found.cache_bytes_per_token == 12 * spec.hidden_size + 6
+    assert found.mask_token is None
+    assert found.chat_format == known.chat_format
+    assert not warned(found, "cannot build")
+    json.dumps(found.to_json())
+
+
 def test_every_known_target_is_in_the_table_or_has_the_shape_of_one_that_is():
     shapes = {(len(row.pattern), row.billions) for row in NEMOTRONS} | {(32, 4.191), (32, 8.030), (80, 49.867)}
+    shapes |= {(known_target(row.repository).layers, row.billions) for row in HYBRIDS}
     assert {(known.layers, known.billions) for known in KNOWN} == shapes
 
 

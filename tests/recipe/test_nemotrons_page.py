@@ -1,28 +1,33 @@
-"""docs/nemotrons.md holds what `config/known.py` and the rules for drafts say; run this file to write it anew."""
+"""docs/nemotrons.md and docs/hybrids.md hold what `configs/known/` and the rules for drafts say; this writes them."""
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nemotron_dspark.cache.deepspec_layout import bytes_per_token as deepspec_bytes
 from nemotron_dspark.config import DraftSection
-from nemotron_dspark.config.known import KNOWN
+from nemotron_dspark.config.known import KNOWN, KnownTarget
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.targets import spec_from_config
 from nemotron_dspark.targets.spec import TargetSpec
+from tests.recipe.hybrids import HYBRIDS
 from tests.recipe.nemotrons import LLAMA_8B, MINI, NEMOTRONS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "nemotrons.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 LICENCES = {known.licence: (known.licence or "see the model card").split(" (")[0] for known in KNOWN}
+NVIDIA = [known for known in KNOWN if known.repository.startswith("nvidia/")]
+OTHERS = [known for known in KNOWN if known not in NVIDIA]
 
 
-def targets_table() -> str:
+def targets_table(targets: Sequence[KnownTarget]) -> str:
     """Every known target: names, size, licence, chats, preset."""
     rows = ["| target, aliases | layers | parameters | weights | licence | chat format | preset |", "|---" * 7 + "|"]
-    for known in KNOWN:
+    for known in targets:
         names = ", ".join([f"**{known.repository}**", *known.aliases])
         preset = f"[{known.preset}](../configs/{known.preset})" if known.preset else ""
         rows.append(
@@ -32,11 +37,9 @@ def targets_table() -> str:
     return "\n".join(rows)
 
 
-def drafts_table() -> str:
+def drafts_table(configs: Iterable[tuple[str, dict[str, Any]]]) -> str:
     """Every shape: layers, what its draft is by default, and what its cache costs."""
     shapes: dict[tuple, tuple[list[str], TargetSpec]] = {}
-    configs = [(row.name, row.config()) for row in NEMOTRONS]
-    configs += [("Llama-3.1-Nemotron-Nano-8B-v1", LLAMA_8B), ("Nemotron-Mini-4B-Instruct", MINI)]
     for name, config in configs:
         spec = spec_from_config(config, name)
         shapes.setdefault((spec.layers, spec.hidden_size, spec.intermediate_size), ([], spec))[0].append(name)
@@ -60,21 +63,28 @@ def drafts_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"targets": targets_table, "drafts": drafts_table}
+NEMOTRON_CONFIGS = [(row.name, row.config()) for row in NEMOTRONS]
+NEMOTRON_CONFIGS += [("Llama-3.1-Nemotron-Nano-8B-v1", LLAMA_8B), ("Nemotron-Mini-4B-Instruct", MINI)]
+TABLES = {
+    ("nemotrons.md", "targets"): lambda: targets_table(NVIDIA),
+    ("nemotrons.md", "drafts"): lambda: drafts_table(NEMOTRON_CONFIGS),
+    ("hybrids.md", "targets"): lambda: targets_table(OTHERS),
+    ("hybrids.md", "drafts"): lambda: drafts_table((row.name, row.config()) for row in HYBRIDS),
+}
 
 
 def between(name: str) -> re.Pattern:
     return re.compile(rf"(<!-- {name} -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_the_page_of_known_targets_is_up_to_date(name):
-    held = between(name).search(PAGE.read_text(encoding="utf-8")).group(0).partition("\n")[2]
-    assert held == TABLES[name](), f"python {Path(__file__).name} writes the table anew"
+@pytest.mark.parametrize(("page", "name"), TABLES)
+def test_the_pages_of_known_targets_are_up_to_date(page, name):
+    held = between(name).search((DOCS / page).read_text(encoding="utf-8")).group(0).partition("\n")[2]
+    assert held == TABLES[page, name](), f"python {Path(__file__).name} writes the table anew"
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
+    for (page, name), table in TABLES.items():
+        text = (DOCS / page).read_text(encoding="utf-8")
         text = between(name).sub(lambda match, table=table: match.group(1) + table(), text)
-    PAGE.write_text(text, encoding="utf-8")
+        (DOCS / page).write_text(text, encoding="utf-8")
