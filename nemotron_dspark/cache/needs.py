@@ -58,8 +58,9 @@ def capture_bytes(
 
 
 def config_size(config: Mapping[str, Any], default: int, *keys: str) -> int:
-    """The first of ``keys`` that ``config`` has a number for."""
-    return int(next((config[key] for key in keys if config.get(key)), default))
+    """The first of ``keys`` that ``config``, or the language model's in one of several modalities, has a number for."""
+    parts = (config, config.get("text_config") or {})
+    return int(next((part[key] for key in keys for part in parts if part.get(key)), default))
 
 
 def _layer_bytes(spec: TargetSpec, config: Mapping[str, Any], kind: LayerKind, length: int, b: int) -> float:

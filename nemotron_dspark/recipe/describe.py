@@ -272,8 +272,9 @@ def tokenizer_in(checkpoint: Checkpoint) -> tuple[transformers.PreTrainedTokeniz
 
 
 def _first(values: dict[str, Any], *keys: str) -> Any:
-    """What ``values`` has under the first of ``keys`` that is set: families spell the same size differently."""
-    return next((values[key] for key in keys if values.get(key) is not None), None)
+    """What ``values``, or the language model's among them, has under the first of ``keys`` that is set."""
+    parts = (values, values.get("text_config") or {})
+    return next((part[key] for key in keys for part in parts if part.get(key) is not None), None)
 
 
 def _mamba(values: dict[str, Any]) -> str | None:
@@ -301,7 +302,7 @@ def _experts(values: dict[str, Any]) -> str | None:
 
 
 def _multi_token_layers(values: dict[str, Any]) -> str | None:
-    count = int(values.get("num_nextn_predict_layers") or 0)
+    count = int(_first(values, "num_nextn_predict_layers", "mtp_num_hidden_layers") or 0)
     if not count:
         return None
     pattern = values.get("mtp_hybrid_override_pattern")

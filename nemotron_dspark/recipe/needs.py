@@ -164,8 +164,7 @@ def serving_bytes(shape: Shape, weight_bytes: int, requests: int, length: int) -
     head = config_size(values, spec.head_dim, "mamba_head_dim", "mamba_d_head", "linear_value_head_dim")
     state = config_size(values, 64, "ssm_state_size", "mamba_d_state", "linear_key_head_dim")
     recurrent = 4 * sum(kind.recurrent for kind in spec.layers) * heads * head * state
-    attending = sum(kind.attends for kind in spec.layers)
-    keys = 2 * weight_bytes * attending * spec.num_key_value_heads * spec.head_dim * length
+    keys = 2 * weight_bytes * spec.key_channels * length
     keys += context_bytes(shape.draft, length, weight_bytes)
     draft = weight_bytes * shape.trainable
     return weight_bytes * shape.parameters + draft + requests * (recurrent + keys)

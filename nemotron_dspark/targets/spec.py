@@ -89,6 +89,7 @@ class TargetSpec:
     names: WeightNames
     logit_multiplier: float = 1.0  # what the LM head's output is multiplied by
     logit_softcap: float | None = None  # then logits become cap·tanh(logits / cap)
+    unequal_keys: int | None = None  # key channels of all layers together, where they differ from layer to layer
     assumed: tuple[str, ...] = ()  # sentences on every value the config did not give
 
     @property
@@ -99,6 +100,12 @@ class TargetSpec:
     def layout(self) -> str:
         """The layers as one string, e.g. ``M-*-M-*-``."""
         return "".join(kind.value for kind in self.layers)
+
+    @property
+    def key_channels(self) -> int:
+        """Channels of the keys that a position leaves in all layers together; its values have as many."""
+        alike = sum(kind.attends for kind in self.layers) * self.num_key_value_heads * self.head_dim
+        return alike if self.unequal_keys is None else self.unequal_keys
 
     def finish_logits(self, logits: Tensor) -> Tensor:
         """The target's logits [..., V] from the bare output of its LM head."""

@@ -82,6 +82,8 @@ def test_a_known_hybrid_s_config_alone_gives_everything_but_its_mask_token(tmp_p
     assert (spec.rope_theta, found.draft.rope_theta) == (row.rope, row.rope or 10000.0)
     assert found.cache_bytes_per_token == 12 * spec.hidden_size + 6
     assert found.mask_token is None
+    assert (found.experts is None) == (row.swiglu not in (9216, 4608))
+    assert bool(found.multi_token_layers) == (row.name == "Qwen3.5-35B-A3B")
     assert found.chat_format == known.chat_format
     assert not warned(found, "cannot build")
     json.dumps(found.to_json())

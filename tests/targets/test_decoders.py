@@ -55,6 +55,9 @@ def test_the_heads_of_gemma4_are_those_of_its_windows():
     spec = gemma4(max_position_embeddings=262144)
     assert (spec.head_dim, spec.num_key_value_heads, spec.rope_theta, spec.mlp) == (256, 16, 1e6, "gated")
     assert "those that see everything have heads of 512, 4 of them" in spec.assumed[0]
+    assert spec.key_channels == 5 * 16 * 256 + 4 * 512
+    shared = gemma4(num_kv_shared_layers=3, layer_types=["sliding_attention", "full_attention"] * 3)
+    assert shared.key_channels == 2 * 16 * 256 + 4 * 512
     assert gemma4(enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=64).mlp == "moe"
 
 

@@ -40,12 +40,15 @@ def gemma4_spec(config: ConfigFile) -> TargetSpec:
             f"{config.name} predicts no next token: it attends in both directions (use_bidirectional_attention all).",
             'Choose a target that generates text: one with null or "vision" there.',
         )
-    wide = config.built.per_layer_config[config["layer_types"].index("full_attention")]
+    layers = config.built.per_layer_config
+    wide = layers[config["layer_types"].index("full_attention")]
+    own = layers[: len(layers) - int(config["num_kv_shared_layers"])]  # the others read the keys of one of these
     config.assumed.append(
         f"heads of {config['head_dim']}, {config['num_key_value_heads']} of keys and values: of the layers with a "
         f"window; those that see everything have heads of {wide.head_dim}, {wide.num_key_value_heads} of them."
     )
-    return gemma3_spec(config, mlp="moe" if config["enable_moe_block"] else "gated")
+    spec = gemma3_spec(config, mlp="moe" if config["enable_moe_block"] else "gated")
+    return dataclasses.replace(spec, unequal_keys=sum(layer.num_key_value_heads * layer.head_dim for layer in own))
 
 
 def gemma4_whole_spec(config: ConfigFile) -> TargetSpec:
