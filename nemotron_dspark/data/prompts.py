@@ -5,11 +5,12 @@ files) or one `prompt`.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemotron_dspark.chat.format import Message
+from nemotron_dspark.chat.mask import with_opening_tag
 from nemotron_dspark.data.conversations import RowError, Skipped, parse_messages, parse_tools, read_rows
 from nemotron_dspark.errors import InputError
 
@@ -45,6 +46,37 @@ def read_prompts(path: Path | str) -> Iterator[Prompt | Skipped]:
         yield item
     if not usable:
         raise InputError(f"{path} holds no prompt.", 'Write one JSON object a line: {"prompt": "…"}.')
+
+
+def rendered_turns(
+    file: Path | str,
+    render: Callable[[Sequence[Message], Sequence[Any]], list[int]],  # of messages and tools, to token ids
+    answer: Callable[[list[int]], str],
+    *,
+    room: float,
+    limit: int | None = None,
+) -> list[list[int]]:
+    """Token ids, at most ``room``, of what is read before each answer to the (first ``limit``) prompts in ``file``.
+
+    In a prompt of several turns ``answer`` writes the answers that later turns see.
+    """
+    found: list[list[int]] = []
+    prompts = (item for item in read_prompts(file) if isinstance(item, Prompt))
+    rows = 0
+    for prompt in prompts:
+        messages: list[Message] = []
+        for number, turn in enumerate(prompt.turns):
+            if number:
+                messages.append(Message("assistant", with_opening_tag(answer(found[-1]))))
+            messages += turn
+            ids = render(messages, prompt.tools)
+            if not 0 < len(ids) <= room:
+                break
+            found.append(ids)
+            rows += number == 0
+        if rows == limit:
+            break
+    return found
 
 
 def _prompt(row: dict[str, Any], line: int) -> Prompt:

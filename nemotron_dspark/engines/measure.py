@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_dspark import files
-from nemotron_dspark.chat.format import render_prompt
+from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.config import RunConfig
-from nemotron_dspark.data.prompts import Prompt, read_prompts
+from nemotron_dspark.data.prompts import rendered_turns
 from nemotron_dspark.engines.clients import Answer, Counts, Engine, connect
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation.measure import ratio_error
@@ -89,7 +89,7 @@ def evaluate_engine(
     """
     engine = connect(url)
     plain = connect(plain_url) if plain_url is not None else None
-    ids = _rendered(config, engine, Path(prompts))[:limit]
+    ids = _rendered(config, engine, Path(prompts), limit)
     _answers(engine, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
     temperatures = [0.0, *(t for t in config.eval.temperatures if t > 0)]
     answers = {}
@@ -170,16 +170,23 @@ def _answers(
     return found
 
 
-def _rendered(config: RunConfig, engine: Engine, file: Path) -> list[list[int]]:
+def _rendered(config: RunConfig, engine: Engine, file: Path, limit: int | None) -> list[list[int]]:
     """Token ids of the prompts that leave room for an answer, by the target's tokenizer or the engine's."""
-    chats = [item.first for item in read_prompts(file) if isinstance(item, Prompt)]
-    if config.target.name is None:
-        return [engine.render([message.to_json() for message in chat]) for chat in chats]
-    checkpoint = Checkpoint.of(config.target)
-    room = checkpoint.read_spec().max_position_embeddings - config.eval.max_new_tokens
-    tokenizer = checkpoint.load_tokenizer()
-    rendered = [render_prompt(tokenizer, chat, config.data.thinking) for chat in chats]
-    fitting = [ids for ids in rendered if 0 < len(ids) <= room]
+    room, checkpoint = float("inf"), None
+    if config.target.name is not None:
+        checkpoint = Checkpoint.of(config.target)
+        room = checkpoint.read_spec().max_position_embeddings - config.eval.max_new_tokens
+    tokenizer = checkpoint.load_tokenizer() if checkpoint else None
+
+    def render(messages: Sequence[Message], tools: Sequence[Any]) -> list[int]:
+        if tokenizer is not None:
+            return render_prompt(tokenizer, messages, config.data.thinking, tools)
+        return engine.render([message.to_json() for message in messages])
+
+    def answer(ids: list[int]) -> str:
+        return engine.answer(ids, max_tokens=config.eval.max_new_tokens, temperature=0.0, seed=config.eval.seed).text
+
+    fitting = rendered_turns(file, render, answer, room=room, limit=limit)
     if not fitting:
         raise InputError(
             f"No prompt of {file} leaves room for {config.eval.max_new_tokens} new tokens.",

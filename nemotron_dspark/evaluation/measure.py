@@ -9,13 +9,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from nemotron_dspark.chat.format import render_prompt
 from nemotron_dspark.config import EvalConfig
-from nemotron_dspark.data.prompts import Prompt, read_prompts
+from nemotron_dspark.data.prompts import rendered_turns
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.dspark import Draft
@@ -80,18 +80,27 @@ class Evaluation:
 def prompt_ids(
     target: Target, file: Path, *, limit: int | None = None, new_tokens: int = 0, thinking: bool | None = None
 ) -> list[list[int]]:
-    """Render the first turns of the prompts in ``file`` for ``target``; those that leave no room are left out.
+    """Render the prompts in ``file`` for ``target``, turn by turn; what leaves no room is left out.
+
+    In a prompt of several turns the target answers greedily, with ``new_tokens`` at most, what the next turn follows.
 
     Raises:
         InputError: the file cannot be read, or no prompt of it fits.
     """
-    room = target.spec.max_position_embeddings - new_tokens
-    rendered = [
-        render_prompt(target.tokenizer, prompt.first, thinking)
-        for prompt in read_prompts(file)
-        if isinstance(prompt, Prompt)
-    ]
-    fitting = [ids for ids in rendered if 0 < len(ids) <= room][:limit]
+    plain, greedy = Decoder(target), Sampling(temperature=0.0, max_new_tokens=max(new_tokens, 1))
+
+    def answer(ids: list[int]) -> str:
+        found = plain.generate(ids, greedy)
+        tokens = found.tokens[:-1] if found.finished == "stop" else found.tokens
+        return cast(str, target.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    fitting = rendered_turns(
+        file,
+        lambda messages, tools: render_prompt(target.tokenizer, messages, thinking, tools),
+        answer,
+        room=target.spec.max_position_embeddings - new_tokens,
+        limit=limit,
+    )
     if not fitting:
         raise InputError(
             f"No prompt of {file} leaves room for {new_tokens} new tokens in {target.spec.max_position_embeddings}.",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemotron_dspark import cli
+from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.config import DraftSection, EvalConfig
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
@@ -36,6 +37,20 @@ def prompts_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"State {number} of the block"}) + "\n" for number in range(4)))
     return path
+
+
+def test_every_turn_of_a_prompt_is_measured_after_the_targets_own_answers(target, draft, tmp_path):
+    file, tokenizer = tmp_path / "prompts.jsonl", target.tokenizer
+    rows = [{"turns": ["State of the block", "And then?", "So?"]}, {"prompt": "Another"}, {"prompt": "A third"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = prompt_ids(target, file, new_tokens=6, limit=2)
+    messages = [Message("user", "State of the block")]
+    for turn, asked in enumerate(["And then?", "So?"]):
+        assert ids[turn] == render_prompt(tokenizer, messages)
+        answer = Decoder(target).generate(ids[turn], Sampling(temperature=0.0, max_new_tokens=6)).tokens
+        messages += [Message("assistant", tokenizer.decode(answer)), Message("user", asked)]
+    assert ids[2:] == [render_prompt(tokenizer, messages), render_prompt(tokenizer, [Message("user", "Another")])]
+    assert evaluate(target, draft, ids, EvalConfig(max_new_tokens=6)).lossless.prompts == 4
 
 
 def finished(accepted: list[int], survived: list[int], tokens: int, seconds: float) -> Generation:
