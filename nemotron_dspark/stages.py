@@ -20,6 +20,7 @@ from nemotron_dspark.cache.capture import TargetFacts
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token, reserved_mask_token
 from nemotron_dspark.config import RunConfig, TargetConfig
+from nemotron_dspark.data.sources import Given, named, one_file
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
@@ -67,7 +68,7 @@ def load_target(config: RunConfig) -> Target:
 
 def build_cache(
     config: RunConfig,
-    data: Path | str,
+    data: Given,
     out: Path | str,
     *,
     processes: int | None = None,
@@ -77,6 +78,7 @@ def build_cache(
 ) -> CacheReport:
     """Run the target over the conversations in ``data`` and keep the hidden states that a draft trains on in ``out``.
 
+    ``data`` here and ``prompts`` below name one file or several, globs or data sets (`data.sources.one_file`).
     An unfinished cache is continued, a finished one of the same inputs is left as it is. The target is loaded when all
     conversations are tokenised and the disk is known to suffice. ``processes`` share the work, each with the target;
     None is one a GPU. ``masked`` is False for a kind of draft that has no mask token.
@@ -94,7 +96,7 @@ def build_cache(
         mask = choose_mask_token(facts.tokenizer, facts.spec, override=override)
     report = write_cache(
         facts,
-        data,
+        one_file(data),
         out,
         taps=taps,
         data=config.data,
@@ -127,7 +129,7 @@ def train(
     out: Path | str | None = None,
     *,
     cache: Path | str | None = None,
-    data: Path | str | None = None,
+    data: Given | None = None,
     resume: bool = True,
     callbacks: Sequence[Callback] = (),
     context: DistContext = SINGLE,
@@ -148,7 +150,7 @@ def train(
         config,
         Path(out) if out is not None else run_folder(config),
         cache=Path(cache) if cache is not None else None,
-        data=Path(data) if data is not None else None,
+        data=one_file(data) if data is not None else None,
         resume=resume,
         callbacks=callbacks,
         context=context,
@@ -165,7 +167,7 @@ def target_folder_name(config: RunConfig) -> str:
     return Path(config.target.named).name or "target"
 
 
-def check_source(config: RunConfig, cache: Path | str | None, data: Path | str | None) -> None:
+def check_source(config: RunConfig, cache: Path | str | None, data: Given | None) -> None:
     """`InputError` unless hidden states come either from a cache or from the target over data."""
     if (cache is None) != (data is None):
         return
@@ -184,7 +186,7 @@ def check_source(config: RunConfig, cache: Path | str | None, data: Path | str |
 def evaluate(
     config: RunConfig,
     draft: Path | str | Draft,
-    prompts: Path | str,
+    prompts: Given,
     *,
     limit: int | None = None,
     target: Target | None = None,
@@ -201,11 +203,11 @@ def evaluate(
     if on_loaded is not None:
         on_loaded()
     ids = prompt_ids(
-        loaded, Path(prompts), limit=limit, new_tokens=config.eval.max_new_tokens, thinking=config.data.thinking
+        loaded, one_file(prompts), limit=limit, new_tokens=config.eval.max_new_tokens, thinking=config.data.thinking
     )
     found = measure_all(loaded, drafting, ids, config.eval, on_progress)
     folder = "" if isinstance(draft, Draft) else str(draft)
-    return EvalReport(config.target.named, folder, str(prompts), len(ids), str(loaded.dtype), found)
+    return EvalReport(config.target.named, folder, named(prompts), len(ids), str(loaded.dtype), found)
 
 
 def serve(config: RunConfig, draft: Path | str | Draft | None = None, *, target: Target | None = None) -> "Server":

@@ -33,7 +33,10 @@ def register(app: typer.Typer) -> None:
 
 def build(
     config: RunConfig,
-    data: Annotated[Path, typer.Option("--data", "-d", help="JSON lines of conversations with the target's answers.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", "-d", help=shell.several("JSON lines of conversations with the target's answers")),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache; an unfinished one is continued.")],
     processes: Annotated[
         int | None,

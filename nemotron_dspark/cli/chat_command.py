@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     config: RunConfig,
-    file: Annotated[Path, typer.Option("--file", "-f", help="JSON lines of conversations.")],
+    file: Annotated[list[str], typer.Option("--file", "-f", help=shell.several("JSON lines of conversations"))],
     limit: Annotated[int, typer.Option(min=1, help="Show this many conversations.")] = 5,
 ) -> None:
     """Show each conversation as the tokens of its samples, coloured by what trains the draft.
@@ -36,11 +35,12 @@ def chat(
     """
     from nemotron_dspark.chat.format import recognise
     from nemotron_dspark.data.samples import read_samples
+    from nemotron_dspark.data.sources import one_file
     from nemotron_dspark.targets import Checkpoint
 
     tokenizer = Checkpoint.of(config.target).load_tokenizer()
     chat_format = recognise(tokenizer)
-    items = read_samples(file, tokenizer, config.data)
+    items = read_samples(one_file(file), tokenizer, config.data)
     shown, skipped, more = _first(items, limit)
     samples = [sample.tokens for conversation, _ in shown for sample in conversation]
     counts = {

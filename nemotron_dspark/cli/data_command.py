@@ -1,4 +1,4 @@
-"""`nds data regenerate|check`: conversations with the target's own answers."""
+"""`nds data regenerate|check|split`: conversations with the target's own answers."""
 
 import os
 from pathlib import Path
@@ -12,16 +12,20 @@ from nemotron_dspark.config import RunConfig
 if TYPE_CHECKING:
     from nemotron_dspark.data.check import DataReport
     from nemotron_dspark.data.regenerate import RegenerateProgress, RegenerateReport
+    from nemotron_dspark.data.split import SplitReport
 
 
 def register(app: typer.Typer) -> None:
     commands = shell.group(app, "data", "Have the target answer prompts; check data files.")
     shell.command(commands, show=_show_regenerated)(regenerate)
     shell.command(commands, target="optional", show=_show_checked)(check)
+    shell.command(commands, show=_show_split)(split)
 
 
 def regenerate(
-    prompts: Annotated[Path, typer.Option("--prompts", "-p", help="JSON lines of prompts or conversations.")],
+    prompts: Annotated[
+        list[str], typer.Option("--prompts", "-p", help=shell.several("JSON lines of prompts or conversations"))
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines to write; an unfinished file is continued.")],
     base_url: Annotated[str, typer.Option(help="OpenAI-compatible server of the target, with /v1.")],
     model: Annotated[str | None, typer.Option(help="Model name; default: the server's first.")] = None,
@@ -63,7 +67,7 @@ def regenerate(
 
 
 def check(
-    config: RunConfig, file: Annotated[Path, typer.Argument(help="JSON lines of conversations.")]
+    config: RunConfig, file: Annotated[list[str], typer.Argument(help=shell.several("JSON lines of conversations"))]
 ) -> "DataReport":
     """Say which conversations can be used, which are skipped and why, and how many tokens would train the draft.
 
@@ -82,6 +86,26 @@ def check(
         return check_data(file, tokenizer, config.data, progress=tell)
 
 
+def split(
+    file: Annotated[list[str], typer.Argument(help=shell.several("JSON lines of prompts or conversations"))],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for train.jsonl and held_out.jsonl.")],
+    held_out: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the lines to hold out.")] = 0.05,
+) -> "SplitReport":
+    """Hold a share of the data out of training, for `nds eval`; by what is asked, so always the same."""
+    from nemotron_dspark.data import split as room
+
+    return room.split(file, out, held_out)
+
+
+def _show_split(report: "SplitReport") -> None:
+    shell.show_rows(
+        [
+            ("train", f"{report.train_file}: {report.train:,} lines"),
+            ("held out", f"{report.held_out_file}: {report.held_out:,} lines"),
+        ]
+    )
+
+
 def _show_regenerated(report: "RegenerateReport") -> None:
     shell.show_rows(
         [
@@ -96,7 +120,7 @@ def _show_regenerated(report: "RegenerateReport") -> None:
 
 def _show_checked(report: "DataReport") -> None:
     rows: list[tuple[str, str | None]] = [
-        ("file", str(report.file)),
+        ("file", report.file),
         ("usable", f"{report.conversations:,} conversations with {report.answers:,} answers"),
         ("cut off", f"{report.cut_answers:,} have a last answer without an end"),
     ]

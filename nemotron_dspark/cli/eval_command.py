@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     config: RunConfig,
-    prompts: Annotated[Path, typer.Option("--prompts", "-p", help="JSON lines of prompts the draft has not seen.")],
+    prompts: Annotated[
+        list[str], typer.Option("--prompts", "-p", help=shell.several("JSON lines of prompts the draft has not seen"))
+    ],
     draft: Annotated[Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for eval.json and eval.png.")] = None,
@@ -68,7 +70,7 @@ def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:
 
 def _in_engine(
     config: RunConfig,
-    prompts: Path,
+    prompts: list[str],
     draft: Path | None,
     limit: int | None,
     out: Path | None,

@@ -1,6 +1,5 @@
 """`nds plan`: disk, memory, hours and dollars of a run, from a target's config alone."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,7 +29,9 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     config: RunConfig,
-    data: Annotated[Path | None, typer.Option("--data", "-d", help="JSON lines of conversations.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", "-d", help=shell.several("JSON lines of conversations"))
+    ] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="Instead of --data: how many conversations.")] = None,
     mean_length: Annotated[int | None, typer.Option("--mean-length", help="Their mean length in tokens.")] = None,
     answer_share: Annotated[float, typer.Option("--answer-share", help="Share of the tokens that are answers.")] = 0.6,
@@ -45,7 +46,7 @@ def plan(
     with shell.err.status("reading the target's config"):
         return estimate(
             config,
-            data=data,
+            data=data or None,
             samples=samples,
             mean_length=mean_length,
             answer_share=answer_share,

@@ -210,6 +210,11 @@ def remark(console: Console, label: str, text: str, style: str) -> None:
     console.print(columns)
 
 
+def several(what: str) -> str:
+    """The help of an option that takes what `data.sources.one_file` does."""
+    return f"{what}; several files (repeat it), a glob, or a data set org/name[:config][:split]."
+
+
 def emit(value: Any) -> None:
     """Print ``value`` as one JSON object on stdout; what is not JSON in it by its ``to_json()``, or as text."""
     typer.echo(json.dumps(value, ensure_ascii=False, default=lambda part: getattr(part, "to_json", part.__str__)()))

@@ -22,8 +22,8 @@ def train(
     read_config: Callable[[], RunConfig],
     cache: Annotated[Path | None, typer.Option("--cache", help="Folder that `nds cache build` wrote.")] = None,
     data: Annotated[
-        Path | None,
-        typer.Option("--data", "-d", help="Instead of --cache: conversations, over which the target runs meanwhile."),
+        list[str] | None,
+        typer.Option("--data", "-d", help=shell.several("Instead of --cache: conversations to run the target over")),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/<target> when not given.")] = None,
     engine: Annotated[
@@ -38,7 +38,7 @@ def train(
         from nemotron_dspark.deepspec.launch import train_on_cache
         from nemotron_dspark.stages import check_source, run_folder
 
-        check_source(config, cache, data)
+        check_source(config, cache, data or None)
         return train_on_cache(config, cache, out or run_folder(config), shell.note)
     from nemotron_dspark.training.distributed import init_distributed
 
@@ -52,7 +52,7 @@ def train(
                 config,
                 out,
                 cache=cache,
-                data=data,
+                data=data or None,
                 resume=not fresh,
                 callbacks=[display] if display else [],
                 context=context,

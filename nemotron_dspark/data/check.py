@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from nemotron_dspark.config.run import DataConfig
 from nemotron_dspark.data.conversations import Skipped, SkipTally, read
 from nemotron_dspark.data.samples import LinedSample, read_samples
+from nemotron_dspark.data.sources import Given, named, one_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    file: Path
+    file: str  # or what else names the data
     conversations: int  # that can be used
     answers: int
     cut_answers: int  # conversations whose last answer has no end
@@ -31,7 +31,7 @@ class DataReport:
 
 
 def check_data(
-    file: Path | str,
+    file: Given,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     data: DataConfig | None = None,
     *,
@@ -42,11 +42,11 @@ def check_data(
     Raises:
         InputError: the file cannot be read or holds no usable conversation.
     """
-    data = data or DataConfig()
+    data, path = data or DataConfig(), one_file(file)
     skipped, known = SkipTally(), None
     conversations = answers = cut = loss_tokens = 0
     lengths: list[int] = []
-    for number, item in enumerate(read(file) if tokenizer is None else read_samples(file, tokenizer, data), start=1):
+    for number, item in enumerate(read(path) if tokenizer is None else read_samples(path, tokenizer, data), start=1):
         if progress:
             progress(number)
         if isinstance(item, Skipped):
@@ -61,7 +61,7 @@ def check_data(
             conversations += 1
             answers += sum(message.role == "assistant" for message in item.messages)
             cut += not item.complete
-    report = DataReport(Path(file), conversations, answers, cut, skipped)
+    report = DataReport(named(file), conversations, answers, cut, skipped)
     if tokenizer is None:
         return report
     return dataclasses.replace(

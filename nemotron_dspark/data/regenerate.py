@@ -18,6 +18,7 @@ from nemotron_dspark.chat.format import Message
 from nemotron_dspark.chat.mask import with_opening_tag
 from nemotron_dspark.data.conversations import RowError, Skipped, SkipTally
 from nemotron_dspark.data.prompts import Prompt, read_prompts
+from nemotron_dspark.data.sources import Given, one_file
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.files import disk_errors, json_line, write_whole
 
@@ -49,7 +50,7 @@ class RegenerateReport:
 
 
 def regenerate(
-    prompts_file: Path | str,
+    prompts: Given,
     out_file: Path | str,
     *,
     base_url: str,
@@ -64,6 +65,8 @@ def regenerate(
     progress: Callable[[RegenerateProgress], None] | None = None,
 ) -> RegenerateReport:
     """Have the server at ``base_url`` (".../v1") answer every prompt and write conversations to ``out_file``.
+
+    ``prompts`` names one file or several, globs or data sets (`data.sources.one_file`).
 
     In a prompt of several turns each answer sees the regenerated ones before it. An answer that reaches ``max_tokens``
     ends its conversation, which is marked ``"finish": "length"``; one that calls tools ends it too. ``model`` None
@@ -81,7 +84,7 @@ def regenerate(
             "The package openai is not installed.", "Run: pip install 'nemotron-dspark[data]'."
         ) from None
     started = time.monotonic()
-    job = _Job(Path(prompts_file), Path(out_file), progress or (lambda _: None))
+    job = _Job(one_file(prompts), Path(out_file), progress or (lambda _: None))
     # Reasoning tags are special tokens in some tokenizers; answers without them could not be trained on.
     optional: dict[str, Any] = {"skip_special_tokens": False, "return_token_ids": True}
     body: dict[str, Any] = {} if top_k is None else {"top_k": top_k}

@@ -14,6 +14,7 @@ from nemotron_dspark import files
 from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.data.prompts import rendered_turns
+from nemotron_dspark.data.sources import Given, named, one_file
 from nemotron_dspark.engines.clients import Answer, Counts, Engine, connect
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation.measure import ratio_error
@@ -72,7 +73,7 @@ class EngineEvaluation:
 def evaluate_engine(
     config: RunConfig,
     url: str,
-    prompts: Path | str,
+    prompts: Given,
     *,
     plain_url: str | None = None,
     limit: int | None = None,
@@ -89,7 +90,7 @@ def evaluate_engine(
     """
     engine = connect(url)
     plain = connect(plain_url) if plain_url is not None else None
-    ids = _rendered(config, engine, Path(prompts), limit)
+    ids = _rendered(config, engine, one_file(prompts), limit)
     _answers(engine, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
     temperatures = [0.0, *(t for t in config.eval.temperatures if t > 0)]
     answers = {}
@@ -112,7 +113,7 @@ def evaluate_engine(
         _answers(plain, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
         slow = _answers(plain, ids, config.eval.max_new_tokens, 0.0, config.eval.seed, "plain", progress)
         compared = compare(plain, slow, answers[0.0])
-    return EngineEvaluation(engine.title, engine.url, engine.model, str(prompts), tuple(measurements), compared)
+    return EngineEvaluation(engine.title, engine.url, engine.model, named(prompts), tuple(measurements), compared)
 
 
 def summarise(answers: Sequence[Answer], temperature: float, total: Counts | None) -> EngineMeasurement:

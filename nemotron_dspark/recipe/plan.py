@@ -14,6 +14,7 @@ from typing import Any
 from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.cache.needs import capture_bytes, stored_bytes
 from nemotron_dspark.config import CacheConfig, RunConfig
+from nemotron_dspark.data.sources import Given, listed, one_file
 from nemotron_dspark.data.tokens import TOKEN_BYTES
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import size_text as size
@@ -117,7 +118,7 @@ class ResourceEstimate:
 def plan(
     config: RunConfig,
     *,
-    data: Path | None = None,
+    data: Given | None = None,
     samples: int | None = None,
     mean_length: int | None = None,
     answer_share: float = ANSWER_SHARE,
@@ -152,8 +153,8 @@ def plan(
         workload = from_numbers(*numbers, config.data, positions, answer_share)
     else:
         tokenizer, _ = tokenizer_in(Checkpoint.of(config.target))
-        workload = from_file(Path(str(data)), tokenizer, config.data, positions)
-    answers = str(data) if data else "answers.jsonl"
+        workload = from_file(one_file(data or ()), tokenizer, config.data, positions)
+    answers = data if data is not None else "answers.jsonl"
     return estimate(Shape.of(found), config, workload, where, price=price, options=options, data=answers)
 
 
@@ -165,7 +166,7 @@ def estimate(
     *,
     price: float | None = None,
     options: Sequence[str] = (),
-    data: str = "answers.jsonl",
+    data: Given = "answers.jsonl",
 ) -> ResourceEstimate:
     """The estimate for the target that ``shape`` describes; ``options`` and ``data`` are for the commands."""
     case = _Case(shape, config, workload, machine)
@@ -369,13 +370,13 @@ def _reason(best: Column | None, columns: Sequence[Column]) -> str:
 
 
 def _commands(
-    best: Column, shape: Shape, config: RunConfig, machine: Machine, options: Sequence[str], data: str
+    best: Column, shape: Shape, config: RunConfig, machine: Machine, options: Sequence[str], data: Given
 ) -> tuple[str, ...]:
     name = Path(shape.name).name.lower() or "target"
     target = f"--target {shlex.quote(shape.name)}"
     given = "".join(f" {shlex.quote(text)}" for text in options)
     cache, run = f"caches/{shlex.quote(name)}", f"runs/{shlex.quote(name)}"
-    data = shlex.quote(data)
+    data = " --data ".join(map(shlex.quote, listed(data)))
     mode = next(mode for mode in MODES if mode.name == best.mode)
     setting = mode.setting
     written = f" --cache-format {mode.format}" if mode.format not in (None, config.cache.format) else ""
