@@ -24,7 +24,7 @@ NEMOTRON_AVOID = frozenset({18, 19, 20, 233, 999})  # used by multimodal variant
 _NEMOTRON_VOCABULARY = 131072
 _RESERVED = re.compile(
     r"<SPECIAL_\d+>|<\|?reserved[\w ]*\d+\|?>|<\|?unused_?\d*\|?>|\[unused_?\d+\]"
-    r"|<\|?extra_id_\d+\|?>|<\|?placeholder_?\d+\|?>"
+    r"|<\|?extra_id_\d+\|?>|<\|?placeholder_?\d+\|?>|>>UNUSED_\d+<<"
 )
 
 

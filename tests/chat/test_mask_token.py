@@ -40,7 +40,9 @@ def test_the_tokenizers_own_mask_token():
     assert choose_mask_token(tokenizer, spec(64)).id == 1
 
 
-@pytest.mark.parametrize("name", ["<SPECIAL_14>", "<|reserved_special_token_7|>", "<|unused_1|>", "<unused17>"])
+@pytest.mark.parametrize(
+    "name", ["<SPECIAL_14>", "<|reserved_special_token_7|>", "<|unused_1|>", "<unused17>", ">>UNUSED_9<<"]
+)
 def test_the_highest_reserved_token(name):
     chosen = choose_mask_token(make(["<unk>", "<SPECIAL_3>", name, "<|im_end|>"]), spec(64))
     assert chosen.id == 2
