@@ -1,5 +1,6 @@
 """`nds deepspec install|check|config|prepare|train|eval`: DeepSpec itself, on any target."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -205,13 +206,14 @@ def _show_status(found: "Status") -> None:
     for row in found.lines:
         table.add_row(marks[row.level], row.item, escape(row.found), escape(row.meaning))
     shell.out.print(table)
-    shell.out.print(escape(status.OVERRIDE), soft_wrap=True)
+    shell.out.print(escape(found.override), soft_wrap=True)
     if found.target:
         table = Table(title=f"transformers on {escape(found.target)}", title_justify="left")
-        for column in ("", status.PINNED_TRANSFORMERS, found.transformers, "what the bridge does"):
+        for column in ("", status.PINNED_TRANSFORMERS, version("transformers"), "what the bridge does"):
             table.add_column(column)
-        for fault, pinned, now in found.faults:
-            table.add_row(fault.what, *("[red]wrong[/]" if wrong else "right" for wrong in (pinned, now)), fault.cure)
+        for fault in found.faults:
+            wrong = ("[red]wrong[/]" if here else "right" for here in (fault.in_deepspecs_pin, fault.here))
+            table.add_row(fault.what, *wrong, fault.cure)
         if not found.faults:
             table.add_row("nothing known", "", "", "the target has no recurrent state")
         shell.out.print(table)

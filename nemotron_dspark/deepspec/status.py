@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
-from typing import Any
 
 from nemotron_dspark.deepspec.checkout import COMMIT, Checkout, find
 from nemotron_dspark.errors import EnvironmentFault
@@ -58,43 +57,36 @@ FAULTS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class FaultSeen:
+    """A fault that concerns a target: whether DeepSpec's pin has it, and whether this version has it."""
+
+    what: str
+    in_deepspecs_pin: bool
+    here: bool
+    cure: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Status:
     """Whether DeepSpec runs here, and what transformers does wrong with a target."""
 
     lines: list[Line]
+    missing: list[str]  # what DeepSpec cannot run without
+    override: str
     target: str | None
-    transformers: str  # version
-    faults: list[tuple[Fault, bool, bool]]  # each with whether DeepSpec's pin has it, and whether this version has it
-
-    @property
-    def missing(self) -> list[str]:
-        """What DeepSpec cannot run without."""
-        return [line.item for line in self.lines if line.level == "missing"]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "lines": [dataclasses.asdict(line) for line in self.lines],
-            "missing": self.missing,
-            "override": OVERRIDE,
-            "target": self.target,
-            "faults": [
-                {"what": fault.what, "in_deepspecs_pin": pinned, "here": here, "cure": fault.cure}
-                for fault, pinned, here in self.faults
-            ],
-        }
+    faults: list[FaultSeen]
 
 
 def status(target: str | None) -> Status:
     """Look at this machine, and at ``target`` (folder, alias or hub id) if one is named."""
-    import transformers
-
     try:
         home = find()
     except EnvironmentFault:
         home = None
     spec = Checkpoint.find(target).read_spec() if target else None
-    found = faults(spec, kernels=has_kernels(spec)) if spec else []
-    return Status(environment(home), target, transformers.__version__, found)
+    lines = environment(home)
+    missing = [line.item for line in lines if line.level == "missing"]
+    return Status(lines, missing, OVERRIDE, target, faults(spec, kernels=has_kernels(spec)) if spec else [])
 
 
 def environment(checkout: Checkout | None) -> list[Line]:
@@ -133,14 +125,14 @@ def environment(checkout: Checkout | None) -> list[Line]:
     return rows
 
 
-def faults(spec: TargetSpec, *, kernels: bool) -> list[tuple[Fault, bool, bool]]:
-    """The faults that concern ``spec``: each with whether DeepSpec's pin has it, and whether this version has it."""
+def faults(spec: TargetSpec, *, kernels: bool) -> list[FaultSeen]:
+    """The faults that concern ``spec``; ``kernels`` are those of mamba-ssm."""
     recurrent = any(kind.recurrent for kind in spec.layers)
     found = []
     for fault in FAULTS:
         if recurrent if fault.families is None else spec.model_type in fault.families:
             pinned = not (fault.kernels and kernels)
-            found.append((fault, pinned, pinned and fault.here))
+            found.append(FaultSeen(fault.what, pinned, pinned and fault.here, fault.cure))
     return found
 
 

@@ -119,13 +119,7 @@ class Target:
     @staticmethod
     def of(config: TargetConfig) -> "Target":
         """Load what the ``target`` section of a configuration names."""
-        return Target.load(
-            config.named,
-            dtype=config.dtype,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-            revision=config.revision,
-        )
+        return Target.load(config.named, **config.model_dump(exclude={"name", "proofs"}))
 
     @property
     def device(self) -> torch.device:
@@ -246,9 +240,8 @@ def resolve_device(name: str, key: str = "target.device") -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise EnvironmentFault(
-            f"The device {name!r} cannot be used: {reason}.", f"Set {key} to cpu, or leave it at auto."
+            f"The device {name!r} cannot be used: {first_line(error)}.", f"Set {key} to cpu, or leave it at auto."
         ) from None
     return device
 

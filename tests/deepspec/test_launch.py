@@ -234,7 +234,7 @@ def test_faults_are_those_of_the_family_and_the_version(tiny_hybrid, tiny_llama)
     assert status.faults(llama, kernels=False) == []
     scan = "later tokens change earlier ones beyond chunk_size"
     plain, kernels = (
-        {fault.what: (pinned, here) for fault, pinned, here in status.faults(hybrid, kernels=installed)}
+        {seen.what: (seen.in_deepspecs_pin, seen.here) for seen in status.faults(hybrid, kernels=installed)}
         for installed in (False, True)
     )
     assert plain[scan] == (True, False)
