@@ -24,6 +24,7 @@ from nemotron_dspark.data.sources import Given, named, one_file
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.evaluation import picture
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
 from nemotron_dspark.evaluation.measure import prompt_ids
 from nemotron_dspark.evaluation.report import EvalReport
@@ -146,15 +147,19 @@ def train(
         EnvironmentFault: no such device, or the disk is full.
     """
     check_source(config, cache, data)
-    return train_draft(
+    folder = Path(out) if out is not None else run_folder(config)
+    report = train_draft(
         config,
-        Path(out) if out is not None else run_folder(config),
+        folder,
         cache=Path(cache) if cache is not None else None,
         data=one_file(data) if data is not None else None,
         resume=resume,
         callbacks=callbacks,
         context=context,
     )
+    if context.is_main and picture.available():
+        picture.draw_run(folder / "training.png", {}, folder, title=config.target.named)
+    return report
 
 
 def run_folder(config: RunConfig) -> Path:

@@ -137,6 +137,13 @@ class TrainConfig(_Section):
     max_steps: int | None = Field(None, ge=1, description="optimiser steps of the run; when set, epochs is unused")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     num_anchors: int = Field(512, ge=1, description="blocks drawn per sample")
+    validation: float = Field(
+        0.0, ge=0, le=0.5, description="share of the conversations held out and measured; 0 = none"
+    )
+    validate_every: int | None = Field(None, ge=1, description="optimiser steps between measurements; null = an epoch")
+    patience: int | None = Field(
+        None, ge=1, description="end the run after so many measurements without a better one; null = never"
+    )
     loss_decay_gamma: float | None = Field(4.0, gt=0, description="slot k weighs exp(-k/γ_decay); null = all alike")
     ce_alpha: float = Field(0.1, ge=0, description="weight of the cross-entropy to the token")
     l1_alpha: float = Field(0.9, ge=0, description="weight of the L1 distance to the target's distribution")

@@ -1,6 +1,6 @@
-"""Draw a run: the loss curve, and acceptance by position."""
+"""Draw a run: loss and expected accepted length over its steps, and acceptance by position."""
 
-import json
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.evaluation.measure import Measurement
 from nemotron_dspark.files import write_whole
+from nemotron_dspark.training import validation
+from nemotron_dspark.training.metrics import read_lines, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,10 +18,15 @@ _GREEN, _BLUE, _GREY = "#3f7d20", "#1f5aa6", "#9a9a9a"
 _STYLES = ((_BLUE, "-", "o"), (_GREEN, "-", "s"), (_GREY, "--", "o"), (_GREY, ":", "s"))
 
 
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def draw_run(
-    path: Path, measurements: Mapping[str, Measurement], metrics_file: Path | None = None, title: str = ""
+    path: Path, measurements: Mapping[str, Measurement], run_folder: Path | None = None, title: str = ""
 ) -> Path:
-    """Draw ``measurements`` by label, and the loss in ``metrics_file`` (JSON lines) if given, as a PNG at ``path``.
+    """Draw ``measurements`` by label, if any, and the training in ``run_folder`` if given, as a PNG at ``path``.
 
     Raises:
         EnvironmentFault: matplotlib is not installed.
@@ -31,27 +38,35 @@ def draw_run(
         raise EnvironmentFault(
             "Pictures need matplotlib, which is not installed.", "Run `pip install 'nemotron-dspark[report]'`."
         ) from None
-    panels = 2 if metrics_file else 1
+    panels = bool(measurements) + (run_folder is not None)
     figure = Figure(figsize=(5.2 * panels, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    if metrics_file:
-        _draw_loss(axes[0], metrics_file)
-    _draw_acceptance(axes[-1], measurements)
+    if run_folder is not None:
+        _draw_training(axes[0], run_folder)
+    if measurements:
+        _draw_acceptance(axes[-1], measurements)
     if title:
         figure.suptitle(title, fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     return path
 
 
-def _draw_loss(axis: "Axes", metrics_file: Path) -> None:
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    steps = [row["step"] for row in rows]
-    axis.plot(steps, [row["loss"] for row in rows], color=_BLUE, label="loss")
+def _draw_training(axis: "Axes", run_folder: Path) -> None:
+    """Loss and expected accepted length over steps; of held-out samples dotted, with a line where they were best."""
     axis.set(xlabel="optimiser step", ylabel="loss", title="Training")
-    axis.set_ylim(bottom=0)
     other = axis.twinx()
-    other.plot(steps, [row["tau"] for row in rows], color=_GREEN, label="expected accepted length")
+    held_out = read_lines(run_folder / validation.FILE)
+    for rows, style, where in ((read_metrics(run_folder), "-", ""), (held_out, "o:", ", held out")):
+        steps = [row["step"] for row in rows]
+        if rows:
+            axis.plot(steps, [row["loss"] for row in rows], style, color=_BLUE, markersize=3, label=f"loss{where}")
+        if rows and rows[0]["tau"] is not None:
+            taus = [row["tau"] for row in rows]
+            other.plot(steps, taus, style, color=_GREEN, markersize=3, label=f"expected accepted length{where}")
+    if held_out:
+        axis.axvline(max(held_out, key=validation.score)["step"], color="0.6", linewidth=1, label="best")
+    axis.set_ylim(bottom=0)
     other.set_ylabel("expected accepted length")
     other.set_ylim(bottom=1)
     lines = [*axis.get_lines(), *other.get_lines()]

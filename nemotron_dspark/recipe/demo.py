@@ -127,7 +127,7 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
     with clock("serve"):
         served = _serve(target, draft, held_out, config, progress)
 
-    picture = draw_run(run_dir / "demo.png", labelled(measurements), run / "metrics.jsonl")
+    picture = draw_run(run_dir / "demo.png", labelled(measurements), run)
     result = DemoResult(run_dir, trained, evaluation, measurements, clock.seconds, served, picture)
     files.write_json(run_dir / "demo.json", result.to_json())
     return result

@@ -22,6 +22,9 @@ class Callback:
     def on_metrics(self, metrics: StepMetrics) -> None:
         """Averages since the last call, every `train.log_every` steps."""
 
+    def on_validation(self, metrics: StepMetrics, best: bool) -> None:
+        """Averages over the held-out samples; ``best``: better than every time before."""
+
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """A checkpoint after ``step`` steps is on the disk."""
 
@@ -53,6 +56,7 @@ class Callbacks(Callback):
     on_micro_batch = _each("on_micro_batch")
     on_step_end = _each("on_step_end")
     on_metrics = _each("on_metrics")
+    on_validation = _each("on_validation")
     on_checkpoint = _each("on_checkpoint")
     on_message = _each("on_message")
     on_status = _each("on_status")

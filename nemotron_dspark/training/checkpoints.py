@@ -51,8 +51,9 @@ def save_checkpoint(
     moments: Mapping[str, Tensor],
     state: TrainState,
     keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write ``folder/step-N`` whole and remove all but the newest ``keep``; returns its path."""
+    """Write ``folder/step-N`` whole; returns its path. The newest ``keep`` stay, and that of the step ``best``."""
     final = step_folder(folder, state.step)
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -70,7 +71,8 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space back
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old != step_folder(folder, best):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

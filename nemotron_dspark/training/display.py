@@ -75,6 +75,11 @@ class Display(Callback):
         else:
             self._console.print(f"step {self._step(metrics.step)}  {'  '.join(numbers)}", soft_wrap=True)
 
+    def on_validation(self, metrics: StepMetrics, best: bool) -> None:
+        tau = f"  tau {metrics.tau:.2f}" if metrics.tau is not None else ""
+        mark = "  best so far" if best else ""
+        self.on_message(f"held out, step {self._step(metrics.step)}  loss {metrics.loss:.3f}{tau}{mark}")
+
     def on_status(self, text: str) -> None:
         self._beside = text
         if self._task is not None:

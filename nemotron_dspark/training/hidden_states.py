@@ -30,6 +30,7 @@ from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.distributed import DistContext
 from nemotron_dspark.training.source import CacheSource, Source
+from nemotron_dspark.training.validation import split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,9 @@ def open_cached(setup: Setup, cache_folder: Path) -> HiddenStates:
     if setup.context.is_main:
         check_mask_token(cache, draft.mask_token_id)
     source = CacheSource(cache)
-    source.schedule(setup.config.train, setup.context)  # refuses what does not fit before the folder is touched
+    split(source, setup.config.train.validation)[0].schedule(
+        setup.config.train, setup.context
+    )  # refuses what does not fit before the folder is touched
     settings = setup.lock("cached", draft, {"cache": fingerprint(cache.folder)})
     return HiddenStates("cached", source, sum(cache.layout.shard_sizes), draft, settings, notes)
 
@@ -181,7 +184,7 @@ def _beside_target(
         hidden_size=setup.spec.hidden_size,
     )
     source = new_source(tokens, taps)
-    source.schedule(config.train, setup.context)
+    split(source, config.train.validation)[0].schedule(config.train, setup.context)
     return HiddenStates(mode, source, int(sizes.sum()), draft, settings, notes + _notes_on_data(setup.out))
 
 

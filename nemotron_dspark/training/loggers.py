@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,19 @@ class MetricsLog(Callback):
         path = self._folder / FILE
         with files.disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+        self._add_scalars(metrics, "", [field.name for field in dataclasses.fields(metrics)])
+
+    def _add_scalars(self, metrics: StepMetrics, prefix: str, keys: Sequence[str]) -> None:
         if self._board is None:
             return
         with files.disk_errors(self._events):
-            for key, value in dataclasses.asdict(metrics).items():
-                for name, number in _scalars(key, value):
-                    self._board.add_scalar(name, number, metrics.step)
+            for key in keys:
+                for name, number in _scalars(key, getattr(metrics, key)):
+                    self._board.add_scalar(prefix + name, number, metrics.step)
             self._board.flush()
+
+    def on_validation(self, metrics: StepMetrics, best: bool) -> None:
+        self._add_scalars(metrics, "validation/", ("loss", "ce", "l1", "confidence", "accept_rate", "tau"))
 
     def on_end(self) -> None:
         if self._board is not None:

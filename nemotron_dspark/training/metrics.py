@@ -112,7 +112,11 @@ class MetricAccumulator:
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; one that a kill cut off is left out."""
-    path = Path(run_folder) / FILE
+    return read_lines(Path(run_folder) / FILE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, none where there is no file; a line that a kill cut off is left out."""
     if not path.is_file():
         return []
     lines = []

@@ -7,6 +7,7 @@ the losses are those of cached training, up to what a forward in other company r
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from nemotron_dspark.cache.capture import capture_states
@@ -37,6 +38,10 @@ class OnlineSource(Source):
         self._taps = taps
         self._on_status = on_status
         self._busy = threading.Lock()
+
+    def opening(self, sample_id: int) -> np.ndarray:
+        sample = self._tokens[sample_id]
+        return sample.input_ids[: int(np.argmax(sample.loss_mask))].astype("int64")
 
     def open(self, step: int) -> None:
         self._target = proven_target(self._config, self._taps, self._on_status)

@@ -39,6 +39,8 @@ class _Stopped(Exception):
 class RollingSource(Source):
     """Samples out of the segment of a step; a thread captures the segments in their order, two on the disk at most."""
 
+    random_access = False
+
     def __init__(
         self,
         folder: Path,

@@ -29,6 +29,8 @@ class CacheLike(Protocol):
 
     @property
     def lengths(self) -> np.ndarray: ...
+    def input_ids(self, sample_id: int) -> Tensor: ...
+    def loss_mask(self, sample_id: int) -> np.ndarray: ...
     def __len__(self) -> int: ...
     def __getitem__(self, sample_id: int) -> SampleLike: ...
 
@@ -37,6 +39,7 @@ class Source:
     """Samples by id. All but `samples` may stay as it is here; `samples` is called by the thread that reads ahead."""
 
     lengths: np.ndarray  # int [samples], tokens of each
+    random_access = True  # any sample may be asked for at any step
 
     def schedule(self, config: TrainConfig, context: DistContext = SINGLE) -> SampleSchedule:
         """Which samples each step takes; `InputError` when the batch sizes do not fit."""
@@ -44,6 +47,10 @@ class Source:
 
     def open(self, step: int) -> None:
         """Get ready to train from ``step`` on; not called where nothing is left to train."""
+
+    def opening(self, sample_id: int) -> np.ndarray:
+        """Token ids of the sample before its first answer."""
+        raise NotImplementedError
 
     def samples(self, ids: Sequence[int], step: int) -> Sequence[SampleLike]:
         """The samples of one micro-batch of ``step``."""
@@ -62,6 +69,10 @@ class CacheSource(Source):
     def __init__(self, cache: CacheLike):
         self._cache = cache
         self.lengths = np.asarray(cache.lengths)
+
+    def opening(self, sample_id: int) -> np.ndarray:
+        ids, mask = self._cache.input_ids(sample_id), self._cache.loss_mask(sample_id)
+        return np.asarray(ids)[: int(np.argmax(mask))]
 
     def samples(self, ids: Sequence[int], step: int) -> list[SampleLike]:
         return [self._cache[sample_id] for sample_id in ids]

@@ -44,6 +44,7 @@ from nemotron_dspark.training.optimiser import Optimiser, learning_rate
 from nemotron_dspark.training.sharding import shard, uses_fsdp
 from nemotron_dspark.training.source import CacheLike, CacheSource, Source
 from nemotron_dspark.training.tiling import Tiling
+from nemotron_dspark.training.validation import Validation, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TrainResult:
     tokens: int
     seconds: float
     last: StepMetrics | None  # last line written by this call
-    checkpoint: Path  # holds the parameters of the last step
+    checkpoint: Path  # to publish: of the last step, or of the one whose held-out samples were best
 
 
 def objective_for(draft: Draft, config: TrainConfig, tiling: Tiling | None = None) -> Objective:
@@ -98,8 +99,12 @@ class Trainer:
         callbacks: Iterable[Callback] = (),
         context: DistContext = SINGLE,
     ):
-        self.source = source if isinstance(source, Source) else CacheSource(source)
+        whole = source if isinstance(source, Source) else CacheSource(source)
+        self.source, held_out = split(whole, config.validation)
         self.schedule = self.source.schedule(config, context)
+        self.validation = None
+        if len(held_out):
+            self.validation = Validation(held_out, whole, config, self.schedule.steps_per_epoch, run_folder)
         self.draft = draft
         self.config = config
         self.tiling = tiling
@@ -119,11 +124,12 @@ class Trainer:
             KeyboardInterrupt: SIGINT or SIGTERM came; everything up to the last finished step is saved.
         """
         resumed_from = self._newest_checkpoint()
-        final = step_folder(self.checkpoints, self.schedule.total_steps)
-        if resumed_from >= self.schedule.total_steps:
+        if self.validation is not None:
+            self.validation.resume(resumed_from, write=self.context.is_main)
+        if self._over(resumed_from):
             self.source.saved(resumed_from)  # the call that finished may have been killed before it said so
-            state = read_state(final)
-            return TrainResult(resumed_from, resumed_from, state.tokens, state.seconds, None, final)
+            state = read_state(step_folder(self.checkpoints, resumed_from))
+            return TrainResult(resumed_from, resumed_from, state.tokens, state.seconds, None, self._best(resumed_from))
         self._set_up(resumed_from)
         last = None
         try:
@@ -132,17 +138,19 @@ class Trainer:
                 try:
                     feed = batches(self.load, self.config, first_step=self.step, stopped=stopped)
                     with contextlib.closing(feed) as self._feed:
-                        while self.step < self.schedule.total_steps:
+                        while not self._over(self.step):
                             done = self.train_step(self._micro_batches(feed, stopped))
                             last = self._log(done) or last
-                            if self.step % self.config.checkpoint_every == 0 or self.schedule.must_save(self.step):
+                            if self._validate() or self._must_save():
                                 self.save()
                 except _Interrupted as stop:  # an unfinished step is done again; its gradients are not kept
                     self._save_and_raise(stop)
         finally:
             self.callbacks.on_end()
         self.draft.eval()
-        return TrainResult(self.step, resumed_from, self.tokens, self._seconds(), last, final)
+        if self.validation is not None:
+            self.callbacks.on_message(self.validation.summary())
+        return TrainResult(self.step, resumed_from, self.tokens, self._seconds(), last, self._best(self.step))
 
     def train_step(self, micro_batches: Iterable[Batch]) -> StepResult:
         """One optimiser step: forward and backward of each micro-batch, all-reduce, normalise, clip, update.
@@ -178,7 +186,15 @@ class Trainer:
         wanted = self.context.is_main
         kept = self.optimiser.parameters(wanted=wanted), self.optimiser.moments(wanted=wanted)
         if wanted:
-            folder = save_checkpoint(self.checkpoints, self.draft.config, *kept, state, self.config.keep_checkpoints)
+            best = self.validation.best if self.validation is not None else None
+            folder = save_checkpoint(
+                self.checkpoints,
+                self.draft.config,
+                *kept,
+                state,
+                self.config.keep_checkpoints,
+                best["step"] if best else None,
+            )
             self.callbacks.on_checkpoint(self.step, folder)
         self.context.barrier()  # torchrun ends all processes when one has ended, also the one that writes
         self._saved = self.step
@@ -237,6 +253,26 @@ class Trainer:
             if stops or failures or batch is None:
                 raise _Interrupted(failure, elsewhere=bool(failures))
             yield batch
+
+    def _over(self, step: int) -> bool:
+        early = self.validation is not None and self.validation.exhausted
+        return step >= self.schedule.total_steps or early
+
+    def _must_save(self) -> bool:
+        return self.step % self.config.checkpoint_every == 0 or self.schedule.must_save(self.step)
+
+    def _validate(self) -> bool:
+        """Measure the held-out samples if it is time to; the checkpoint of such a step is saved, it may be the best."""
+        if self.validation is None or not self.validation.due(self.step, self.schedule.total_steps):
+            return False
+        found = self.validation.measure(self.objective, self.load, self.step, self.context)
+        self.callbacks.on_validation(found.metrics, found.best)
+        return True
+
+    def _best(self, last: int) -> Path:
+        """The checkpoint to publish."""
+        best = self.validation.best if self.validation is not None else None
+        return step_folder(self.checkpoints, best["step"] if best else last)
 
     def _log(self, done: StepResult) -> StepMetrics | None:
         self.metrics.add(done.sums)

@@ -42,6 +42,12 @@ class MemoryCache:
     def lengths(self) -> np.ndarray:
         return np.array([len(sample.input_ids) for sample in self._samples])
 
+    def input_ids(self, index: int) -> torch.Tensor:
+        return self._samples[index].input_ids
+
+    def loss_mask(self, index: int) -> np.ndarray:
+        return self._samples[index].loss_mask.numpy()
+
     def __len__(self) -> int:
         return len(self._samples)
 
