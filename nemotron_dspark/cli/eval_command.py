@@ -79,9 +79,11 @@ def _in_engine(
 ) -> None:
     from nemotron_dspark.engines.measure import evaluate_engine
 
-    if draft is not None:
+    if draft is not None or config.eval.confidence_threshold > 0:
+        given = "--confidence-threshold" if draft is None else "--draft"
         raise InputError(
-            "Both --draft and --engine are given, and an engine has its own draft.", "Leave one of them out."
+            f"Both {given} and --engine are given, and an engine has a draft and settings of its own.",
+            "Leave one of them out.",
         )
     with shell.bars() as bars:
         found = evaluate_engine(config, url, prompts, plain_url=plain_url, limit=limit, progress=bars.update)

@@ -122,11 +122,13 @@ def engine_command(
     tokens = tokens or pair.draft.block_size
     target, draft, prepare = pair.target, str(pair.draft_folder), ()
     if engine == "llamacpp":
-        folder = gguf or pair.draft_folder / "gguf"
+        files = [str((gguf or pair.draft_folder / "gguf") / name) for name in GGUF_FILES]
+        export = ["nds", "export", "--to", "gguf", "--target", target]
         prepare = (
-            shlex.join(["nds", "export", "--to", "gguf", "--target", target, "--draft", draft, "--out", str(folder)]),
+            shlex.join([*export, "--out", files[0]]),
+            shlex.join([*export, "--draft", draft, "--out", files[1]]),
         )
-        target, draft = (str(folder / name) for name in GGUF_FILES)
+        target, draft = files
     state = pair.state_bytes
     values: dict[str, Any] = {
         "target": target,

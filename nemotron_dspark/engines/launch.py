@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemotron_dspark import files
-from nemotron_dspark.engines.commands import GGUF_FILES, EngineCommand, engine_table, version_key
+from nemotron_dspark.engines.commands import EngineCommand, engine_table, version_key
 from nemotron_dspark.errors import EnvironmentFault, InputError
 
 _VERSION = re.compile(r"\d+(?:\.\d+)+(?:rc\d+)?|(?<=version: )\d+")
@@ -86,6 +87,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def _check_exported(command: EngineCommand) -> None:
-    for path in (Path(part) for part in command.argv if command.engine == "llamacpp" and part.endswith(GGUF_FILES)):
+    for line in command.prepare:  # of llama.cpp alone; the file that it makes is its last word
+        path = Path(shlex.split(line)[-1])
         if not path.is_file():
-            raise InputError(f"{path} is not there.", f"Run first: {command.prepare[0]}")
+            raise InputError(f"{path} is not there.", f"Run first: {line}")

@@ -15,8 +15,7 @@ from nemotron_dspark.errors import InputError
 
 # vLLM 47635: these hybrids crash at start-up with speculative decoding.
 _VLLM_CRASHES = ("falcon_h1", "granitemoehybrid", "zamba2")
-# Targets that this project and llama.cpp both read, see `nds export`.
-_GGUF_TYPES = ("llama", "nemotron_h")
+_GGUF_TYPES = ("llama", "nemotron_h")  # targets that `nds export --to gguf` writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +59,12 @@ def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
             f"{title} reads vanilla Markov heads only, and this draft's is {draft.markov_head_type}.",
             "Train the draft with draft.markov_head=vanilla, or serve it with SGLang or `nds serve`.",
         )
-    if not draft.markov_rank:
+    if not draft.markov_rank and engine != "llamacpp":  # for which `nds export` gives it a head of zeros
         yield Finding(
             "refuse",
             f"{title} takes a DSpark draft to have a Markov head, and this one has rank 0 (DeepSpec's DFlash).",
             "Train the draft with draft.markov_rank above 0, or serve it with `nds serve`: what engines call DFlash is "
             "another layout of the block.",
-        )
-    if engine == "llamacpp" and draft.enable_confidence_head and not draft.confidence_head_with_markov:
-        yield Finding(
-            "warn",
-            "llama.cpp's confidence head reads the previous token's embedding too, and this draft's does not.",
-            "Export it without its confidence head, which is used only with --spec-draft-p-min.",
         )
     if draft.target_layer_ids[0] == -1 and engine != "llamacpp":
         yield Finding(
@@ -79,11 +72,12 @@ def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
             f"{title} {'refuses' if engine == 'sglang' else 'has not been seen to read'} the embedding as a tap (-1).",
             "Train the draft with taps from layer 0 on, or serve it with llama.cpp or `nds serve`.",
         )
-    if engine != "llamacpp" and (draft.target_logit_multiplier != 1.0 or draft.target_logit_softcap is not None):
+    if draft.target_logit_multiplier != 1.0 or draft.target_logit_softcap is not None:
         yield Finding(
-            "warn",
-            f"The target's logits are multiplied or soft-capped, which {title} has not been seen to do to the draft's.",
-            "Compare the accepted length with `nds eval --engine`.",
+            "refuse" if engine == "llamacpp" else "warn",
+            f"This target's logits are multiplied or soft-capped, and {title} "
+            + ("adds the Markov head to bare ones." if engine == "llamacpp" else "has not been seen to do that here."),
+            "Serve the pair with `nds serve`, or compare the accepted length with `nds eval --engine`.",
         )
 
 
@@ -132,9 +126,9 @@ def _targets(engine: EngineName, pair: Pair) -> Iterator[Finding]:
     kind = pair.spec.model_type
     if engine == "llamacpp" and kind not in _GGUF_TYPES:
         yield Finding(
-            "refuse",
+            "warn",
             f"`nds export --to gguf` writes targets of type {' and '.join(_GGUF_TYPES)}, and this one is {kind}.",
-            "Serve the pair with another engine or with `nds serve`.",
+            "Convert it with llama.cpp's convert_hf_to_gguf.py; the draft is exported all the same.",
         )
     if not pair.hybrid:
         return
