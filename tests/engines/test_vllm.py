@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemotron_dspark.config import load_config
-from nemotron_dspark.drafts.config import build_draft_config
+from benchmarks.engines import free_port, running
+from nemotron_dspark import Decoder, Sampling, Target, load_config, regenerate
+from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.targets import Target
+from nemotron_dspark.engines.clients import connect
+from nemotron_dspark.engines.measure import evaluate_engine
+from nemotron_dspark.recipe import tiny
+from tests.engines.pairs import write_random_draft
 
 PYTHON = os.environ.get("NDS_VLLM_PYTHON", "")
 pytestmark = [
@@ -21,21 +25,19 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What is a state? {at}"}) + "\n" for at in range(4)))
+    return path
+
+
 @pytest.fixture(scope="module", params=["hybrid", "llama"])
 def pair(request, tiny_hybrid, tiny_llama, tmp_path_factory):
-    """Target folder, draft folder and draft: two layers, random weights that are far from their initial ones."""
-    folder = {"hybrid": tiny_hybrid, "llama": tiny_llama}[request.param]
-    config = load_config(str(folder), draft={"num_layers": 2, "num_taps": 3, "markov_rank": 16})
-    target = Target.of(config.target)
-    made, _ = build_draft_config(target.spec, config.draft, mask_token_id=31)
-    draft = DSparkDraft(made)
-    with torch.no_grad():
-        for parameter in draft.trainable_parameters().values():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    draft.set_embeddings(target.model.get_input_embeddings().weight, target.head.weight)
-    out = tmp_path_factory.mktemp("draft") / "draft"
-    draft.save(out)
-    return folder, out, draft.eval()
+    """Target folder, draft folder and draft."""
+    target = {"hybrid": tiny_hybrid, "llama": tiny_llama}[request.param]
+    folder = write_random_draft(tmp_path_factory.mktemp("draft") / "draft", target)
+    return target, folder, DSparkDraft.load(folder)
 
 
 def vllm(target: Path, draft: Path, states: Path, out: Path) -> dict:
@@ -81,3 +83,65 @@ def test_vllms_draft_model_computes_what_ours_does(pair, tmp_path):
         logits = base[slot] + (embedded @ draft.markov_head.markov_w2.weight.T)[0]
         torch.testing.assert_close(theirs["logits"][slot], logits, atol=2e-4, rtol=2e-4)
         previous = logits.argmax()[None]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A small ordinary decoder with heads of 64, as vLLM wants them on a CPU."""
+    return tiny.random_target(tmp_path_factory.mktemp("llama") / "target", family="llama", hidden_size=256)
+
+
+@pytest.fixture(scope="module")
+def server(decoder, tmp_path_factory):
+    """The address of a vLLM that serves the decoder and drafts from its own text: no draft model runs on a CPU."""
+    port = free_port()
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    options = ["--model", str(decoder), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    options += ["--max-num-seqs", "4", "--host", "127.0.0.1", "--port", str(port)]
+    argv = [
+        PYTHON,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *options,
+        "--speculative-config",
+        json.dumps(speculative),
+    ]
+    environment = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with running(argv, port, tmp_path_factory.mktemp("vllm") / "server.log", environment) as url:
+        yield url
+
+
+def test_accepted_length_comes_from_vllms_counters(server, decoder, prompts):
+    config = load_config(str(decoder), eval={"max_new_tokens": 48, "temperatures": [0.0]})
+    found = evaluate_engine(config, server, prompts, plain_url=server)
+    (measured,) = found.measurements
+    assert found.engine == "vLLM"
+    assert measured.rounds > 0
+    assert measured.tokens == 4 * 48
+    assert len(measured.per_position) == 3
+    assert measured.accepted_length == pytest.approx(1 + sum(measured.per_position))
+    assert measured.accepted_length > 1.05  # a model with random weights repeats itself
+    assert found.plain is not None
+    assert found.plain.identical == 4
+
+
+def test_vllm_and_our_decoder_say_the_same(server, decoder, prompts):
+    """Greedily and in fp32, from prompts that vLLM renders itself."""
+    engine = connect(server)
+    target = Target.of(load_config({"name": str(decoder), "dtype": "float32"}).target)
+    ids = engine.render([{"role": "user", "content": "What is a state?"}])
+    assert ids == render_prompt(target.tokenizer, [Message("user", "What is a state?")])
+    ours = Decoder(target).generate(ids, Sampling(temperature=0.0, max_new_tokens=32))
+    assert list(engine.answer(ids, max_tokens=32, temperature=0.0, seed=0).tokens) == ours.tokens
+
+
+def test_answers_are_regenerated_with_their_token_ids(server, decoder, prompts, tmp_path):
+    report = regenerate(prompts, tmp_path / "out.jsonl", base_url=f"{server}/v1", max_tokens=24, temperature=0.0)
+    assert report.answered == 4
+    engine = connect(server)
+    tokenizer = Target.of(load_config({"name": str(decoder), "dtype": "float32"}).target).tokenizer
+    for line in (tmp_path / "out.jsonl").read_text().splitlines():
+        asked, said = json.loads(line)["conversations"]
+        ids = render_prompt(tokenizer, [Message("user", asked["content"])])
+        assert said["prompt_token_ids"] == ids
+        assert said["token_ids"] == list(engine.answer(ids, max_tokens=24, temperature=0.0, seed=0).tokens)

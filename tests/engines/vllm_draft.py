@@ -92,6 +92,9 @@ def main(target: str, draft: str, states: str, out: str) -> None:
         for layer in model.model.layers:
             own = layer.self_attn
             own.attn = PlainAttention(own.num_heads, own.num_kv_heads, own.head_dim)
+        # Its own norm of all layers' keys at once takes the first layer's weights for all of them on a CPU.
+        norms = [layer.self_attn.k_norm for layer in model.model.layers]
+        model.model._normalize_context_k = lambda keys: torch.stack([n(k) for n, k in zip(norms, keys, strict=True)])
         model.model._attn_layers = [layer.self_attn.attn for layer in model.model.layers]
 
         given = load_file(states)
