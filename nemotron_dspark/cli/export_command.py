@@ -20,8 +20,8 @@ def register(app: typer.Typer) -> None:
 def export(
     config: RunConfig,
     to: Annotated[
-        Literal["deepspec", "speculators", "sglang", "modelopt", "gguf"],
-        typer.Option(help="Format: deepspec (also for vLLM), speculators, sglang, modelopt, or gguf for llama.cpp."),
+        Literal["deepspec", "vllm", "sglang", "speculators", "modelopt", "gguf"],
+        typer.Option(help="Who is to read it; gguf is for llama.cpp. An EAGLE-3 draft: deepspec or vllm."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder, or new file of --to gguf.")],
     draft: Annotated[

@@ -1,13 +1,20 @@
-"""DSpark drafts in the layouts of other projects: one pair of functions a format, config to config and name to name.
+"""Drafts in the layouts of other projects: one pair of functions a format, config to config and name to name.
 
+DSpark:
 - deepspec: flat, architecture `Qwen3DSparkModel`; tap i is the output of layer i; with or without the target's
-  embedding and LM head. DeepSpec, vLLM and NeMo AutoModel read it.
-- sglang: the same, always without embedding and head.
+  embedding and LM head. DeepSpec and NeMo AutoModel read it.
+- vllm: the same, always with a Markov head.
+- sglang: as vllm, always without embedding and head.
 - speculators: a Qwen3 config nested in it; taps count from the embedding, so i + 1. speculators, vLLM and llama.cpp's
   converter read it.
 - modelopt: flat with a `dflash_config`; heads without `markov_head.`, and `confidence_proj`. ModelOpt and vLLM read it.
 
-Facts are of speculators 0.9.0 (`models/dspark/config.py`) and ModelOpt 0.47.0 (`export/plugins/hf_spec_export.py`).
+EAGLE-3:
+- deepspec: flat, architecture `Qwen3Eagle3Model`.
+- vllm: the same as `Eagle3Qwen3ForCausalLM`, whose taps count from the embedding.
+
+Facts are of speculators 0.9.0 (`models/dspark/config.py`), ModelOpt 0.47.0 (`export/plugins/hf_spec_export.py`), vLLM
+0.32.0 (`models/qwen3_dspark.py`, `models/qwen3_eagle3.py`).
 Keys that a format has no place for (``num_anchors``) are kept beside its own, which all of these readers ignore.
 """
 
@@ -15,7 +22,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, SavedConfig
 from nemotron_dspark.errors import InputError
 
 Json = dict[str, Any]
@@ -49,14 +56,17 @@ class Verifier:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one project lays out a DSpark draft."""
+    """How one project lays out a draft of one kind."""
 
     name: str
     embeddings: bool  # may hold the target's embedding and LM head
-    write: Callable[[DraftConfig, Verifier], Json]  # its config.json
+    write: Callable[[Any, Verifier], Json]  # its config.json, of a ``config``
     read: Callable[[Json], Json]  # DeepSpec's config.json of its own
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # beginnings of tensor names: DeepSpec's, its
+    needs_head: bool = False  # a DSpark draft always has a Markov head
+    reads_token: bool = False  # and its confidence head reads the previous token
     heads: tuple[str, ...] = ("vanilla", "gated", "rnn")
+    config: type[SavedConfig] = DraftConfig
 
     def tensor_name(self, name: str, *, back: bool = False) -> str:
         """A tensor's name in this format, or ``back``: DeepSpec's."""
@@ -67,7 +77,7 @@ class Format:
         return name
 
 
-def _deepspec(config: DraftConfig, verifier: Verifier) -> Json:
+def _deepspec(config: SavedConfig, verifier: Verifier) -> Json:
     return config.to_json()
 
 
@@ -112,11 +122,6 @@ def _from_speculators(values: Json) -> Json:
 
 def _to_modelopt(config: DraftConfig, verifier: Verifier) -> Json:
     flat = config.to_json()
-    if not config.markov_rank or (config.enable_confidence_head and not config.confidence_head_with_markov):
-        raise InputError(
-            "ModelOpt's DSpark always has a Markov head, which its confidence head reads too.",
-            "Export to deepspec, or train with draft.markov_rank and draft.confidence_with_markov set.",
-        )
     return {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
@@ -157,6 +162,24 @@ def _from_modelopt(values: Json) -> Json:
     }
 
 
+def _eagle3_to_vllm(config: Eagle3Config, verifier: Verifier) -> Json:
+    return config.to_json() | {
+        "architectures": [_VLLM_EAGLE3],
+        "draft_vocab_size": config.vocab_size,
+        "target_hidden_size": config.hidden_size,
+        "eagle_aux_hidden_state_layer_ids": [tap + 1 for tap in config.target_layer_ids],
+        "norm_before_residual": False,
+    }
+
+
+def _eagle3_from_vllm(values: Json) -> Json:
+    _refuse("draft_vocab_size", values.get("draft_vocab_size"), values.get("vocab_size"))
+    for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
+        _refuse(key, bool(values.get(key)), False)
+    taps = values.get("eagle_aux_hidden_state_layer_ids") or []
+    return values | {"target_layer_ids": [tap - 1 for tap in taps]}
+
+
 def _heads(values: Json) -> Json:
     found = _DEFAULTS | _present(values, _HEADS)
     found.setdefault("confidence_head_with_markov", found["enable_confidence_head"] and found["markov_rank"] > 0)
@@ -174,33 +197,47 @@ def _refuse(key: str, value: Any, only: Any) -> None:
         )
 
 
+_VLLM_EAGLE3 = "Eagle3Qwen3ForCausalLM"
 _BARE_HEADS = {f"markov_head.{part}.": f"{part}." for part in ("markov_w1", "markov_w2", "gate_proj", "joint_proj")}
 _BARE_HEADS["confidence_head.proj."] = "confidence_proj."
 FORMATS: dict[str, Format] = {
     found.name: found
     for found in (
         Format("deepspec", True, _deepspec, dict),
-        Format("sglang", False, _deepspec, dict),
-        Format("speculators", False, _to_speculators, _from_speculators),
-        Format("modelopt", False, _to_modelopt, _from_modelopt, _BARE_HEADS),
+        Format("vllm", True, _deepspec, dict, needs_head=True, heads=("vanilla",)),
+        Format("sglang", False, _deepspec, dict, needs_head=True),
+        Format("speculators", False, _to_speculators, _from_speculators, needs_head=True),
+        Format("modelopt", False, _to_modelopt, _from_modelopt, _BARE_HEADS, needs_head=True, reads_token=True),
+    )
+}
+EAGLE3_FORMATS: dict[str, Format] = {
+    found.name: found
+    for found in (
+        Format("deepspec", True, _deepspec, dict, config=Eagle3Config),
+        Format("vllm", True, _eagle3_to_vllm, _eagle3_from_vllm, config=Eagle3Config),
     )
 }
 
 
 def recognise(values: Json, origin: str) -> Format:
-    """The format that a draft's ``config.json`` is in.
+    """The format that a draft's ``config.json`` is in; deepspec for those that have its config.
 
     Raises:
         InputError: none of those known.
     """
+    architectures = values.get("architectures") or ()
     if values.get("speculators_model_type") == "dspark":
         return FORMATS["speculators"]
     if (values.get("dflash_config") or {}).get("projector_type") == "dspark":
         return FORMATS["modelopt"]
-    if DraftConfig.architecture in (values.get("architectures") or ()):
+    if DraftConfig.architecture in architectures:
         return FORMATS["deepspec"]
-    kind = values.get("speculators_model_type") or (values.get("architectures") or ["nothing known"])[0]
+    if Eagle3Config.architecture in architectures:
+        return EAGLE3_FORMATS["deepspec"]
+    if _VLLM_EAGLE3 in architectures and not values.get("speculators_model_type"):
+        return EAGLE3_FORMATS["vllm"]
+    kind = values.get("speculators_model_type") or (architectures or ["nothing known"])[0]
     raise InputError(
-        f"{origin} describes {kind}, not a DSpark draft.",
-        "Give a draft of DeepSpec, speculators, SGLang or ModelOpt with a DSpark head.",
+        f"{origin} describes {kind}, not a draft that drafts here can be.",
+        "Give a DSpark draft of DeepSpec, vLLM, speculators, SGLang or ModelOpt, or DeepSpec's EAGLE-3.",
     )

@@ -1,6 +1,10 @@
 """Drafts to and from the layouts of `draft_formats`, tensor by tensor, without loading a target or changing a bit.
 
 A full draft has the target's embedding and LM head, a slim one takes them from the target when it is loaded.
+
+A DSpark draft of Markov rank 0 (DeepSpec's DFlash) goes to readers that always expect a Markov head with one of zeros,
+which adds nothing: without it they would take it for the engines' DFlash, whose slots mean other tokens. What was
+added is noted, and left out again on import.
 """
 
 import dataclasses
@@ -11,15 +15,22 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional
 
 from nemotron_dspark import files
-from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.dspark import SHARED, WEIGHTS_FILE, DSparkDraft
-from nemotron_dspark.engines.draft_formats import FORMATS, Verifier, recognise
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, SavedConfig, read_draft_config
+from nemotron_dspark.drafts.dspark import SHARED, WEIGHTS_FILE, Draft, DSparkDraft
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.engines.draft_formats import EAGLE3_FORMATS, FORMATS, Format, Verifier, recognise
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.folders import check_claim
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.weights import open_tensors, read_embedding_and_head
+
+ADDED_RANK = 32  # of a Markov head of zeros
+_NOTED = "nds"  # key of config.json
+_CONFIDENCE = "confidence_head.proj.weight"
+_KINDS: dict[type[SavedConfig], type[Draft]] = {DraftConfig: DSparkDraft, Eagle3Config: Eagle3Draft}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +63,9 @@ def export_draft(
         InputError: no draft there, one for another target, heads that the format has not, or ``out`` is not empty.
         EnvironmentFault: the disk is full.
     """
-    config, form = DraftConfig.from_folder(folder), FORMATS[format_name]
+    config = read_draft_config(folder)
+    form = _format(config, format_name)
     check_claim(out, "an exported draft", None, {})
-    if config.markov_head_type not in form.heads:
-        raise InputError(f"{form.name} has no {config.markov_head_type} head.", "Train with draft.markov_head=vanilla.")
-    if form.name == "sglang" and not config.markov_rank:
-        raise InputError("SGLang serves no DSpark draft without a Markov head.", "Train with draft.markov_rank > 0.")
-    if form.name == "sglang" and config.target_layer_ids[0] < 0:
-        raise InputError("SGLang cannot tap the embedding (tap -1).", "Train with draft.taps from layer 0 on.")
     verifier = Verifier(config.architecture, ())
     if target is not None:
         config.check_target(target.read_spec())
@@ -67,9 +73,63 @@ def export_draft(
     elif form.name == "speculators":
         raise InputError("A speculators config names its target.", "Give it with --target.")
     tensors = _with_embeddings(_read(folder, config), target, keep=form.embeddings and not slim)
+    noted: dict[str, Any] = {}
+    if isinstance(config, DraftConfig) and form.needs_head:
+        config, tensors, noted = with_markov_head(config, tensors, reads_token=form.reads_token)
     named = {form.tensor_name(name): tensor for name, tensor in tensors.items()}
-    _write(out, form.write(_typed(config, tensors), verifier), named)
-    return _report(folder, out, form.name, named)
+    _write(out, form.write(_typed(config, tensors), verifier) | ({_NOTED: noted} if noted else {}), named)
+    remarks = ("It has a Markov head of zeros, which adds nothing: without one it would be read as another kind.",)
+    return _report(folder, out, form.name, named, remarks if "markov_rank" in noted else ())
+
+
+def _format(config: DraftConfig | Eagle3Config, name: str) -> Format:
+    """The format of that name for a draft of this config; `InputError` when it cannot hold it."""
+    if isinstance(config, Eagle3Config):
+        if name not in EAGLE3_FORMATS:
+            formats = " and ".join(EAGLE3_FORMATS)
+            raise InputError(f"An EAGLE-3 draft is not written for {name}.", f"Formats that hold one are {formats}.")
+        return EAGLE3_FORMATS[name]
+    form = FORMATS[name]
+    if config.markov_head_type not in form.heads:
+        raise InputError(
+            f"{name} reads no {config.markov_head_type} Markov head, only {', '.join(form.heads)}.",
+            "Train the draft with draft.markov_head=vanilla, or export it for SGLang.",
+        )
+    if name == "sglang" and config.target_layer_ids[0] < 0:
+        raise InputError("SGLang cannot tap the embedding (tap -1).", "Train with draft.taps from layer 0 on.")
+    return form
+
+
+def with_markov_head(
+    config: DraftConfig, tensors: Mapping[str, Tensor], *, reads_token: bool
+) -> tuple[DraftConfig, dict[str, Tensor], dict[str, Any]]:
+    """The draft for a reader that always expects a Markov head: config, tensors, and what they were where it was added.
+
+    ``reads_token``: also that the confidence head reads the previous token's embedding. All that is added is zero.
+    """
+    full, noted = dict(tensors), {}
+    if not config.markov_rank:
+        shape = config.vocab_size, ADDED_RANK
+        full |= {f"markov_head.markov_w{at}.weight": tensors["fc.weight"].new_zeros(shape) for at in (1, 2)}
+        config = config.model_copy(update={"markov_rank": ADDED_RANK})
+        noted["markov_rank"] = 0
+    if reads_token and config.enable_confidence_head and not config.confidence_head_with_markov:
+        full[_CONFIDENCE] = functional.pad(tensors[_CONFIDENCE], (0, config.markov_rank))
+        config = config.model_copy(update={"confidence_head_with_markov": True})
+        noted["confidence_head_with_markov"] = False
+    return config, full, noted
+
+
+def _without_added(
+    flat: dict[str, Any], named: Mapping[str, Tensor], noted: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `with_markov_head` was given."""
+    named = dict(named)
+    if noted.get("confidence_head_with_markov") is False and _CONFIDENCE in named:
+        named[_CONFIDENCE] = named[_CONFIDENCE][:, : flat["hidden_size"]].contiguous()
+    if noted.get("markov_rank") == 0:
+        named = {name: tensor for name, tensor in named.items() if not name.startswith("markov_head.")}
+    return {**flat, **noted}, named
 
 
 def import_draft(folder: Path, out: Path, target: Checkpoint | None = None) -> Exchanged:
@@ -79,7 +139,7 @@ def import_draft(folder: Path, out: Path, target: Checkpoint | None = None) -> E
     draft stays slim.
 
     Raises:
-        InputError: no DSpark draft there, one that drafts here cannot be, or for another target; ``out`` is not empty.
+        InputError: no draft there, one that drafts here cannot be, or for another target; ``out`` is not empty.
         EnvironmentFault: the disk is full.
     """
     values = files.read_json(folder / "config.json")
@@ -95,7 +155,8 @@ def import_draft(folder: Path, out: Path, target: Checkpoint | None = None) -> E
                 "Serve it with the engine it is for.",
             )
     named = {form.tensor_name(name.removeprefix("model."), back=True): read() for name, read in stored.items()}
-    return write_imported(folder, form.name, form.read(values), named, out, target)
+    noted = values.get(_NOTED) or {}
+    return write_imported(folder, form.name, form.read(values), named, out, target, kind=form.config, noted=noted)
 
 
 def write_imported(
@@ -105,19 +166,26 @@ def write_imported(
     named: Mapping[str, Tensor],
     out: Path,
     target: Checkpoint | None,
+    *,
+    kind: type[SavedConfig] = DraftConfig,
+    noted: Mapping[str, Any],
 ) -> Exchanged:
-    """Write a draft whose config ``flat`` and tensors ``named`` have DeepSpec's keys; errors as `import_draft`."""
+    """Write a draft whose config ``flat`` and tensors ``named`` have DeepSpec's keys; errors as `import_draft`.
+
+    ``noted`` is what `with_markov_head` said.
+    """
     remarks = []
+    flat, named = _without_added(flat, named, noted)
     if not flat.get("num_target_layers"):
         if target is None:
             raise InputError(f"{source} does not say how many layers its target has.", "Give it with --target.")
         flat["num_target_layers"] = target.read_spec().num_layers
         remarks.append(f"The target's number of layers is that of {target.name}.")
-    flat["architectures"] = [DraftConfig.architecture]
-    config = DraftConfig.from_json(flat, str(source))
+    flat["architectures"] = [kind.architecture]
+    config = kind.from_json(flat, str(source))
     if target is not None:
         config.check_target(target.read_spec())
-    expected = DSparkDraft(config, seed=None).state_dict()
+    expected = _KINDS[kind](config, seed=None).state_dict()
     unknown, missing = sorted(named.keys() - expected), sorted(expected.keys() - named.keys() - set(SHARED))
     wrong = [name for name in named.keys() & expected.keys() if named[name].shape != expected[name].shape]
     if unknown or missing or wrong:
@@ -129,13 +197,13 @@ def write_imported(
     return _report(source, out, format_name, tensors, tuple(remarks))
 
 
-def _read(folder: Path, config: DraftConfig) -> dict[str, Tensor]:
-    draft = DSparkDraft.load(folder)  # checks names and shapes
+def _read(folder: Path, config: SavedConfig) -> dict[str, Tensor]:
+    draft = _KINDS[type(config)].load(folder)  # checks names and shapes
     held = open_tensors(folder)
     return {name: tensor for name, tensor in draft.state_dict().items() if name in held}
 
 
-def _typed(config: DraftConfig, tensors: Mapping[str, Tensor]) -> DraftConfig:
+def _typed(config: SavedConfig, tensors: Mapping[str, Tensor]) -> SavedConfig:
     return config.model_copy(update={"dtype": str(tensors["fc.weight"].dtype).removeprefix("torch.")})
 
 

@@ -37,16 +37,9 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
                 f"The draft has {key} = {own[key]!r}, and drafts here only {only!r}.", "Serve it with llama.cpp."
             )
     noted = {key.removeprefix("nds."): value for key, value in fields.items() if key.startswith("nds.")}
-    rank = noted.get("markov_rank", stored["markov_head.markov_w1.weight"].shape[1])
-    hidden = own["embedding_length"]
-    if not rank:
-        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("markov_head.")}
-    reads_token = noted.get("confidence_head_with_markov", own.get("has_confidence_head", False))
-    if "confidence_head.proj.weight" in stored and not reads_token:
-        stored["confidence_head.proj.weight"] = stored["confidence_head.proj.weight"][:, :hidden].contiguous()
     flat = {
         "architectures": [DraftConfig.architecture],
-        "hidden_size": hidden,
+        "hidden_size": own["embedding_length"],
         "intermediate_size": own["feed_forward_length"],
         "num_hidden_layers": own["block_count"],
         "num_attention_heads": own["attention.head_count"],
@@ -59,13 +52,12 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
         "block_size": own["block_size"],
         "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
         "target_layer_ids": [place - 1 for place in own["target_layers"]],
-        "markov_rank": rank,
+        "markov_rank": stored["markov_head.markov_w1.weight"].shape[1],
         "markov_head_type": "vanilla",
         "enable_confidence_head": "confidence_head.proj.weight" in stored,
-        "confidence_head_with_markov": reads_token,
-        **{key: noted[key] for key in ("num_target_layers", "num_anchors") if key in noted},
+        "confidence_head_with_markov": own.get("has_confidence_head", False),
     }
-    return write_imported(file, "gguf", flat, stored, out, target)
+    return write_imported(file, "gguf", flat, stored, out, target, noted=noted)
 
 
 def _name(name: str, file: Path) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import SHARED
 from nemotron_dspark.engines import gguf_tokenizer
-from nemotron_dspark.engines.exchange import Exchanged
+from nemotron_dspark.engines.exchange import Exchanged, with_markov_head
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.files import disk_errors, fsync_folder
 from nemotron_dspark.targets import Checkpoint
@@ -123,15 +123,9 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
             "llama.cpp adds a Markov head to unscaled logits, and this target scales or caps its own.",
             "Serve the pair with `nds serve`.",
         )
-    rank = config.markov_rank
-    written = {_draft_name(name): read for name, read in tensors.items() if name not in SHARED}
-    if not rank:  # without a Markov head llama.cpp would take it for a DFlash, whose slots mean other tokens
-        rank = 32
-        zeros = torch.zeros(config.vocab_size, rank)
-        written |= {"markov_w1.weight": lambda: zeros, "markov_w2.weight": lambda: zeros}
-    if config.enable_confidence_head and not config.confidence_head_with_markov:
-        narrow = written["conf_proj.weight"]
-        written["conf_proj.weight"] = lambda: torch.cat((narrow(), narrow().new_zeros(1, rank)), dim=1)
+    own = {name: read() for name, read in tensors.items() if name not in SHARED}
+    _, full, _ = with_markov_head(config, own, reads_token=True)
+    written = {_draft_name(name): (lambda tensor=tensor: tensor) for name, tensor in full.items()}
 
     def describe(writer: "GGUFWriter", arch: str) -> None:
         _describe_attention(writer, config.num_attention_heads, config.num_key_value_heads, config.head_dim)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.drafts.dspark import SHARED, DSparkDraft
-from nemotron_dspark.engines.draft_formats import FORMATS
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.engines.draft_formats import EAGLE3_FORMATS, FORMATS
 from nemotron_dspark.engines.exchange import export_draft, import_draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Checkpoint
@@ -47,6 +48,15 @@ def saved(folder, target, *, slim=True, **changes):
     return folder
 
 
+def saved_eagle3(folder, target, **changes):
+    spec = target.read_spec()
+    its = {"hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size, "num_target_layers": spec.num_layers}
+    shape = {key: value for key, value in SHAPE.items() if key in Eagle3Config.model_fields}
+    config = Eagle3Config(**(shape | its | {"target_layer_ids": (0, 1, 2, 4, 6), "ttt_length": 3} | changes))
+    Eagle3Draft(config, seed=3).save(folder, slim=True)
+    return folder
+
+
 def contents(folder):
     return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
 
@@ -59,30 +69,85 @@ def assert_equal(first, second):
         assert torch.equal(tensor, second[1][name]), name
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-@pytest.mark.parametrize("format_name", list(FORMATS))
+def assert_comes_back(draft, format_name, target, folder):
+    """There and back, and there again."""
+    found = export_draft(draft, format_name, folder / "there", target, slim=True)
+    import_draft(folder / "there", folder / "back")
+    assert_equal(contents(folder / "back"), contents(draft))
+    export_draft(folder / "back", format_name, folder / "again", target, slim=True)
+    assert_equal(contents(folder / "again"), contents(folder / "there"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("format_name", "head"), [(form.name, head) for form in FORMATS.values() for head in form.heads]
+)
 def test_a_draft_comes_back_equal_to_the_bit(target, tmp_path, format_name, head):
-    draft = saved(tmp_path / "draft", target, markov_head_type=head)
-    export_draft(draft, format_name, tmp_path / "there", target, slim=True)
-    import_draft(tmp_path / "there", tmp_path / "back")
-    assert_equal(contents(tmp_path / "back"), contents(draft))
-    export_draft(tmp_path / "back", format_name, tmp_path / "again", target, slim=True)
-    assert_equal(contents(tmp_path / "again"), contents(tmp_path / "there"))
+    assert_comes_back(saved(tmp_path / "draft", target, markov_head_type=head), format_name, target, tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"markov_rank": 0, "enable_confidence_head": False}, {"dtype": "float32"}])
-@pytest.mark.parametrize("format_name", ["deepspec", "speculators"])
-def test_heads_that_are_off_stay_off(target, tmp_path, format_name, changes):
+@pytest.mark.parametrize("format_name", list(FORMATS))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"markov_rank": 0, "enable_confidence_head": False},
+        {"markov_rank": 0, "confidence_head_with_markov": False},
+        {"confidence_head_with_markov": False},
+        {"enable_confidence_head": False},
+    ],
+)
+def test_heads_that_are_off_are_off_when_the_draft_comes_back(target, tmp_path, format_name, changes):
     draft = saved(tmp_path / "draft", target, **changes)
-    export_draft(draft, format_name, tmp_path / "there", target, slim=True)
-    import_draft(tmp_path / "there", tmp_path / "back")
-    assert_equal(contents(tmp_path / "back"), contents(draft))
+    found = assert_comes_back(draft, format_name, target, tmp_path)
+    config, tensors = contents(tmp_path / "there")
+    added = "markov_rank" in changes and format_name != "deepspec"
+    assert bool(found.remarks) == added
+    heads = {name: tensor for name, tensor in tensors.items() if "markov_w" in name}
+    assert len(heads) == (2 if added or "markov_rank" not in changes else 0)
+    if added:
+        assert (config.get("dflash_config") or config)["markov_rank"] == 32
+        assert not any(tensor.any() for tensor in heads.values())
+
+
+def test_a_head_of_zeros_changes_no_logit_and_no_confidence(target, tmp_path):
+    saved(tmp_path / "draft", target, markov_rank=0, confidence_head_with_markov=False, slim=False)
+    export_draft(tmp_path / "draft", "vllm", tmp_path / "there", target)
+    plain, padded = DSparkDraft.load(tmp_path / "draft"), DSparkDraft.load(tmp_path / "there")
+    tokens = torch.arange(30, 42)[None]
+    taps = torch.randn(1, 12, 2 * plain.config.hidden_size)
+    with torch.no_grad():
+        logits = []
+        for draft in (plain, padded):
+            context = draft.new_context()
+            draft.extend(context, taps, [12], tokens)
+            block = draft.begin(context, tokens[:, -1])
+            logits.append((block.next_logits(tokens[:, -1]), block.confidence(tokens[:, -1])))
+    assert torch.equal(logits[0][0], logits[1][0])
+    torch.testing.assert_close(logits[0][1], logits[1][1])
+
+
+@pytest.mark.parametrize("format_name", list(EAGLE3_FORMATS))
+def test_an_eagle3_draft_comes_back_equal_to_the_bit(target, tmp_path, format_name):
+    draft = saved_eagle3(tmp_path / "draft", target)
+    assert_comes_back(draft, format_name, target, tmp_path)
+    assert import_draft(tmp_path / "there", tmp_path / "full", target).embeddings
+
+
+def test_vllm_s_eagle3_counts_taps_from_the_embedding(target, tmp_path):
+    export_draft(saved_eagle3(tmp_path / "draft", target), "vllm", tmp_path / "there", slim=True)
+    config, tensors = contents(tmp_path / "there")
+    assert config["architectures"] == ["Eagle3Qwen3ForCausalLM"]
+    assert config["model_type"] == "qwen3"
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3, 5, 7]
+    assert config["draft_vocab_size"] == config["vocab_size"]
+    assert {"fc.weight", "layers.0.hidden_norm.weight", "layers.0.self_attn.q_norm.weight"} <= tensors.keys()
 
 
 def test_taps_count_from_the_embedding_in_speculators_and_not_elsewhere(target, tmp_path):
     draft = saved(tmp_path / "draft", target)
     for name in FORMATS:
         export_draft(draft, name, tmp_path / name, target, slim=True)
+    assert contents(tmp_path / "vllm")[0] == contents(tmp_path / "deepspec")[0]
     configs = {name: contents(tmp_path / name)[0] for name in FORMATS}
     assert configs["speculators"]["aux_hidden_state_layer_ids"] == [2, 5]
     assert configs["modelopt"]["dflash_config"]["target_layer_ids"] == [1, 4]
@@ -141,7 +206,10 @@ def test_the_target_s_layers_are_asked_for_where_a_format_lacks_them(target, tmp
         ("modelopt", ("dflash_config", "attention_sink_bias"), True, "attention_sink_bias = True"),
         ("modelopt", ("dflash_config", "use_swa"), True, "use_swa = True"),
         ("deepspec", ("layer_types",), ["sliding_attention"] * 2, "layer_types"),
-        ("deepspec", ("architectures",), ["LlamaForCausalLM"], "describes LlamaForCausalLM, not a DSpark draft"),
+        ("deepspec", ("architectures",), ["LlamaForCausalLM"], "describes LlamaForCausalLM, not a draft"),
+        ("deepspec", ("target_layer_ids",), [1, 99], "target has layers 0 to 7"),
+        ("deepspec", ("mask_token_id",), 10**6, "vocabulary has"),
+        ("deepspec", ("vocab_size",), 999, "which is not what its config describes"),
     ],
 )
 def test_a_draft_that_drafts_here_cannot_be_is_refused(target, tmp_path, format_name, path, value, message):
@@ -168,13 +236,19 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(target, tiny_llama, tm
     embedding = saved(tmp_path / "tap", target, target_layer_ids=(-1, 2))
     with pytest.raises(InputError, match="tap -1"):
         export_draft(embedding, "sglang", out, target)
-    plain = saved(tmp_path / "plain", target, markov_rank=0, enable_confidence_head=False)
-    for name, message in (("sglang", "without a Markov head"), ("modelopt", "always has a Markov head")):
-        with pytest.raises(InputError, match=message):
-            export_draft(plain, name, out, target)
+    gated = saved(tmp_path / "gated", target, markov_head_type="gated")
+    with pytest.raises(InputError, match="vllm reads no gated Markov head"):
+        export_draft(gated, "vllm", out, target)
+    eagle3 = saved_eagle3(tmp_path / "eagle3", target)
+    with pytest.raises(InputError, match="EAGLE-3 draft is not written for sglang"):
+        export_draft(eagle3, "sglang", out, target)
     assert not out.exists()
     with pytest.raises(InputError, match="holds other files"):
         export_draft(draft, "deepspec", draft, target)
+    with pytest.raises(InputError, match="holds other files"):
+        import_draft(draft, eagle3)
+    with pytest.raises(InputError, match="made for another target"):
+        import_draft(draft, out, Checkpoint.find(tiny_llama))
     shutil.copytree(draft, tmp_path / "broken")
     tensors = load_file(draft / "model.safetensors")
     save_file(tensors | {"d2t": torch.zeros(4)}, tmp_path / "broken" / "model.safetensors")
