@@ -143,11 +143,12 @@ def plain_loop(target: Target, conversations: Path, count: int, folder: Path) ->
                 mask[row, : len(sample.input_ids)] = 1
             output = target.model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
             taps = torch.cat([output.hidden_states[tap + 1] for tap in TAPS], dim=-1)
+            written = {}
             for row, sample in enumerate(rows):
                 length = len(sample.input_ids)
                 states = taps[row, :length], output.last_hidden_state[row, :length]
-                writer.write(first + row, sample.input_ids, sample.loss_mask, *states)
-            writer.commit()
+                written[first + row] = writer.files.write(first + row, sample.input_ids, sample.loss_mask, *states)
+            writer.commit(written)
         writer.finish()
 
 

@@ -20,6 +20,5 @@ def write_cache(
     with CacheWriter(folder, layout) as writer:
         for number, sample in enumerate(samples):
             ids, mask = sample.input_ids.numpy().astype(np.int32), sample.loss_mask.numpy().astype(np.uint8)
-            writer.write(number, ids, mask, sample.taps, sample.last)
-        writer.commit()
+            writer.commit({number: writer.files.write(number, ids, mask, sample.taps, sample.last)})
         writer.finish()

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from nemotron_dspark._version import __version__
-from nemotron_dspark.cache.capture import TargetFacts
-from nemotron_dspark.cache.capture_all import BuildProgress, LoadTarget, capture_all
+from nemotron_dspark.cache.capture import BuildProgress, LoadTarget, TargetFacts, capture_all
 from nemotron_dspark.cache.compact import QUANTISATION
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import TargetCache

@@ -1,21 +1,43 @@
-"""One forward of the target over tokenised samples: what a cache stores of them, checked."""
+"""Run the target over all samples that a cache lacks: in this process and in helpers, each writing what it computes.
+
+1. Lengths alone decide which samples share a forward (`cache.batches`) and where every byte lies, so whoever computes a
+   batch writes it to its final place, and it does not show in the bytes who did.
+2. Every process asks for the next batch when it is ready for one: a slow device takes fewer.
+3. In each, a thread writes a batch while the target computes the next.
+4. What is on the disk for certain is entered in the journal, by this process alone.
+"""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nemotron_dspark.cache.batches import batches
+from nemotron_dspark.cache.writer import CacheWriter, ShardFiles, Written
 from nemotron_dspark.chat.mask import Tokenised
-from nemotron_dspark.errors import CheckError
+from nemotron_dspark.data.tokens import TokenStore
+from nemotron_dspark.errors import CheckError, EnvironmentFault
+from nemotron_dspark.processes import deaths_named, process_pool, share
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.spec import TargetSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LoadTarget = Callable[[], Target]  # for a helper it is pickled
+
+_ENCODERS = 4  # threads that encode one batch beside a GPU, which computes faster than one of them encodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,3 +110,185 @@ def _padded(samples: Sequence[Tokenised], pad: int) -> tuple[Tensor, Tensor]:
     for row, sample in enumerate(samples):
         input_ids[row, : lengths[row]] = torch.from_numpy(sample.input_ids)
     return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is; ``stage`` is "tokenise" (samples = lines read, totals 0) or "capture"."""
+
+    stage: str
+    samples: int
+    total_samples: int
+    tokens: int
+    total_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureBatch:
+    """One forward."""
+
+    samples: list[int]  # longest first
+    rows: list[int]  # of those that are not written yet
+
+
+Batches = deque[CaptureBatch]  # still to be computed; any thread takes the next, and clears it to stop them all
+
+
+def capture_all(
+    load: LoadTarget,
+    tokens: TokenStore,
+    writer: CacheWriter,
+    batch_tokens: int,
+    on_progress: Callable[[BuildProgress], None],
+    *,
+    helpers: Sequence[LoadTarget] = (),
+) -> None:
+    """Compute and write the samples of ``tokens`` that ``writer`` does not have; without any, nothing is loaded.
+
+    ``load`` gives the target of this process; each of ``helpers`` loads the same one in a process of its own. Whatever
+    stops it, samples whose forward has been run are written before it raises.
+
+    Raises:
+        CheckError: hidden states are not finite.
+        EnvironmentFault: a forward does not fit into the memory, the disk is full, or a helper died.
+    """
+
+    def report() -> None:
+        done, lengths = writer.written, tokens.lengths
+        captured = BuildProgress("capture", int(done.sum()), len(done), int(lengths[done].sum()), int(lengths.sum()))
+        on_progress(captured)
+
+    if writer.written.all():
+        report()
+        return
+    queue = Batches()
+    for samples in batches(tokens.lengths, batch_tokens):
+        if rows := np.flatnonzero(~writer.written[samples]).tolist():
+            queue.append(CaptureBatch(samples, rows))
+    threads = torch.get_num_threads() // (1 + len(helpers)) or 1
+    with contextlib.ExitStack() as stack:
+        waits = [stack.enter_context(_helper(helper, tokens, writer, queue, threads)) for helper in helpers]
+        target = load()
+        if helpers and target.device.type == "cpu":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        with Pipeline(target, tokens, writer.files, writer.mark_written) as pipeline:
+            for batch in _taken(queue):
+                pipeline.compute(batch)
+                report()
+        for wait in waits:
+            wait()
+    report()
+
+
+def _taken(queue: Batches) -> Iterator[CaptureBatch]:
+    with contextlib.suppress(IndexError):  # it is empty
+        while True:
+            yield queue.popleft()
+
+
+class Pipeline:
+    """Forwards of one target, each overlapped with the writing of the one before; use as a context manager.
+
+    ``on_written`` is told in a thread what has become durable.
+    """
+
+    def __init__(self, target: Target, tokens: TokenStore, files: ShardFiles, on_written: Callable[[Written], None]):
+        self._target, self._tokens, self._files, self._on_written = target, tokens, files, on_written
+        self._writer = ThreadPoolExecutor(1, "write")
+        self._writing: Future[None] = self._writer.submit(lambda: None)
+        self._encoders = ThreadPoolExecutor(_ENCODERS if target.device.type == "cuda" else 1, "encode")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._writer.shutdown()  # what was computed is written, whatever happened
+        self._encoders.shutdown()
+        if kind is None:
+            self._writing.result()
+
+    def compute(self, batch: CaptureBatch) -> None:
+        """Run one forward, and have it written while the next is run. Raises what the writing of an earlier one did."""
+        samples = [self._tokens[sample] for sample in batch.samples]
+        try:
+            states = capture_states(self._target, samples, self._files.layout.taps)
+        except torch.OutOfMemoryError:
+            raise EnvironmentFault(
+                f"A forward of {len(samples)} samples of up to {len(samples[0].input_ids)} tokens does not fit into "
+                f"the memory of {self._target.device}.",
+                "Lower cache.batch_tokens or data.max_length, and build into another folder.",
+            ) from None
+        before, self._writing = self._writing, self._writer.submit(self._write, batch, samples, states)
+        before.result()
+
+    def _write(self, batch: CaptureBatch, samples: list[Tokenised], states: States) -> None:
+        with states.wait_stream():
+            states.check_finite(self._tokens.ids[batch.samples].tolist())
+
+        def write_row(row: int) -> tuple[int, int]:
+            sample, sample_id, length = samples[row], batch.samples[row], len(samples[row].input_ids)
+            with states.wait_stream():
+                taps, last = states.taps[row, :length], states.last[row, :length]
+                return sample_id, self._files.write(sample_id, sample.input_ids, sample.loss_mask, taps, last)
+
+        written = dict(self._encoders.map(write_row, batch.rows))
+        self._files.flush()
+        self._on_written(written)
+
+
+@contextlib.contextmanager
+def _helper(
+    load: LoadTarget, tokens: TokenStore, writer: CacheWriter, queue: Batches, threads: int
+) -> Iterator[Callable[[], None]]:
+    """A process that computes batches of ``queue``, which a thread of this one hands to it.
+
+    Yields a function that waits until it has written what it was given. It raises what the helper raised, or that it
+    died.
+    """
+    shared = (load, tokens, writer.folder, writer.layout, threads)
+    with process_pool(1, shared) as pool, ThreadPoolExecutor(1, "helper") as thread:
+        process, loaded = pool.submit(os.getpid), pool.submit(_load_in_helper)
+        fed = thread.submit(_feed, pool, loaded, writer, queue)
+        try:
+            yield lambda: fed.result() if loaded.done() else None
+        finally:
+            queue.clear()
+            with contextlib.suppress(BrokenProcessPool, ProcessLookupError):
+                if not loaded.done():  # it has computed nothing, and loading may take minutes
+                    os.kill(process.result(), signal.SIGKILL)
+
+
+def _feed(pool: ProcessPoolExecutor, loaded: Future[None], writer: CacheWriter, queue: Batches) -> None:
+    try:
+        with deaths_named("helps to compute"):
+            loaded.result()
+            for batch in itertools.chain(_taken(queue), [None]):
+                writer.mark_written(pool.submit(_compute_in_helper, batch).result())
+    finally:
+        queue.clear()  # after a failure; else it is empty
+
+
+_pipeline: Pipeline  # in a helper's process
+_written: deque[Written] = deque()  # likewise: what has become durable since it last told
+
+
+def _load_in_helper() -> None:
+    global _pipeline
+    load, tokens, folder, layout, threads = share()
+    target = load()
+    if target.device.type == "cpu":
+        torch.set_num_threads(threads)
+    _pipeline = Pipeline(target, tokens, ShardFiles(folder, layout), _written.append)
+
+
+def _compute_in_helper(batch: CaptureBatch | None) -> Written:
+    """What has become durable meanwhile; everything when there is no ``batch`` any more."""
+    if batch is None:
+        _pipeline.__exit__(None)
+    else:
+        _pipeline.compute(batch)
+    taken: Written = {}
+    while _written:
+        taken |= _written.popleft()
+    return taken

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_dspark.cache.build import REPORT
-from nemotron_dspark.cache.capture_all import BuildProgress
+from nemotron_dspark.cache.capture import BuildProgress
 from nemotron_dspark.cache.checksums import fingerprint
 from nemotron_dspark.cache.compact import QUANTISATION, CompactLayout
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.cache.writer import CacheWriter
+from nemotron_dspark.cache.writer import CacheWriter, Written
 from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.config.run import CacheConfig
 from nemotron_dspark.errors import InputError
@@ -90,6 +90,7 @@ def _write(source: TargetCache, folder: Path, cache: CacheConfig, on_progress: C
     """Returns how many samples were there already."""
     predicting = [predicts_loss_token(source.loss_mask(sample)).sum() for sample in range(len(source))]
     ends, pending = np.cumsum(source.lengths), 0
+    written: Written = {}
     settings = {"taps": source.taps, "hidden_size": source.hidden_size, "extra": source.layout.extra}
     with (
         locked(folder / WORK),
@@ -97,14 +98,15 @@ def _write(source: TargetCache, folder: Path, cache: CacheConfig, on_progress: C
     ):
         for sample_id in np.flatnonzero(~writer.written).tolist():
             sample = source[sample_id]
-            writer.write(sample_id, sample.input_ids.numpy(), sample.loss_mask.numpy(), sample.taps, sample.last)
+            arrays = sample.input_ids.numpy(), sample.loss_mask.numpy(), sample.taps, sample.last
+            written[sample_id] = writer.files.write(sample_id, *arrays)
             pending += writer.layout.sample_bytes(sample_id)
             if pending >= _COMMIT_BYTES:
-                writer.commit()
-                pending = 0
+                writer.commit(written)
+                written, pending = {}, 0
             tokens, total = int(ends[sample_id]), int(ends[-1])
             on_progress(BuildProgress("convert", sample_id + 1, len(source), tokens, total))
-        writer.commit()
+        writer.commit(written)
         writer.finish(extra_files=[REPORT])
     return writer.reused
 

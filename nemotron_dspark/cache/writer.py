@@ -106,7 +106,6 @@ class CacheWriter:
         self._bounds = np.searchsorted(layout.shards, np.arange(len(layout.shard_files) + 1))  # first sample of each
         work = self.folder / WORK
         self._journal, self._digests_file = work / "written.journal", work / CHECKSUMS
-        self._pending: Written = {}
         self._state = threading.RLock()
         self._closer = ThreadPoolExecutor(1, "close-shards")
         self._closing: list[Future] = []
@@ -157,15 +156,10 @@ class CacheWriter:
         self.files.close()
         self._closer.shutdown(cancel_futures=True)
 
-    def write(self, sample_id: int, input_ids: np.ndarray, loss_mask: np.ndarray, taps: Tensor, last: Tensor) -> None:
-        """As `ShardFiles.write`; the sample counts as written after the next `commit`."""
-        self._pending[sample_id] = self.files.write(sample_id, input_ids, loss_mask, taps, last)
-
-    def commit(self) -> None:
-        """Make everything written so far durable and note it."""
+    def commit(self, written: Written) -> None:
+        """Make what was written to `files` durable, and note these samples of it."""
         self.files.flush()
-        self.mark_written(self._pending)
-        self._pending = {}
+        self.mark_written(written)
 
     def mark_written(self, checksums: Written) -> None:
         """Note samples that are durable, by id with their checksums; shards that they complete are put in place."""

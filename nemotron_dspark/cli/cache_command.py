@@ -13,8 +13,7 @@ from nemotron_dspark.files import size_text
 
 if TYPE_CHECKING:
     from nemotron_dspark.cache.convert import ConvertReport
-    from nemotron_dspark.cache.info import CacheInfo
-    from nemotron_dspark.cache.verify import VerifyReport
+    from nemotron_dspark.cache.verify import CacheInfo, VerifyReport
     from nemotron_dspark.stages import CacheReport
 
 _BAR = 40
@@ -53,7 +52,7 @@ def build(
 
 def info(folder: FolderArgument) -> "CacheInfo":
     """Say what a cache holds."""
-    from nemotron_dspark.cache.info import summarise
+    from nemotron_dspark.cache.verify import summarise
 
     return summarise(folder)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_dspark import files
-from nemotron_dspark.cache.capture_all import BuildProgress, capture_all
+from nemotron_dspark.cache.capture import BuildProgress, capture_all
 from nemotron_dspark.cache.layout import MANIFEST, WORK
 from nemotron_dspark.cache.needs import stored_bytes
 from nemotron_dspark.cache.reader import Sample, TargetCache

@@ -176,7 +176,7 @@ def test_damage_to_unfinished_work_costs_only_that_work(target, conversations, b
 
 def test_a_full_disk_stops_the_build_and_loses_nothing(target, conversations, built, contents, tmp_path, monkeypatch):
     folder, written = tmp_path / "c", 0
-    real = room.CacheWriter.write.__globals__["os"].pwrite
+    real = room.CacheWriter.commit.__globals__["os"].pwrite
 
     def pwrite(descriptor, data, offset):
         nonlocal written

@@ -11,9 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from nemotron_dspark.cache.deepspec_layout import RECORD, DeepSpecLayout, Manifest, bytes_per_token, field_sizes
-from nemotron_dspark.cache.info import length_bins, summarise
 from nemotron_dspark.cache.reader import Sample, TargetCache
-from nemotron_dspark.cache.verify import check_mask_token, verify
+from nemotron_dspark.cache.verify import check_mask_token, length_bins, summarise, verify
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.errors import CheckError, InputError
 from tests.cache.conftest import SAMPLES
@@ -224,8 +223,8 @@ def test_samples_may_be_written_in_any_order(tmp_path):
     with CacheWriter(tmp_path / "b", DeepSpecLayout.of(lengths, **settings)) as writer:
         for number in (4, 2, 0, 1, 3):
             sample = given[number]
-            writer.write(number, sample.input_ids.int().numpy(), sample.loss_mask.numpy(), sample.taps, sample.last)
-            writer.commit()
+            arrays = sample.input_ids.int().numpy(), sample.loss_mask.numpy(), sample.taps, sample.last
+            writer.commit({number: writer.files.write(number, *arrays)})
         writer.finish()
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()

@@ -9,9 +9,8 @@ import torch
 
 from nemotron_dspark import stages
 from nemotron_dspark.cache.build import build_cache
-from nemotron_dspark.cache.info import summarise
 from nemotron_dspark.cache.reader import TargetCache
-from nemotron_dspark.cache.verify import verify
+from nemotron_dspark.cache.verify import summarise, verify
 from nemotron_dspark.config.run import CacheConfig, DataConfig
 from nemotron_dspark.deepspec import prepare
 from nemotron_dspark.errors import CheckError, InputError
