@@ -57,6 +57,7 @@ class Finished:
     """The end of an answer: the rest of a streamed text, or the whole text of one that is not."""
 
     text: str
+    token_ids: tuple[int, ...]  # the whole answer, a stop token included
     reason: str  # "stop" or "length"
     usage: Usage
 
@@ -297,16 +298,17 @@ class Engine:
 
     def _finish(self, ticket: Ticket, generation: Generation, shown: str, ended_by_token: bool) -> None:
         stopped = ticket.text.stopped
+        tokens = tuple(generation.tokens[: ticket.text.used] if stopped else generation.tokens)
         usage = Usage(
             prompt_tokens=len(ticket.request.prompt_ids),
-            completion_tokens=ticket.text.used if stopped else len(generation.tokens),
+            completion_tokens=len(tokens),
             rounds=len(generation.accepted),
             accepted=sum(generation.accepted),
             proposed=sum(generation.proposed),
         )
         self._metrics.request_seconds.observe(time.perf_counter() - ticket.arrived)
         reason = "stop" if stopped or ended_by_token else "length"
-        self._release(ticket, Finished("".join([*ticket.collected, shown]), reason, usage))
+        self._release(ticket, Finished("".join([*ticket.collected, shown]), tokens, reason, usage))
 
     def _release(self, ticket: Ticket, event: Event | None = None) -> None:
         """Take a request out of the batch, then deliver ``event``: whoever hears of the end may count on the place."""

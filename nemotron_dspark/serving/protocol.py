@@ -88,6 +88,7 @@ class CommonRequest(BaseModel):
     stop: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
 
     @property
     def asked_tokens(self) -> int | None:
@@ -99,6 +100,9 @@ class CommonRequest(BaseModel):
 
     def refuse_unsupported(self) -> None:
         """`ApiError` for a field that would change the answer and is not implemented."""
+        if self.return_token_ids and self.stream:
+            what = "return_token_ids is not supported in a stream."
+            raise ApiError(400, what, "Leave one of the two out.", param="return_token_ids", code="unsupported")
         for name, harmless in _UNSUPPORTED.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and not any(_same(value, other) for other in harmless):
@@ -243,14 +247,23 @@ class Answer:
             "model": model_id,
         }
 
-    def whole(self, end: Finished) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+    def whole(self, end: Finished, prompt_ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """The body of an answer that is not streamed; with token ids, placed as vLLM's, if the prompt's are given."""
         if self._chat:
             text: dict[str, Any] = {"message": {"role": "assistant", "content": end.text}}
         else:
             text = {"text": end.text}
-        choice = {"index": 0, **text, "logprobs": None, "finish_reason": end.reason}
-        return {**self._fixed, "object": self._object, "choices": [choice], "usage": usage_json(end.usage)}
+        choice: dict[str, Any] = {"index": 0, **text, "logprobs": None, "finish_reason": end.reason}
+        body: dict[str, Any] = {
+            **self._fixed,
+            "object": self._object,
+            "choices": [choice],
+            "usage": usage_json(end.usage),
+        }
+        if prompt_ids is not None:
+            choice["token_ids"] = list(end.token_ids)
+            (body if self._chat else choice)["prompt_token_ids"] = list(prompt_ids)
+        return body
 
     def opening(self) -> dict[str, Any] | None:
         """The chunk that names the role; only chats have one."""

@@ -142,7 +142,8 @@ class _Service:
 
     async def respond(self, body: ChatRequest | CompletionRequest, request: Request) -> Response:
         """Answer one request, streaming or not."""
-        exchange = _Exchange(self, request.url.path, await self.checked(body))
+        job = await self.checked(body)
+        exchange = _Exchange(self, request.url.path, job)
         answer = Answer(isinstance(body, ChatRequest), self.served.model_id)
         if body.stream:
             return _EventStream(_chunks(exchange, answer, body.include_usage), exchange.close)
@@ -151,7 +152,7 @@ class _Service:
         finally:
             exchange.close()
         if isinstance(event, Finished):
-            return JSONResponse(answer.whole(event))
+            return JSONResponse(answer.whole(event, job.prompt_ids if body.return_token_ids else None))
         if isinstance(event, Failed):
             return JSONResponse(error_json(event.status, event.message), event.status)
         return Response(status_code=499)  # nobody is there to read it

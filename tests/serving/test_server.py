@@ -11,6 +11,9 @@ import openai
 import pytest
 
 from nemotron_dspark.chat.format import Message, render_prompt
+from nemotron_dspark.chat.mask import tokenise
+from nemotron_dspark.data.conversations import read
+from nemotron_dspark.data.regenerate import regenerate
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.serving import listen
@@ -111,6 +114,29 @@ def test_completions_take_text_and_ids(client, server, target, stream):
     generation = Decoder(target).generate(ids, Sampling(max_new_tokens=12))
     assert generation.finished == "length"
     assert set(texts) == {Spelling(target.tokenizer).decode(generation.tokens)}
+
+
+def test_token_ids_are_given_to_who_asks_for_them(client, server, target):
+    settings = {"model": server.model_id, "temperature": 0, "max_tokens": 12}
+    asked = {"extra_body": {"return_token_ids": True}}
+    answer = client.chat.completions.create(messages=HELLO, **settings, **asked)
+    _, generation, _ = expected(target, Sampling(max_new_tokens=12))
+    assert answer.choices[0].token_ids == generation.tokens
+    assert answer.prompt_token_ids == render_prompt(target.tokenizer, [Message(**message) for message in HELLO])
+    text = client.completions.create(prompt=[7, 8, 9], **settings, **asked).choices[0]
+    assert (text.prompt_token_ids, len(text.token_ids)) == ([7, 8, 9], 12)
+    assert not hasattr(client.chat.completions.create(messages=HELLO, **settings), "prompt_token_ids")
+    with pytest.raises(openai.BadRequestError, match="return_token_ids is not supported in a stream"):
+        client.chat.completions.create(messages=HELLO, stream=True, **settings, **asked)
+
+
+def test_what_trains_is_what_this_server_said(server, target, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"turns": [f"State {n}?", "And then?"]}) + "\n" for n in range(3)))
+    report = regenerate(prompts, out, base_url=server.base_url, max_tokens=16, temperature=1.0)
+    found = [tokenise(target.tokenizer, conversation, max_length=999) for conversation in read(out)]
+    assert sum(sample.loss_tokens for each in found for sample in each.samples) == report.tokens
+    assert all(each.retold == () for each in found)
 
 
 def test_a_seed_makes_the_answer_reproducible(client, server):
