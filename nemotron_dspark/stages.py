@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemotron_dspark.cache.build import BuildProgress, BuildReport, helper_loads
+from nemotron_dspark.cache.build import BuildProgress, BuildReport, dtype_of, helper_loads
 from nemotron_dspark.cache.build import build_cache as write_cache
 from nemotron_dspark.cache.capture import TargetFacts
 from nemotron_dspark.cache.reader import TargetCache
@@ -30,7 +30,7 @@ from nemotron_dspark.evaluation.measure import prompt_ids
 from nemotron_dspark.evaluation.report import EvalReport
 from nemotron_dspark.targets import Checkpoint, Target, proofs
 from nemotron_dspark.targets.taps import chosen_taps
-from nemotron_dspark.targets.target import resolve_device, resolve_dtype
+from nemotron_dspark.targets.target import keep_dtype, resolve_device, resolve_dtype
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.run import TrainReport
@@ -90,6 +90,7 @@ def build_cache(
         EnvironmentFault: the disk is or would be full, or a process died.
     """
     device = target.device if target else resolve_device(config.target.device)
+    config = config.model_copy(update={"target": keep_dtype(config.target, dtype_of(Path(out)))})
     facts = target or _unloaded(config.target, device) or load_target(config)
     taps = chosen_taps(facts.spec, config.draft)
     override, mask = config.draft.mask_token_id, None
@@ -116,7 +117,7 @@ def _unloaded(config: TargetConfig, device: torch.device) -> TargetFacts | None:
     """The target of ``config`` before it is loaded; None where its config does not tell its type."""
     checkpoint = Checkpoint.of(config, weights=True)
     spec = checkpoint.read_spec()
-    kind = resolve_dtype(config.dtype, device)
+    kind = resolve_dtype(config.dtype, device, checkpoint)
     if kind == "auto":
         kind = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     dtype = getattr(torch, str(kind).removeprefix("torch."), None)

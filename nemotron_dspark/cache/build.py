@@ -156,6 +156,12 @@ def _finished(folder: Path, started: float, reused: int | None = None) -> BuildR
     )
 
 
+def dtype_of(folder: Path) -> str | None:
+    """The target's type in which the cache in ``folder`` was begun; None where there is none."""
+    known = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    return known.get("inputs", {}).get("dtype")
+
+
 def inputs_of(
     folder: Path,
     tokenizer: "PreTrainedTokenizerBase",

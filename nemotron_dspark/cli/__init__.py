@@ -53,6 +53,7 @@ def options(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
     shell.state.debug = debug
+    shell.show_log()
 
 
 for _name in COMMANDS:

@@ -58,10 +58,12 @@ def inspect(
     proofs = None
     if probe:
         from nemotron_dspark.targets.proofs import run_proofs
-        from nemotron_dspark.targets.target import Target
+        from nemotron_dspark.targets.target import Target, keep_dtype, resolve_device
 
+        on_cpu = resolve_device(config.target.device).type == "cpu"  # float32 proves more, and this is not done often
         with shell.err.status("Loading the target and running the proofs"):
-            proofs = run_proofs(Target.of(config.target), found.draft.target_layer_ids)
+            target = Target.of(keep_dtype(config.target, "float32" if on_cpu else None))
+            proofs = run_proofs(target, found.draft.target_layer_ids)
     if shell.state.json:
         shell.emit(found.to_json() | {"proofs": proofs and [_proof_json(proof) for proof in proofs]})
     elif proofs is not None:

@@ -7,6 +7,7 @@
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import signal
 import time
@@ -198,6 +199,21 @@ def note(text: str) -> None:
     err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
 
 
+class _Notes(logging.Handler):
+    """What the package logs, as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def show_log() -> None:
+    """Print what the package logs."""
+    logger = logging.getLogger("nemotron_dspark")
+    if not logger.handlers:
+        logger.addHandler(_Notes())
+        logger.setLevel(logging.INFO)
+
+
 def remark(console: Console, label: str, text: str, style: str) -> None:
     """``label: text``, wrapped under itself on a terminal and in one line elsewhere, where it may be searched for."""
     if not console.is_terminal:
@@ -278,7 +294,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

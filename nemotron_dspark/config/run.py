@@ -52,7 +52,9 @@ class TargetConfig(_Section):
     name: str | None = Field(None, description="hub id, local folder or alias of the target")
     revision: str | None = Field(None, description="hub revision; the default branch when not set")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="weights' type; auto = the checkpoint's own on an accelerator, float32 on a CPU"
+        "auto",
+        description="weights' type; auto = the checkpoint's own on an accelerator; on a CPU float32, or its own "
+        "bfloat16 where that is measured to be faster",
     )
     device: str = Field("auto", description="auto = cuda when there is one, else cpu")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
@@ -148,6 +150,9 @@ class TrainConfig(_Section):
     ce_alpha: float = Field(0.1, ge=0, description="weight of the cross-entropy to the token")
     l1_alpha: float = Field(0.9, ge=0, description="weight of the L1 distance to the target's distribution")
     confidence_alpha: float = Field(1.0, ge=0, description="weight of the confidence head's BCE")
+    init: Literal["random", "target"] = Field(
+        "random", description="weights to begin with: random, or copies of the target's last layers, sooner useful"
+    )
     seed: int = Field(42, ge=0, description="seed of initialisation, order and anchors")
     log_every: int = Field(10, ge=1, description="optimiser steps between two lines of metrics")
     checkpoint_every: int = Field(500, ge=1, description="optimiser steps between two checkpoints")

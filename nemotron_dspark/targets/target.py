@@ -13,6 +13,7 @@ from torch import Tensor
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 from nemotron_dspark.targets.checkpoint import Checkpoint
+from nemotron_dspark.targets.cpu_dtype import cpu_dtype
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.mamba2 import even_chunks
@@ -66,7 +67,7 @@ class Target:
         """Load a target from a hub id, an alias or a folder.
 
         Args:
-            dtype: "auto" takes the checkpoint's own type on an accelerator and float32 on a CPU.
+            dtype: "auto" takes the checkpoint's own type on an accelerator, and on a CPU what `cpu_dtype` says.
             device: "auto" takes CUDA when there is one.
 
         Raises:
@@ -79,7 +80,7 @@ class Target:
         checkpoint = Checkpoint.find(name, revision=revision, weights=True, trust_remote_code=trust_remote_code)
         folder, spec, trusted = checkpoint.folder, checkpoint.read_spec(), checkpoint.remote_code
         where = resolve_device(device)
-        kind = resolve_dtype(dtype, where)
+        kind = resolve_dtype(dtype, where, checkpoint)
         # Code of the checkpoint's own may raise anything.
         faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
         try:
@@ -246,6 +247,13 @@ def resolve_device(name: str, key: str = "target.device") -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
-    """The weights' type called ``name`` on ``device``; "auto" is float32 on a CPU and stays "auto" elsewhere."""
-    return "float32" if name == "auto" and device.type == "cpu" else name
+def keep_dtype(config: TargetConfig, known: str | None) -> TargetConfig:
+    """``config`` with the type ``known`` in place of "auto": what was begun in a type goes on in it."""
+    if config.dtype != "auto" or known is None:
+        return config
+    return config.model_copy(update={"dtype": known.removeprefix("torch.")})
+
+
+def resolve_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> str:
+    """The weights' type called ``name`` on ``device``; "auto" is `cpu_dtype` on a CPU and stays "auto" elsewhere."""
+    return cpu_dtype(checkpoint) if name == "auto" and device.type == "cpu" else name

@@ -18,13 +18,14 @@ from nemotron_dspark.cache.needs import stored_bytes
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
-from nemotron_dspark.config import DraftSection, RunConfig
+from nemotron_dspark.config import DraftSection, RunConfig, TargetConfig
 from nemotron_dspark.data.tokens import TokenStore, read_report, samples_in, tokenise
 from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.taps import chosen_taps
-from nemotron_dspark.targets.target import resolve_device, resolve_dtype
+from nemotron_dspark.targets.target import keep_dtype, resolve_device, resolve_dtype
 from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.callbacks import Callback
@@ -110,13 +111,12 @@ def open_cached(setup: Setup, cache_folder: Path) -> HiddenStates:
 
 def open_online(setup: Setup, data: Path) -> HiddenStates:
     """Those that the target computes in the training loop, never written."""
-    config = setup.config
     return _beside_target(
         setup,
         data,
         "online",
         {},
-        lambda tokens, taps: online.OnlineSource(tokens, config.target, taps, setup.callback.on_status),
+        lambda tokens, taps, target: online.OnlineSource(tokens, target, taps, setup.callback.on_status),
     )
 
 
@@ -128,10 +128,10 @@ def open_rolling(setup: Setup, data: Path) -> HiddenStates:
         data,
         "rolling",
         {"cache": config.cache.model_dump(exclude={"mode"})},
-        lambda tokens, taps: rolling.RollingSource(
+        lambda tokens, taps, target: rolling.RollingSource(
             setup.out / rolling.FOLDER,
             tokens,
-            config.target,
+            target,
             setup.spec,
             taps,
             config.cache,
@@ -153,12 +153,14 @@ def _beside_target(
     data: Path,
     mode: str,
     more: Mapping[str, Any],  # what else the run is known by
-    new_source: Callable[[TokenStore, tuple[int, ...]], Source],  # from tokens and taps
+    new_source: Callable[[TokenStore, tuple[int, ...], TargetConfig], Source],  # from tokens, taps and the target
 ) -> HiddenStates:
     """Tokenise ``data`` into the run's folder, and compute nothing yet."""
     config = setup.config
     taps = chosen_taps(setup.spec, config.draft)
-    dtype = resolve_dtype(config.target.dtype, resolve_device(config.target.device))
+    begun = folders.read_run_info(setup.out).get("settings", {}).get("source", {})
+    target = keep_dtype(config.target, begun.get("dtype"))
+    dtype = resolve_dtype(target.dtype, resolve_device(target.device), Checkpoint.of(target))
     made_from = {**inputs_of(setup.target, setup.tokenizer, setup.name, dtype, data, taps, config.data), **more}
     folder = setup.out / online.FOLDER
     positions = setup.spec.max_position_embeddings
@@ -183,7 +185,7 @@ def _beside_target(
         num_taps=len(taps),
         hidden_size=setup.spec.hidden_size,
     )
-    source = new_source(tokens, taps)
+    source = new_source(tokens, taps, target.model_copy(update={"dtype": dtype}))
     split(source, config.train.validation)[0].schedule(config.train, setup.context)
     return HiddenStates(mode, source, int(sizes.sum()), draft, settings, notes + _notes_on_data(setup.out))
 

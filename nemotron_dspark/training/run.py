@@ -17,6 +17,7 @@ from nemotron_dspark import files
 from nemotron_dspark.config import RunConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.from_target import start_from_target
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
@@ -161,6 +162,8 @@ def _new_draft(setup: Setup, draft_config: DraftConfig, device: torch.device) ->
     )
     embeddings = read_embedding_and_head(setup.target, setup.spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
+    if config.init == "target":
+        start_from_target(draft, setup.target, setup.spec)
     draft = draft.to(setup.dtype)
     for part in (draft.embed_tokens, draft.lm_head) if uses_fsdp(config, setup.context) else (draft,):
         part.to(device)  # of the others only a shard goes there

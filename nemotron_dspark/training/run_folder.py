@@ -40,6 +40,7 @@ def lock_run_dir(run_folder: Path, settings: Mapping[str, Any], resume: bool) ->
         raise InputError(f"{run_folder} already holds a run.", "Give a new folder to --out, or leave out --fresh.")
     for key in FREE_KEYS:  # some were not free once
         (begun or {}).get("train", {}).pop(key, None)
+    (begun or {}).get("train", {}).setdefault("init", "random")  # what all drafts began with once
     check_claim(run_folder, "a run", begun, settings, ours=[online.FOLDER])  # samples of a run that never began
 
 
