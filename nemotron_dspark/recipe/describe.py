@@ -18,6 +18,7 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.config.known import RESEARCH_ONLY, KnownTarget, known_target, preset_for
 from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.engines.gguf_checkpoint import NOTE
 from nemotron_dspark.errors import InputError, first_line
 from nemotron_dspark.files import read_json
 from nemotron_dspark.targets import Checkpoint
@@ -112,7 +113,7 @@ class _Inspection:
             experts=_experts(values),
             multi_token_layers=_multi_token_layers(values),
             quantised=quantised,
-            licence=known.licence if known else None,
+            licence=known.licence if known else self.stated_licence(),
             parameters=parameters,
             active_parameters=active,
             stored_parameters=self.stored_parameters(quantised, parameters),
@@ -162,6 +163,11 @@ class _Inspection:
             )
         )
         return None
+
+    def stated_licence(self) -> str | None:
+        """What the file said that the checkpoint was imported from."""
+        path = self.folder / NOTE
+        return read_json(path).get("licence") if path.is_file() else None
 
     def mask_token(self, tokenizer: Any, known: KnownTarget | None) -> tuple[int | None, str]:
         override = self.config.draft.mask_token_id

@@ -2,12 +2,15 @@
 
 import importlib.metadata
 import json
+import zipfile
 
 import pytest
 import torch
 
+from nemotron_dspark.config import load_config
 from nemotron_dspark.engines.gguf_checkpoint import import_gguf
 from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.recipe.describe import inspect
 from nemotron_dspark.recipe.tiny import make_tokenizer
 from nemotron_dspark.targets import Target, proofs
 
@@ -106,6 +109,7 @@ def test_an_imported_checkpoint_says_what_the_model_in_the_file_says(llama, tmp_
     )
     proofs.prove(target, (1,))
     assert json.loads((tmp_path / "out" / "imported.json").read_text())["source"] == str(file)
+    assert inspect(load_config(str(tmp_path / "out"))).licence == "apache-2.0"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
 
 
@@ -140,6 +144,19 @@ def test_a_package_that_holds_parts_of_a_file_is_joined(llama, tmp_path, monkeyp
     package(tmp_path / "site", "tiny-gguf", [], ["tiny-gguf-part1==1", "tiny-gguf-part2==1"])
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert import_gguf("package:tiny-gguf", tmp_path / "out").parameters == sum(p.numel() for p in llama.parameters())
+
+
+def test_a_wheel_that_holds_a_file_needs_no_installation(llama, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", llama)
+    with zipfile.ZipFile(tmp_path / "tiny-1-py3-none-any.whl", "w") as wheel:
+        wheel.write(file, "tiny/tiny.gguf")
+        wheel.writestr("tiny-1.dist-info/METADATA", "Name: tiny\nLicense: MIT\n")
+    found = import_gguf(str(tmp_path / "tiny-1-py3-none-any.whl"), tmp_path / "out")
+    assert found.licence == "apache-2.0"  # the file's own goes first
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    (tmp_path / "cut.whl").write_bytes(b"PK")
+    with pytest.raises(InputError, match="not a whole wheel"):
+        import_gguf(str(tmp_path / "cut.whl"), tmp_path / "other")
 
 
 def package(site, name, files, requires=()):
