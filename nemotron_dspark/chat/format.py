@@ -109,11 +109,17 @@ def bundled_formats() -> dict[str, ChatFormat]:
 
 
 def template_source(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The jinja text that renders this tokenizer's chats: its own, else that of `templates/plain.yaml`."""
+    """The jinja text that renders this tokenizer's chats: its own, else that of `templates/plain.yaml`.
+
+    Plain text begins with the token that the tokenizer itself puts before a text: Gemma's base models need it.
+    """
     source = getattr(tokenizer, "chat_template", None)
     if isinstance(source, dict):  # several named templates
         source = source.get("default") or next(iter(source.values()), None)
-    return source or bundled_formats()["plain"].jinja or ""
+    if source:
+        return source
+    begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" * begins + (bundled_formats()["plain"].jinja or "")
 
 
 def recognise(tokenizer: "PreTrainedTokenizerBase") -> ChatFormat | None:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import yaml
+from tokenizers import processors
 
 from nemotron_dspark.chat.format import (
     Conversation,
@@ -144,3 +145,13 @@ def test_a_malformed_format_is_named(tmp_path, change, said):
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not ...}))
     with pytest.raises(InputError, match=f"mine.yaml.*{said}"):
         load_format(path)
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_it(make_tokenizer):
+    tokenizer = make_tokenizer(template=None)
+    assert render(tokenizer, [Message("user", "state")]) == "state"
+    begin = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=begin)
+    messages = [Message("user", "state"), Message("assistant", "block"), Message("user", "of")]
+    assert render(tokenizer, messages) == f"<s>stateblock{tokenizer.eos_token}of"
+    assert render_prompt(tokenizer, messages)[:2] == tokenizer("state")["input_ids"][:2]
