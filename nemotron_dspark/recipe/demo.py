@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from nemotron_dspark.errors import CheckError
 from nemotron_dspark.evaluation.measure import Evaluation, Measurement, measure, prompt_ids
 from nemotron_dspark.evaluation.picture import draw_run
 from nemotron_dspark.recipe.corpus import HELD_OUT, MODULES, passages, sources
-from nemotron_dspark.recipe.demo_target import TargetTraining, train_target
+from nemotron_dspark.recipe.demo_target import train_target
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training.callbacks import Callback
@@ -66,9 +66,9 @@ class Budget:
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
     run_dir: Path
-    target: TargetTraining
+    target: dict[str, Any]  # what is known of it
     evaluation: Evaluation
-    measurements: dict[str, Measurement]  # greedy, sampled, untrained_greedy, untrained_sampled
+    measurements: dict[str, Measurement]  # greedy, sampled, and untrained_greedy and untrained_sampled if measured
     stages: dict[str, float]  # seconds by name
     served: str  # what the `openai` client got from the speculative server
     picture: Path
@@ -86,7 +86,7 @@ class DemoResult:
                 "speculative": self.evaluation.speculative_tokens_per_second,
             },
             "stages": self.stages,
-            "target": dataclasses.asdict(self.target),
+            "target": self.target,
             "picture": str(self.picture),
             "run_dir": str(self.run_dir),
         }
@@ -96,7 +96,7 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
     """Run all stages in ``run_dir``, a new folder. Raises whatever a stage raises; what was made before stays there."""
     progress = progress or Progress()
     run_dir.mkdir(parents=True)
-    clock = _Clock(progress)
+    clock = Clock(progress, single_threaded=_SMALL_TENSORS)
     folder = run_dir / "target"
     config = load_config(file=resource_folder("configs") / "demo.yaml", target=str(folder))
 
@@ -115,7 +115,7 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
         answer_prompts(target, run_dir, config, budget, progress)
 
     with clock("cache"):
-        _cache(target, run_dir, config, progress)
+        build_demo_cache(target, run_dir, config, progress)
 
     with clock("train"):
         run = _train(run_dir, config, budget, progress)
@@ -125,10 +125,10 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
         evaluation, measurements = _evaluate(target, draft, held_out, config, seed, progress)
 
     with clock("serve"):
-        served = _serve(target, draft, held_out, config, progress)
+        served = ask_server(target, draft, held_out, config, progress)
 
     picture = draw_run(run_dir / "demo.png", labelled(measurements), run)
-    result = DemoResult(run_dir, trained, evaluation, measurements, clock.seconds, served, picture)
+    result = DemoResult(run_dir, dataclasses.asdict(trained), evaluation, measurements, clock.seconds, served, picture)
     files.write_json(run_dir / "demo.json", result.to_json())
     return result
 
@@ -139,7 +139,7 @@ def new_run_dir(parent: Path) -> Path:
     return next(folder for folder in candidates if not folder.exists())
 
 
-class _Steps(Callback):
+class StepProgress(Callback):
     """Training steps as demo progress."""
 
     def __init__(self, progress: Progress):
@@ -153,28 +153,50 @@ class _Steps(Callback):
         self._progress.update(self._text, step + 1, self._total)
 
     def on_metrics(self, metrics: StepMetrics) -> None:
-        self._text = f"loss {metrics.loss:.3f}, tau {metrics.tau:.2f}"
+        expected = "" if metrics.tau is None else f", tau {metrics.tau:.2f}"  # unknown without the target's logits
+        self._text = f"loss {metrics.loss:.3f}{expected}"
 
 
-class _Clock:
-    """Seconds per stage, told as they pass."""
+class Clock:
+    """Seconds per stage, those of earlier calls in ``before`` included; ``save`` is called when a stage ends."""
 
-    def __init__(self, progress: Progress):
-        self.seconds: dict[str, float] = {}
+    def __init__(
+        self,
+        progress: Progress,
+        before: dict[str, float] | None = None,
+        *,
+        single_threaded: Collection[str] = (),
+        save: Callable[[], None] = lambda: None,
+    ):
+        self.seconds = {} if before is None else before
         self._progress = progress
+        self._single_threaded = single_threaded
+        self._save = save
+        self._name, self._began = "", 0.0
+
+    def spent(self, name: str) -> float:
+        """Seconds of the stage ``name`` so far."""
+        running = time.monotonic() - self._began if name == self._name else 0.0
+        return self.seconds.get(name, 0.0) + running
+
+    def total(self) -> float:
+        """Seconds of all stages so far."""
+        return sum(self.spent(name) for name in {*self.seconds, self._name})
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._progress.stage(name)
         threads = torch.get_num_threads()
-        if name in _SMALL_TENSORS:
+        if name in self._single_threaded:
             torch.set_num_threads(1)
-        began = time.monotonic()
+        self._name, self._began = name, time.monotonic()
         try:
             yield
         finally:
             torch.set_num_threads(threads)
-        self.seconds[name] = round(time.monotonic() - began, 1)
+            self.seconds[name] = round(self.spent(name), 1)
+            self._name = ""
+            self._save()
 
 
 def _write_prompts(run_dir: Path, budget: Budget, seed: int) -> Path:
@@ -213,7 +235,7 @@ def answer_prompts(target: Target, run_dir: Path, config: RunConfig, budget: Bud
     files.write_text(run_dir / "conversations.jsonl", "".join(answered))
 
 
-def _cache(target: Target, run_dir: Path, config: RunConfig, progress: Progress) -> None:
+def build_demo_cache(target: Target, run_dir: Path, config: RunConfig, progress: Progress) -> None:
     report = stages.build_cache(
         config,
         run_dir / "conversations.jsonl",
@@ -237,7 +259,7 @@ def _train(run_dir: Path, config: RunConfig, budget: Budget, progress: Progress)
     seconds = stages.train(with_steps(_CALIBRATION_STEPS), trial, cache=cache).seconds
     shutil.rmtree(trial)
     steps = max(10, int(budget.train_seconds / (seconds / _CALIBRATION_STEPS)))
-    report = stages.train(with_steps(steps), run, cache=cache, callbacks=[_Steps(progress)])
+    report = stages.train(with_steps(steps), run, cache=cache, callbacks=[StepProgress(progress)])
     progress.note(f"{report.parameters / 1e6:.1f} M trained parameters, {report.steps} steps")
     return run
 
@@ -269,7 +291,7 @@ def _evaluate(
     return evaluation, measurements
 
 
-def _serve(target: Target, draft: DSparkDraft, held_out: Path, config: RunConfig, progress: Progress) -> str:
+def ask_server(target: Target, draft: DSparkDraft, held_out: Path, config: RunConfig, progress: Progress) -> str:
     """One request by the `openai` client to a speculative server; `CheckError` if nothing was drafted."""
     import openai
 

