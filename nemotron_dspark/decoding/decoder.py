@@ -86,10 +86,10 @@ class _Memory:
 class _Proposal:
     """The drafted blocks of a round."""
 
-    tokens: Tensor  # [B, n], n at most γ
-    probs: Tensor | None  # [B, n, V] what they were drawn from; None when every row is greedy
+    tokens: Tensor  # [B, γ]
+    probs: Tensor | None  # [B, γ, V] what they were drawn from; None when every row is greedy
     counts: list[int]  # drafts proposed per row; the rest of a row is not to be accepted
-    confidence: Tensor | None = None  # [B, at least max(counts)] logits of the confidence head, if they are recorded
+    confidence: Tensor | None  # [B, at least max(counts)] logits of the confidence head, if they are recorded
 
 
 class Decoder:
@@ -253,7 +253,9 @@ class Decoder:
         uniforms = None if all_greedy else torch.stack([generation.uniforms(gamma) for generation in active])
         block = draft.begin(context, anchors)
         counts = [gamma] * len(active)
-        previous, tokens, probs, confidence = anchors, [], [], []
+        tokens = anchors.new_zeros(len(active), gamma)
+        probs = None if all_greedy else torch.zeros(*tokens.shape, draft.config.vocab_size, device=tokens.device)
+        previous, confidence = anchors, []
         for slot in range(gamma):
             if self.confidence_threshold > 0 or self.record_confidence:
                 confidence.append(block.confidence(previous).float())
@@ -261,20 +263,13 @@ class Decoder:
                 if max(counts) <= slot:
                     break
             logits = block.next_logits(previous)
-            if uniforms is None:
+            if uniforms is None or probs is None:
                 previous = logits.argmax(-1)
             else:
-                probs.append(probabilities(logits, samplings))
-                previous = pick(probs[-1], uniforms[:, slot])
-            tokens.append(previous)
-        predicted = torch.stack(confidence, 1) if self.record_confidence else None
-        if not tokens:
-            nothing = anchors.new_zeros(len(active), 0)
-            none_drawn = (
-                None if all_greedy else torch.zeros(len(active), 0, draft.config.vocab_size, device=self.target.device)
-            )
-            return _Proposal(nothing, none_drawn, counts, predicted)
-        return _Proposal(torch.stack(tokens, 1), None if all_greedy else torch.stack(probs, 1), counts, predicted)
+                probs[:, slot] = probabilities(logits, samplings)
+                previous = pick(probs[:, slot], uniforms[:, slot])
+            tokens[:, slot] = previous
+        return _Proposal(tokens, probs, counts, torch.stack(confidence, 1) if self.record_confidence else None)
 
     def _cut(self, counts: list[int], confidence: Tensor, slot: int) -> None:
         """End the rows' blocks before ``slot`` where the confidence logit [B] falls below the threshold.

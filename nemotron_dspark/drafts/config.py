@@ -4,7 +4,7 @@ target: with a sentence on every value that had to be assumed.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -33,7 +33,7 @@ _RESTORE = "Use the config.json that was saved with the draft."
 
 
 class SavedConfig(BaseModel):
-    """What the configs of all kinds of drafts share. Their field names are the keys of ``config.json``, in its order.
+    """What the configs of all kinds of drafts share. Their field names are the keys of ``config.json``.
 
     A value that no draft can have is an `InputError`, wherever it comes from.
     """
@@ -42,14 +42,21 @@ class SavedConfig(BaseModel):
     architecture: ClassVar[str]  # DeepSpec's class
     kind: ClassVar[str]
 
-    if TYPE_CHECKING:  # declared by each kind, whose file has its own order
-        hidden_size: int
-        vocab_size: int
-        rope_theta: float
-        target_layer_ids: tuple[int, ...]
-        num_target_layers: int
-        target_logit_multiplier: float
-        target_logit_softcap: float | None
+    hidden_size: PositiveInt  # H, the target's
+    intermediate_size: PositiveInt  # SwiGLU width
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: EvenInt  # heads * head_dim need not be H
+    vocab_size: PositiveInt  # V, the target's
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: PositiveInt
+    target_layer_ids: tuple[int, ...]  # taps, ascending
+    num_target_layers: int
+    target_logit_multiplier: float = 1.0  # from the bare output of the target's LM head to its logits
+    target_logit_softcap: float | None = None
+    dtype: str = "float32"  # of the saved weights
 
     @model_validator(mode="wrap")
     @classmethod
@@ -122,13 +129,10 @@ class SavedConfig(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """The contents of ``config.json``: DeepSpec's keys, and what makes engines read a Qwen3 in them."""
-        raise NotImplementedError
-
-    def _json_keys(self, num_layers: int) -> dict[str, Any]:
         values = {
             "architectures": [self.architecture],
             "model_type": "qwen3",
-            "layer_types": ["full_attention"] * num_layers,
+            "layer_types": ["full_attention"] * self.num_hidden_layers,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "hidden_act": "silu",
             "attention_bias": False,
@@ -152,28 +156,13 @@ class DraftConfig(SavedConfig):
     architecture = "Qwen3DSparkModel"
     kind = "DSpark"
 
-    hidden_size: PositiveInt  # H, the target's
-    intermediate_size: PositiveInt  # SwiGLU width
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: EvenInt  # heads * head_dim need not be H
-    vocab_size: PositiveInt  # V, the target's
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: PositiveInt
     block_size: PositiveInt  # γ, tokens drafted per round
     mask_token_id: int  # fills the slots after the anchor
-    target_layer_ids: tuple[int, ...]  # taps, ascending
-    num_target_layers: int
     num_anchors: PositiveInt = 512  # blocks drawn per sample in training
     markov_rank: int = Field(256, ge=0)  # r; 0 = no sequential head (DeepSpec's DFlash)
     markov_head_type: MarkovHead = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
-    target_logit_multiplier: float = 1.0  # from the bare output of the target's LM head to its logits
-    target_logit_softcap: float | None = None
-    dtype: str = "float32"  # of the saved weights
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +194,7 @@ class DraftConfig(SavedConfig):
         return ("markov_rank", "enable_confidence_head", *rank, *confident)
 
     def to_json(self) -> dict[str, Any]:
-        values = self._json_keys(self.num_hidden_layers)
+        values = super().to_json()
         if not self.markov_rank:
             del values["markov_head_type"]
         if not self.enable_confidence_head:
@@ -219,22 +208,9 @@ class Eagle3Config(SavedConfig):
     architecture = "Qwen3Eagle3Model"
     kind = "EAGLE-3"
 
-    hidden_size: PositiveInt  # H, the target's
-    intermediate_size: PositiveInt  # SwiGLU width
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: EvenInt
-    vocab_size: PositiveInt  # V, the target's
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: PositiveInt
-    target_layer_ids: tuple[int, ...]  # taps, ascending, exactly five
-    num_target_layers: int
+    num_hidden_layers: Literal[1] = 1
     ttt_length: PositiveInt = 7  # steps unrolled in training, tokens drafted per round in decoding
     step_loss_decay: PositiveFloat = 0.8  # step i of the unrolling weighs this to the power of i
-    dtype: str = "float32"  # of the saved weights
-    target_logit_multiplier: float = 1.0  # from the bare output of the target's LM head to its logits
-    target_logit_softcap: float | None = None
 
     def _misfits(self) -> Iterator[tuple[str, str]]:
         taps = self.target_layer_ids
@@ -253,7 +229,7 @@ class Eagle3Config(SavedConfig):
         return super().from_json(values, origin)
 
     def to_json(self) -> dict[str, Any]:
-        return self._json_keys(num_layers=1) | {"num_hidden_layers": 1, "draft_num_hidden_layers": 1}
+        return super().to_json() | {"draft_num_hidden_layers": 1}
 
 
 def read_draft_config(folder: Path) -> DraftConfig | Eagle3Config:

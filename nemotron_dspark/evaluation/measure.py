@@ -113,32 +113,28 @@ def measure(
     target: Target,
     draft: Draft,
     prompts: Sequence[Sequence[int]],
-    *,
     temperature: float,
-    max_new_tokens: int,
-    seed: int = 0,
-    batch_size: int = 1,
-    confidence_threshold: float = 0.0,
+    config: EvalConfig,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Measure the acceptance of ``draft`` on ``prompts``; prompt i is sampled with seed ``seed + i``."""
-    decoder = Decoder(target, draft, confidence_threshold=confidence_threshold)
+    """Measure the acceptance of ``draft`` on ``prompts``; prompt i is sampled with seed ``config.seed + i``."""
+    decoder = Decoder(target, draft, confidence_threshold=config.confidence_threshold)
     waiting = [
-        (ids, Sampling(temperature=temperature, seed=seed + at, max_new_tokens=max_new_tokens))
+        (ids, Sampling(temperature=temperature, seed=config.seed + at, max_new_tokens=config.max_new_tokens))
         for at, ids in enumerate(prompts)
     ]
     waiting.reverse()
     done: list[Generation] = []
     active: list[Generation] = []
     while waiting or active:
-        while waiting and len(active) < batch_size:
+        while waiting and len(active) < config.batch_size:
             active.append(decoder.start(*waiting.pop()))
         decoder.step(active)
         done += [generation for generation in active if generation.finished]
         active = [generation for generation in active if not generation.finished]
         if progress:
             progress(f"temperature {temperature:g}", len(done), len(prompts))
-    return summarise(done, temperature, draft.config.block_size, timed=batch_size == 1)
+    return summarise(done, temperature, draft.config.block_size, timed=config.batch_size == 1)
 
 
 def summarise(generations: Sequence[Generation], temperature: float, gamma: int, *, timed: bool) -> Measurement:
@@ -180,21 +176,11 @@ def evaluate(
         if progress:
             progress("plain and speculative", at + 1, len(prompts))
     measurements = [summarise([fast for _, fast in pairs], 0.0, draft.config.block_size, timed=True)]
-    for temperature in config.temperatures:
-        if temperature > 0:
-            measurements.append(
-                measure(
-                    target,
-                    draft,
-                    prompts,
-                    temperature=temperature,
-                    max_new_tokens=config.max_new_tokens,
-                    seed=config.seed,
-                    batch_size=config.batch_size,
-                    confidence_threshold=config.confidence_threshold,
-                    progress=progress,
-                )
-            )
+    measurements += [
+        measure(target, draft, prompts, temperature, config, progress)
+        for temperature in config.temperatures
+        if temperature > 0
+    ]
     return Evaluation(
         tuple(measurements),
         _compare(target, prompts, pairs),

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from nemotron_dspark import files, stages
-from nemotron_dspark.config import RunConfig, load_config
+from nemotron_dspark.config import EvalConfig, RunConfig, load_config
 from nemotron_dspark.data.regenerate import regenerate
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError
@@ -278,14 +278,14 @@ def _evaluate(
     untrained.set_embeddings(draft.embed_tokens.weight, draft.lm_head.weight)
     greedy, sampled = evaluation.measurements
     measurements = {"greedy": greedy, "sampled": sampled}
+    together = EvalConfig(max_new_tokens=tokens, batch_size=len(prompts))
     for name, temperature in (("untrained_greedy", 0.0), ("untrained_sampled", 1.0)):
         measurements[name] = measure(
             target,
             untrained.eval(),
             prompts,
-            temperature=temperature,
-            max_new_tokens=tokens,
-            batch_size=len(prompts),
+            temperature,
+            together,
             progress=lambda what, done, total: show(f"untrained, {what}", done, total),
         )
     return evaluation, measurements

@@ -104,9 +104,9 @@ def test_evaluation_counts_identical_prompts_and_every_temperature(target, draft
 
 def test_rows_measured_together_give_the_same_acceptance_as_alone(target, draft, prompts_file):
     prompts = prompt_ids(target, prompts_file)
-    settings = {"temperature": 1.0, "max_new_tokens": 12, "seed": 3}
-    alone = measure(target, draft, prompts, **settings)
-    together = measure(target, draft, prompts, batch_size=4, **settings)
+    one, four = (EvalConfig(max_new_tokens=12, seed=3, batch_size=size) for size in (1, 4))
+    alone = measure(target, draft, prompts, 1.0, one)
+    together = measure(target, draft, prompts, 1.0, four)
     assert together.accepted_length == alone.accepted_length
     assert together.per_position == alone.per_position
     assert together.tokens_per_second is None
