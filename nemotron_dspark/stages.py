@@ -37,7 +37,7 @@ from nemotron_dspark.training.run import TrainReport
 from nemotron_dspark.training.run import train as train_draft
 
 if TYPE_CHECKING:
-    from nemotron_dspark.serving.background import Server
+    from nemotron_dspark.serving.listen import Server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,10 +227,9 @@ def serve(config: RunConfig, draft: Path | str | Draft | None = None, *, target:
         CheckError: a proof failed.
         EnvironmentFault: the port is in use, or the `serve` extra is missing.
     """
-    from nemotron_dspark.serving import listen
-    from nemotron_dspark.serving.background import Server
+    from nemotron_dspark.serving.listen import Server, bind
 
-    bound = listen.bind(config.serve.host, config.serve.port)
+    bound = bind(config.serve.host, config.serve.port)
     with contextlib.ExitStack() as failed:
         failed.callback(bound.close)
         loaded, drafting = _pair(config, draft, target)

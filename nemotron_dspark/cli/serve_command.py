@@ -11,7 +11,7 @@ from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
 
 if TYPE_CHECKING:
-    from nemotron_dspark.serving.background import Server
+    from nemotron_dspark.serving.listen import Server
 
 _KEYS = [
     shell.KeyOption("--host", "serve.host"),

@@ -1,5 +1,6 @@
-"""Listening: a port taken before the model is loaded, and a server that ends its answers before it ends.
+"""A server as an object: in the foreground by `nds serve`, or inside another program that talks to it over HTTP.
 
+Its port is taken before the model is loaded, and it ends its answers before it ends.
 There is no authentication: it listens on 127.0.0.1 unless told.
 """
 
@@ -8,12 +9,18 @@ import errno
 import ipaddress
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
+from nemotron_dspark.config.run import ServeConfig
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.serving import needs_extra
+from nemotron_dspark.serving.engine import Engine
+from nemotron_dspark.serving.server import Served, make_app
+from nemotron_dspark.targets import Target
 
 with needs_extra():
     import uvicorn
@@ -42,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise port_in_use(host, port) from None
+            raise _port_in_use(host, port) from None
         if error.errno in (errno.EACCES, errno.EPERM):
             raise EnvironmentFault(f"Port {port} needs privileges.", "Choose one above 1023 with --port.") from None
         raise _no_such_address(host) from None
@@ -53,7 +60,7 @@ def _no_such_address(host: str) -> InputError:
     return InputError(f"{host} is not an address of this machine.", "Give --host one of its own, such as 127.0.0.1.")
 
 
-def port_in_use(host: str, port: int) -> EnvironmentFault:
+def _port_in_use(host: str, port: int) -> EnvironmentFault:
     return EnvironmentFault(
         f"Port {port} on {host} is in use.",
         "Stop what listens there, or choose another port with --port (0 takes a free one).",
@@ -104,22 +111,70 @@ class HttpServer(uvicorn.Server):
             await self.lifespan.shutdown()
 
 
-def run_until_stopped(app: FastAPI, bound: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, then let answers in progress end; returns normally."""
-    server = HttpServer(app, on_ready)
+class Server:
+    """``with Server(target, draft) as server: OpenAI(base_url=server.base_url, api_key="-")``.
 
-    def leave(*_: Any) -> None:
-        server.should_exit = True
+    Attributes:
+        url: ``http://127.0.0.1:PORT``.
+        base_url: ``{url}/v1``.
+        model_id: the name to ask for.
+        engine: for its counters.
+    """
 
-    # uvicorn takes the signals while it runs and raises them again afterwards: to handlers that end in exit code 0.
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-    host, port = bound.getsockname()[:2]
-    try:
-        server.run(sockets=[bound])
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:  # two servers bound it at the same moment and the other one listens
-            raise port_in_use(host, port) from None
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def __init__(
+        self,
+        target: Target | Served,
+        draft: Draft | None = None,
+        config: ServeConfig | None = None,
+        bound: socket.socket | None = None,
+    ):
+        """
+        Args:
+            target: loaded; or a `Served`, which has its decoder.
+            draft: a draft that fits it; None decodes plainly.
+            config: the `serve` section; None takes its defaults on a free port.
+            bound: a socket of `bind`; None binds what ``config`` says.
+        """
+        config = config or ServeConfig(port=0)
+        served = target if isinstance(target, Served) else Served.of(target, draft, config)
+        self._socket = bound or bind(config.host, config.port)
+        self._app = make_app(served, config)
+        self.engine: Engine = self._app.state.engine
+        self.model_id = served.model_id
+        self.url = url_of(self._socket)
+        self.base_url = f"{self.url}/v1"
+
+    def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Answer until SIGTERM or Ctrl-C, then let answers in progress end; returns normally. Main thread only."""
+        http = HttpServer(self._app, on_ready)
+
+        def leave(*_: Any) -> None:
+            http.should_exit = True
+
+        # uvicorn takes the signals while it runs and raises them again afterwards: to handlers that end in exit code 0.
+        previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+        with self._socket:
+            host, port = self._socket.getsockname()[:2]
+            try:
+                http.run(sockets=[self._socket])
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:  # two servers bound it at the same moment and the other one listens
+                    raise _port_in_use(host, port) from None
+                raise
+            finally:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
+
+    def __enter__(self) -> Self:
+        ready = threading.Event()
+        self._http = HttpServer(self._app, ready.set)
+        self._thread = threading.Thread(target=self._http.run, args=([self._socket],), name="nds-server", daemon=True)
+        self._thread.start()
+        while not ready.wait(0.05):
+            if not self._thread.is_alive():
+                raise EnvironmentFault(f"The server at {self.base_url} did not start.", "Look at the log above.")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.should_exit = True
+        self._thread.join()

@@ -1,6 +1,7 @@
 """What Prometheus sees. Each server has a registry of its own, so that two in one process do not collide."""
 
 from collections.abc import Callable
+from functools import partial
 
 from nemotron_dspark.serving import needs_extra
 
@@ -17,36 +18,29 @@ class Metrics:
     content_type = CONTENT_TYPE_PLAIN_0_0_4
 
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
-        self.requests = Counter(
+        self._registry = registry = CollectorRegistry()
+        count, spread = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self.requests = count(
             "nds_requests",
             "requests by endpoint and outcome: ok, cancelled (client gone), rejected (4xx), failed (5xx)",
             ["endpoint", "outcome"],
-            registry=registry,
         )
-        self.prompt_tokens = Counter("nds_prompt_tokens", "tokens of prompts that were prefilled", registry=registry)
-        self.generated_tokens = Counter("nds_generated_tokens", "tokens generated", registry=registry)
-        self.rounds = Counter("nds_rounds", "rounds of the decoder, each for all active requests", registry=registry)
-        self.round_requests = Histogram(
-            "nds_round_requests",
-            "requests that shared a round",
-            buckets=(1, 2, 4, 8, 16, 32, 64),
-            registry=registry,
+        self.prompt_tokens = count("nds_prompt_tokens", "tokens of prompts that were prefilled")
+        self.generated_tokens = count("nds_generated_tokens", "tokens generated")
+        self.rounds = count("nds_rounds", "rounds of the decoder, each for all active requests")
+        self.round_requests = spread(
+            "nds_round_requests", "requests that shared a round", buckets=(1, 2, 4, 8, 16, 32, 64)
         )
-        self.accepted_length = Histogram(
+        self.accepted_length = spread(
             "nds_accepted_length",
             "tokens a request gained in a round, the target's own included",
             buckets=(*range(1, 10), 12, 16, 24, 32),
-            registry=registry,
         )
-        self.first_token_seconds = Histogram(
-            "nds_first_token_seconds",
-            "seconds from a request's arrival to its first token",
-            buckets=_SECONDS,
-            registry=registry,
+        self.first_token_seconds = spread(
+            "nds_first_token_seconds", "seconds from a request's arrival to its first token", buckets=_SECONDS
         )
-        self.request_seconds = Histogram(
-            "nds_request_seconds", "seconds from a request's arrival to its end", buckets=_SECONDS, registry=registry
+        self.request_seconds = spread(
+            "nds_request_seconds", "seconds from a request's arrival to its end", buckets=_SECONDS
         )
 
     def watch(self, waiting: Callable[[], int], active: Callable[[], int]) -> None:

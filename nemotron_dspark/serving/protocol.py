@@ -228,10 +228,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
     if usage.proposed:
-        value["speculative"] = {
-            "rounds": usage.rounds,
-            "accepted_length": round(usage.accepted / usage.rounds, 4),
-        }
+        value["speculative"] = {"rounds": usage.rounds, "accepted_length": round(usage.accepted / usage.rounds, 4)}
     return value
 
 
@@ -240,7 +237,6 @@ class Answer:
 
     def __init__(self, chat: bool, model_id: str):
         self._chat = chat
-        self._object = "chat.completion" if chat else "text_completion"
         self._fixed = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -249,39 +245,31 @@ class Answer:
 
     def whole(self, end: Finished, prompt_ids: Sequence[int] | None = None) -> dict[str, Any]:
         """The body of an answer that is not streamed; with token ids, placed as vLLM's, if the prompt's are given."""
-        if self._chat:
-            text: dict[str, Any] = {"message": {"role": "assistant", "content": end.text}}
-        else:
-            text = {"text": end.text}
-        choice: dict[str, Any] = {"index": 0, **text, "logprobs": None, "finish_reason": end.reason}
-        body: dict[str, Any] = {
-            **self._fixed,
-            "object": self._object,
-            "choices": [choice],
-            "usage": usage_json(end.usage),
-        }
+        text = {"message": {"role": "assistant", "content": end.text}} if self._chat else {"text": end.text}
+        body: dict[str, Any] = {**self._body("chat.completion", text, end.reason), "usage": usage_json(end.usage)}
         if prompt_ids is not None:
+            choice = body["choices"][0]
             choice["token_ids"] = list(end.token_ids)
             (body if self._chat else choice)["prompt_token_ids"] = list(prompt_ids)
         return body
 
     def opening(self) -> dict[str, Any] | None:
         """The chunk that names the role; only chats have one."""
-        return self._chunk([self._choice({"role": "assistant", "content": ""}, None)]) if self._chat else None
+        return self._chunk({"delta": {"role": "assistant", "content": ""}}) if self._chat else None
 
     def text_chunk(self, text: str, reason: str | None = None) -> dict[str, Any]:
         """A chunk of text; the last one has a ``reason``."""
-        delta = {"content": text} if text else {}
-        return self._chunk([self._choice(delta if self._chat else {"text": text}, reason)])
+        if self._chat:
+            return self._chunk({"delta": {"content": text} if text else {}}, reason)
+        return self._chunk({"text": text}, reason)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The chunk after the last one, for who asked for it."""
-        return {**self._chunk([]), "usage": usage_json(usage)}
+        return {**self._chunk({}), "choices": [], "usage": usage_json(usage)}
 
-    def _choice(self, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        inner = {"delta": content} if self._chat else content
-        return {"index": 0, **inner, "logprobs": None, "finish_reason": reason}
+    def _chunk(self, text: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        return self._body("chat.completion.chunk", text, reason)
 
-    def _chunk(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {**self._fixed, "object": kind, "choices": list(choices)}
+    def _body(self, chat_object: str, text: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        choice = {"index": 0, **text, "logprobs": None, "finish_reason": reason}
+        return {**self._fixed, "object": chat_object if self._chat else "text_completion", "choices": [choice]}

@@ -263,7 +263,7 @@ def test_without_the_client_the_package_to_install_is_named(prompts, tmp_path, m
 
 def test_with_nds_serve_itself(tiny_llama, prompts, tmp_path):
     """The project's own server answers, and every answer gives loss tokens."""
-    from nemotron_dspark.serving.background import Server
+    from nemotron_dspark.serving.listen import Server
     from nemotron_dspark.targets import Target
 
     target, out = Target.load(str(tiny_llama)), tmp_path / "out.jsonl"

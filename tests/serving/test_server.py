@@ -17,7 +17,7 @@ from nemotron_dspark.data.regenerate import regenerate
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.serving import listen
-from nemotron_dspark.serving.background import Server
+from nemotron_dspark.serving.listen import Server
 from nemotron_dspark.serving.server import Served
 from nemotron_dspark.serving.text import Spelling
 from tests.serving.fake_decoder import FakeDecoder
