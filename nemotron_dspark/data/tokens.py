@@ -219,6 +219,9 @@ def _tokenise_lines(
             continue
         ids, mask = item.tokens.input_ids, item.tokens.loss_mask
         if mask_token_id is not None and (ids == mask_token_id).any():
+            if any(mask_token_id in message.token_ids for message in item.conversation.messages):
+                skipped.append(Skipped(item.line, "an answer in which the target itself wrote the draft's mask token"))
+                continue
             raise InputError(
                 f"{file}:{item.line} contains the draft's mask token {mask_token_id}.",
                 "Take that conversation out, or set draft.mask_token_id to a token the data never uses.",

@@ -1,5 +1,7 @@
 """Tokenised samples on the disk are those of the file from end to end, by one process or by a pool, and made once."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -65,6 +67,23 @@ def test_the_mask_token_is_refused_by_line(tokenizer, tmp_path, by):
     used = int(next(iter(read_samples(file, tokenizer, DATA))).tokens.input_ids[0])
     with pytest.raises(InputError, match=rf"data\.jsonl:1 contains the draft's mask token {used}"):
         write(tmp_path / "store", file, tokenizer, mask_token_id=used)
+
+
+def test_an_answer_in_which_the_target_wrote_the_mask_token_is_left_out_and_counted(tokenizer, tmp_path):
+    user = {"role": "user", "content": "State the block"}
+    prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
+    said = tokenizer("one two three four five six", add_special_tokens=False)["input_ids"]
+    answers = [[*said, 31], said, [*said[:2], 31, *said[2:]]]  # text has no trace of a special token
+    rows = [
+        {"messages": [user, {"role": "assistant", "content": "x", "token_ids": ids, "prompt_token_ids": prompt}]}
+        for ids in answers
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = write(tmp_path / "store", file, tokenizer, mask_token_id=31)
+    assert [sample.input_ids.tolist()[: len(prompt) + len(said)] for sample in store] == [[*prompt, *said]]
+    tally, _ = read_report(tmp_path / "store/report.json")
+    assert tally.skipped.total == 2
 
 
 def test_finished_samples_are_read_back_and_others_made_again(tokenizer, tmp_path, monkeypatch):
