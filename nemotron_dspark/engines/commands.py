@@ -1,7 +1,7 @@
 """The command that serves a pair with an engine, as `configs/engines/` has it: every flag with its reason.
 
 A flag is given when all traits under its ``when`` hold: of the pair (`Pair.traits`), the machine's name, and ``gpu``.
-Values may name ``$target``, ``$draft``, ``$tokens`` (drafted a round), ``$verified`` (one more), ``$slots``,
+Values may name ``$target``, ``$draft``, ``$tokens`` (drafted a round), ``$slots``,
 ``$state``, ``$requests``, ``$context``, ``$host`` and ``$port``.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.engines.pair import Pair
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
@@ -48,7 +49,7 @@ class EngineTable:
     flags: tuple[Mapping[str, Any], ...]
     shows: str | None = None  # what a version that is new enough prints, where versions are not told
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # by name, then by kind of draft
+    files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # name to contents, as YAML
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,21 +121,12 @@ def engine_command(
         raise InputError(f"There are no flags for a machine {machine!r}.", f"Choose one of {', '.join(MACHINES)}.")
     table = engine_table(engine)
     tokens = tokens or pair.draft.block_size
-    target, draft, prepare = pair.target, str(pair.draft_folder), ()
-    if engine == "llamacpp":
-        files = [str((gguf or pair.draft_folder / "gguf") / name) for name in GGUF_FILES]
-        export = ["nds", "export", "--to", "gguf", "--target", target]
-        prepare = (
-            shlex.join([*export, "--out", files[0]]),
-            shlex.join([*export, "--draft", draft, "--out", files[1]]),
-        )
-        target, draft = files
+    target, draft, prepare = _exported(engine, pair, gguf)
     state = pair.state_bytes
     values: dict[str, Any] = {
         "target": target,
         "draft": draft,
         "tokens": tokens,
-        "verified": tokens + 1,
         "slots": tokens + 1,
         "state": f": {state * (tokens + 1) / 1e6:,.0f} MB in fp32" if state else "",
         "requests": requests,
@@ -146,18 +138,32 @@ def engine_command(
     rows = [row for row in table.flags if _all(row.get("when", []), holds)]
     flags = tuple(Flag(row["flag"], _text(row.get("value"), values), str(_filled(row["why"], values))) for row in rows)
     arguments = [part for flag in flags for part in (flag.name, flag.value) if part is not None]
-    kind = "eagle3" if "eagle3" in holds else "dspark"
     return EngineCommand(
         engine=engine,
         title=table.title,
         argv=(*(str(_filled(part, values)) for part in table.command), *arguments),
         flags=flags,
         environment=table.environment,
-        files={name: yaml.safe_dump(_filled(kinds[kind], values)) for name, kinds in table.files.items()},
+        files={name: yaml.safe_dump(_filled(content, values)) for name, content in table.files.items()},
         prepare=prepare,
         minimum=minimum_version(engine, pair),
         read_from=table.read_from,
     )
+
+
+def _exported(engine: EngineName, pair: Pair, gguf: Path | None) -> tuple[str, str, tuple[str, ...]]:
+    """What the engine is given as target and draft, and the commands that make it where it is not what there is."""
+    target, draft = pair.target, str(pair.draft_folder)
+    kind = {"llamacpp": "gguf", "sglang": "sglang"}.get(engine, "vllm")
+    export = ["nds", "export", "--to", kind, "--target", target]
+    if engine == "llamacpp":
+        files = [str((gguf or pair.draft_folder / kind) / name) for name in GGUF_FILES]
+        made = [*export, "--out", files[0]], [*export, "--draft", draft, "--out", files[1]]
+        return files[0], files[1], tuple(map(shlex.join, made))
+    if isinstance(pair.draft, DraftConfig) and pair.draft.markov_rank:
+        return target, draft, ()  # these three read DeepSpec's own layout
+    folder = str(pair.draft_folder / kind)
+    return target, folder, (shlex.join([*export, "--draft", draft, "--out", folder]),)
 
 
 def _all(when: str | list[str], holds: frozenset[str]) -> bool:

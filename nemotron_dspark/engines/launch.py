@@ -22,7 +22,7 @@ def run(command: EngineCommand, *, host: str, port: int, folder: Path = Path()) 
 
     Raises:
         EnvironmentFault: it is not installed or too old, or the port is in use.
-        InputError: what llama.cpp reads has not been exported, or a file of another content is in the way.
+        InputError: what the engine reads has not been exported, or a file of another content is in the way.
     """
     program = installed(command)
     check_version(command)
@@ -87,7 +87,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def _check_exported(command: EngineCommand) -> None:
-    for line in command.prepare:  # of llama.cpp alone; the file that it makes is its last word
-        path = Path(shlex.split(line)[-1])
-        if not path.is_file():
+    for line in command.prepare:
+        path = Path(shlex.split(line)[-1])  # --out
+        if not path.exists():
             raise InputError(f"{path} is not there.", f"Run first: {line}")

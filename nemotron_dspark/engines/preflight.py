@@ -59,13 +59,6 @@ def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
             f"{title} reads vanilla Markov heads only, and this draft's is {draft.markov_head_type}.",
             "Train the draft with draft.markov_head=vanilla, or serve it with SGLang or `nds serve`.",
         )
-    if not draft.markov_rank and engine != "llamacpp":  # for which `nds export` gives it a head of zeros
-        yield Finding(
-            "refuse",
-            f"{title} takes a DSpark draft to have a Markov head, and this one has rank 0 (DeepSpec's DFlash).",
-            "Train the draft with draft.markov_rank above 0, or serve it with `nds serve`: what engines call DFlash is "
-            "another layout of the block.",
-        )
     if draft.target_layer_ids[0] == -1 and engine != "llamacpp":
         yield Finding(
             "refuse" if engine == "sglang" else "warn",
@@ -83,23 +76,13 @@ def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
 
 def _eagle3(engine: EngineName, pair: Pair) -> Iterator[Finding]:
     title = engine_table(engine).title
-    if engine == "sglang" and pair.hybrid:
+    if engine != "vllm":
+        hybrids = ", and SGLang up to 0.5.23 none at all on a hybrid" if engine == "sglang" and pair.hybrid else ""
         yield Finding(
             "refuse",
-            "SGLang refuses EAGLE-3 on Nemotron-H and other hybrids up to 0.5.23.",
-            "Serve the pair with vLLM or `nds serve`, or train a DSpark draft.",
-        )
-    elif engine in ("llamacpp", "trtllm"):
-        yield Finding(
-            "refuse",
-            f"{title} reads EAGLE-3 drafts of Llama's shape with three taps; this one is DeepSpec's, with five.",
+            f"{title} reads EAGLE-3 drafts of Llama's shape with three taps, and this one is DeepSpec's, with five"
+            f"{hybrids}.",
             "Serve it with vLLM or `nds serve`, or train a DSpark draft.",
-        )
-    else:
-        yield Finding(
-            "warn",
-            f"{title} has not been seen to serve DeepSpec's EAGLE-3 with its five taps.",
-            "Compare the accepted length with `nds eval --engine`.",
         )
 
 
