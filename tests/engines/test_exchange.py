@@ -51,7 +51,9 @@ def saved(folder, target, *, slim=True, **changes):
 def saved_eagle3(folder, target, **changes):
     spec = target.read_spec()
     its = {"hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size, "num_target_layers": spec.num_layers}
-    shape = {key: value for key, value in SHAPE.items() if key in Eagle3Config.model_fields}
+    shape = {
+        key: value for key, value in SHAPE.items() if key in Eagle3Config.model_fields and key != "num_hidden_layers"
+    }
     config = Eagle3Config(**(shape | its | {"target_layer_ids": (0, 1, 2, 4, 6), "ttt_length": 3} | changes))
     Eagle3Draft(config, seed=3).save(folder, slim=True)
     return folder
