@@ -10,6 +10,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import State, Target
+from nemotron_dspark.targets.kv import take_out
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,12 +76,15 @@ class _Memory:
     def select(self, rows: Sequence[int]) -> "_Memory":
         return _Memory(self.state.select(rows), self.context.select(rows) if self.context is not None else None)
 
-    @staticmethod
-    def cat(parts: Sequence["_Memory"]) -> "_Memory":
-        states, contexts = [part.state for part in parts], [part.context for part in parts if part.context is not None]
-        # A target makes states of one kind, a draft contexts of one kind.
-        state = type(states[0]).cat(states)  # pyrefly: ignore[bad-argument-type]
-        return _Memory(state, type(contexts[0]).cat(contexts) if contexts else None)
+    def join(self, other: "_Memory") -> None:
+        self.state.join(other.state)
+        if self.context is not None and other.context is not None:
+            self.context.join(other.context)
+
+    def leave(self, row: int) -> None:
+        self.state.leave(row)
+        if self.context is not None:
+            self.context.leave(row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,21 +199,24 @@ class Decoder:
 
     def _gather(self, active: list[Generation]) -> tuple[list[Generation], _Memory]:
         """Make ``active`` the rows of the shared batch; returns them in row order, and the batch."""
-        wanted, shared = set(active), self._memory
-        staying = [row for row, generation in enumerate(self._rows) if generation in wanted]
-        if shared is not None and len(staying) == len(active) == len(self._rows):
-            return self._rows, shared  # nothing is copied between most rounds
-        parts = []
-        if shared is not None:
-            for row, generation in enumerate(self._rows):
-                if generation not in wanted and generation.finished is None:  # it may come back in a later round
-                    self._waiting[generation] = shared.select([row])
-            parts = [shared.select(staying)] if staying else []
-        joining = [generation for generation in active if generation in self._waiting]
-        parts += [self._waiting.pop(generation) for generation in joining]
-        self._rows = [self._rows[row] for row in staying] + joining
-        self._memory = _Memory.cat(parts)
-        return self._rows, self._memory
+        wanted, memory = set(active), self._memory
+        for row, generation in reversed([*enumerate(self._rows)]):  # the last one replaces one that leaves
+            if memory is not None and generation not in wanted:
+                if generation.finished is None:  # it may come back in a later round
+                    self._waiting[generation] = memory.select([row])
+                memory.leave(row)
+                take_out(self._rows, row)
+        for generation in active:
+            joining = self._waiting.pop(generation, None)
+            if joining is None:
+                continue
+            if memory is None or not self._rows:
+                memory = joining
+            else:
+                memory.join(joining)
+            self._rows.append(generation)
+        self._memory = memory
+        return self._rows, cast("_Memory", memory)  # an active generation has a row
 
     def _speculate(
         self, active: list[Generation], anchors: Tensor, draft: Draft, state: State, context: DraftContext

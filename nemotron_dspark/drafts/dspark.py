@@ -326,7 +326,7 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
     def new_context(self, rows: int = 1) -> DSparkContext:
         """An empty context of ``rows`` rows, for the weights as they are now."""
         self._require_embeddings()
-        return DSparkContext([0] * rows, [RaggedKV() for _ in self.layers], *self._fused_keys_and_values())
+        return DSparkContext([0] * rows, [RaggedKV(rows) for _ in self.layers], *self._fused_keys_and_values())
 
     @torch.no_grad()
     def _fused_keys_and_values(self) -> tuple[Tensor, Tensor]:

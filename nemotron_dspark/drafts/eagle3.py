@@ -54,13 +54,17 @@ class Eagle3Context(DraftContext):
 
     hidden: Tensor  # [B, H]
 
-    @classmethod
-    def cat(cls, contexts: Sequence[Self]) -> Self:
-        hidden = torch.cat([context.hidden for context in contexts])
-        return dataclasses.replace(super().cat(contexts), hidden=hidden)
-
     def select(self, rows: Sequence[int]) -> Self:
         return dataclasses.replace(super().select(rows), hidden=self.hidden[list(rows)])
+
+    def join(self, other: Self) -> None:
+        super().join(other)
+        self.hidden = torch.cat([self.hidden, other.hidden])
+
+    def leave(self, row: int) -> None:
+        super().leave(row)
+        self.hidden[row] = self.hidden[-1]
+        self.hidden = self.hidden[:-1]
 
 
 class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
@@ -121,7 +125,7 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
         """An empty context of ``rows`` rows."""
         self._require_embeddings()
         hidden = torch.zeros(rows, self.config.hidden_size, device=self.device)
-        return Eagle3Context([0] * rows, [RaggedKV()], hidden)
+        return Eagle3Context([0] * rows, [RaggedKV(rows)], hidden)
 
     @torch.no_grad()
     def extend(

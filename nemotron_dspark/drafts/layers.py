@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from nemotron_dspark.config.run import AttentionKind
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
-from nemotron_dspark.targets.kv import RaggedKV
+from nemotron_dspark.targets.kv import RaggedKV, take_out
 
 MASK_CHUNKS = 4  # each adds a gradient as large as all keys, each saves half as much as the one before
 
@@ -293,19 +293,22 @@ class DraftContext:
     lengths: list[int]  # verified positions per row
     layers: list[RaggedKV]
 
-    @classmethod
-    def cat(cls, contexts: Sequence[Self]) -> Self:
-        """The rows of ``contexts``, of one draft, one after the other."""
-        if len(contexts) == 1:
-            return contexts[0]
-        lengths = [length for context in contexts for length in context.lengths]
-        layers = [RaggedKV.cat(parts) for parts in zip(*(context.layers for context in contexts), strict=True)]
-        return dataclasses.replace(contexts[0], lengths=lengths, layers=layers)
-
     def select(self, rows: Sequence[int]) -> Self:
         """A copy with ``rows`` in that order."""
         lengths = [self.lengths[row] for row in rows]
         return dataclasses.replace(self, lengths=lengths, layers=[kv.select(rows, max(lengths)) for kv in self.layers])
+
+    def join(self, other: Self) -> None:
+        """Put the rows of ``other``, of the same draft, behind these."""
+        for kv, new in zip(self.layers, other.layers, strict=True):
+            kv.join(new, max(other.lengths))
+        self.lengths += other.lengths
+
+    def leave(self, row: int) -> None:
+        """Take ``row`` out; the last row gets its place."""
+        take_out(self.lengths, row)
+        for kv in self.layers:
+            kv.leave(row, max(self.lengths, default=0))
 
 
 def context_bytes(config: DraftConfig, length: int, itemsize: int) -> int:

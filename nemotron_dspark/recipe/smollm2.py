@@ -6,6 +6,7 @@ in batches of the decoder. What each stage has done stays in the folder, and the
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ FOLDER = "demo-smollm2"
 _STATE = "demo-state.json"  # budget, seed, seconds of every stage so far, steps of the training
 # Shares of the budget. What the target needs is seconds, what the cache needs follows from the answers.
 _ANSWERS, _TRAIN_END, _EVAL = 0.40, 0.86, 0.10
-_BATCH = 48  # prompts answered together
+_BATCH = 64  # prompts answered together
 _ANSWER_TOKENS = 160
 _FEWEST_ANSWERS = 24
 _MOST_PROMPTS = 6000
@@ -145,17 +146,21 @@ def _answer(target: Target, run_dir: Path, clock: Clock, seconds: float, seed: i
     waiting = [
         (number, text) for number, text in enumerate(instructions(_MOST_PROMPTS, seed)) if str(number) not in known
     ]
-    with open(answered, "ab") as out:
-        while waiting and (clock.spent("answers") < seconds or len(known) < _FEWEST_ANSWERS):
-            batch, waiting = waiting[:_BATCH], waiting[_BATCH:]
-            for number, text, answer in _answers(target, batch):
-                row = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-                line = files.json_line({"id": str(number), "conversations": row})
-                out.write(line.encode())
-                lines.append(line)
-                known.add(str(number))
-                progress.update(f"{len(known)} answers", min(clock.spent("answers"), seconds), seconds)
-            out.flush()
+
+    def prompts() -> Iterator[tuple[int, str]]:
+        """Prompts without an answer, until the time is over."""
+        for started, prompt in enumerate(waiting):
+            if clock.spent("answers") > seconds and len(known) + started >= _FEWEST_ANSWERS:
+                return
+            yield prompt
+
+    with open(answered, "ab", buffering=0) as out:
+        for number, text, answer in _answers(target, prompts()):
+            row = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            line = files.json_line({"id": str(number), "conversations": row})
+            out.write(line.encode())
+            lines.append(line)
+            progress.update(f"{len(lines)} answers", min(clock.spent("answers"), seconds), seconds)
     files.write_text(run_dir / "conversations.jsonl", "".join(lines))
     return len(lines)
 
@@ -172,14 +177,16 @@ def _whole_lines(path: Path) -> list[str]:
     return text[:end].decode().splitlines(keepends=True)
 
 
-def _answers(target: Target, batch: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
+def _answers(target: Target, prompts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
     """Each prompt with its number and its greedy answer, in the order in which the answers end."""
     decoder, sampling = Decoder(target), Sampling(temperature=0.0, max_new_tokens=_ANSWER_TOKENS)
     running: dict[Generation, tuple[int, str]] = {}
-    for number, text in batch:
-        ids = render_prompt(target.tokenizer, [Message("user", text)])
-        running[decoder.start(ids, sampling)] = number, text
-    while running:
+    while True:
+        for number, text in itertools.islice(prompts, _BATCH - len(running)):
+            ids = render_prompt(target.tokenizer, [Message("user", text)])
+            running[decoder.start(ids, sampling)] = number, text
+        if not running:
+            return
         decoder.step(list(running))
         for generation in [each for each in running if each.finished]:
             tokens = generation.tokens[:-1] if generation.finished == "stop" else generation.tokens

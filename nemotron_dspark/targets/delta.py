@@ -49,12 +49,13 @@ class DeltaStates(LayerStates):
 
     def commit(self, kept: Sequence[int]) -> None:
         block = self.take_records()
-        self.conv = advance_window(self.conv, block.conv_inputs, kept)
+        conv, delta = self.tensors()
+        conv.copy_(advance_window(conv, block.conv_inputs, kept))
         total, decay = prefix_decay(block.decay, kept)  # [L, B, heads], [L, B, n, heads]
         count = decay.shape[2]
         updates = block.updates[:, :, :count] * torch.exp(decay.float())[..., None]
         added = torch.einsum("lbmhk,lbmhv->lbhkv", block.keys[:, :, :count], updates)
-        self.delta.mul_(torch.exp(total.float())[..., None, None]).add_(added)
+        delta.mul_(torch.exp(total.float())[..., None, None]).add_(added)
 
 
 def delta_block(

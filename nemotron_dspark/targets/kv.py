@@ -1,20 +1,25 @@
 """Keys and values of several rows whose lengths differ.
 
-Rows share one buffer that grows by doubling. What lies beyond a row's length is dead: forgetting tokens is moving the
-length back, and the next write goes over them. Readers must mask positions at or beyond the length.
+Rows are slots of one buffer. What lies beyond a row's length is dead: forgetting tokens is moving the length back, and
+the next write goes over them. Readers must mask positions at or beyond the length. A row joins behind the others; when
+one leaves, the last takes its place: either copies that row alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+_FEWEST_POSITIONS = 64  # that a buffer has room for
 
 
 class RaggedKV:
     """One layer's keys and values; the rows' lengths are kept by the owner, once for all layers."""
 
-    def __init__(self, stored: Iterable[Tensor] = ()) -> None:
-        self._stored = tuple(stored)  # keys and values [B, kv_heads, capacity, head_dim]; none before the first write
+    def __init__(self, rows: int = 1) -> None:
+        self._rows = rows
+        # Keys and values [rows or more, kv_heads, positions or more, head_dim]; none before the first write.
+        self._stored: tuple[Tensor, ...] = ()
 
     def write(self, keys: Tensor, values: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Put ``keys``/``values`` [B, kv_heads, m, head_dim] at ``starts[b]`` of each row.
@@ -23,36 +28,67 @@ class RaggedKV:
         """
         added = keys.shape[2]
         end = max(starts) + added
-        self._reserve(end, keys, values)
+        if not self._stored:
+            size = (self._rows, keys.shape[1], max(_FEWEST_POSITIONS, end))
+            self._stored = tuple(new.new_zeros(*size, new.shape[3]) for new in (keys, values))
+        elif self._stored[0].shape[2] < end:
+            self._stored = tuple(resized(tensor, 2, end) for tensor in self._stored)
         for stored, new in zip(self._stored, (keys, values), strict=True):
             if min(starts) == max(starts):
-                stored[:, :, end - added : end] = new
+                stored[: self._rows, :, end - added : end] = new
             else:
                 rows = torch.arange(len(starts), device=new.device)[:, None]  # [B, 1]
                 at = torch.tensor(starts, device=new.device)[:, None] + torch.arange(added, device=new.device)  # [B, m]
                 stored[rows, :, at] = new.transpose(1, 2)
         all_keys, all_values = self._stored
-        return all_keys[:, :, :end], all_values[:, :, :end]
+        return all_keys[: self._rows, :, :end], all_values[: self._rows, :, :end]
 
     def select(self, rows: Sequence[int], length: int) -> "RaggedKV":
         """A copy that keeps ``rows`` in that order and the first ``length`` positions."""
-        return RaggedKV(tensor[list(rows), :, :length] for tensor in self._stored)
+        picked = RaggedKV(len(rows))
+        picked._stored = tuple(tensor[list(rows), :, :length] for tensor in self._stored)
+        return picked
 
-    @staticmethod
-    def cat(parts: Sequence["RaggedKV"]) -> "RaggedKV":
-        """The rows of ``parts`` one after the other."""
-        pairs = [part._stored for part in parts if part._stored]
-        longest = max((keys.shape[2] for keys, _ in pairs), default=0)
-        return RaggedKV(torch.cat([_padded(tensor, longest) for tensor in same]) for same in zip(*pairs, strict=True))
+    def join(self, other: "RaggedKV", length: int) -> None:
+        """Put the rows of ``other``, of which ``length`` positions count, behind these."""
+        rows, joined = self._rows, self._rows + other._rows
+        if not self._stored:  # nothing was written yet
+            self._stored = tuple(tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in other._stored)
+        self._rows = joined
+        self._stored = tuple(resized(resized(tensor, 2, length), 0, joined) for tensor in self._stored)
+        for stored, new in zip(self._stored, other._stored, strict=True):
+            stored[rows:joined, :, :length] = new[: other._rows, :, :length]
 
-    def _reserve(self, length: int, keys: Tensor, values: Tensor) -> None:
-        """Make room for ``length`` positions of what ``keys`` and ``values`` are like."""
-        if not self._stored:
-            room = max(64, length)
-            self._stored = tuple(new.new_zeros(*new.shape[:2], room, new.shape[3]) for new in (keys, values))
-        elif (capacity := self._stored[0].shape[2]) < length:
-            self._stored = tuple(_padded(tensor, max(length, 2 * capacity)) for tensor in self._stored)
+    def leave(self, row: int, length: int) -> None:
+        """Take ``row`` out; the last row gets its place. Of what stays, ``length`` positions count."""
+        self._rows -= 1
+        for stored in self._stored:
+            stored[row, :, :length] = stored[self._rows, :, :length]
+        if self._stored and self._rows:
+            small = max(_FEWEST_POSITIONS, length)
+            self._stored = tuple(shrunk(shrunk(tensor, 2, small), 0, self._rows) for tensor in self._stored)
 
 
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[2]))
+def take_out(rows: list, row: int) -> None:
+    """Remove ``row`` of a list as `RaggedKV.leave` does: the last gets its place."""
+    last = rows.pop()
+    if row < len(rows):
+        rows[row] = last
+
+
+def resized(tensor: Tensor, dim: int, needed: int) -> Tensor:
+    """``tensor``, or a copy with room for ``needed`` along ``dim``: twice what it had, so that growing is rare."""
+    size = tensor.shape[dim]
+    return tensor if needed <= size else _copied(tensor, dim, max(needed, 2 * size), size)
+
+
+def shrunk(tensor: Tensor, dim: int, needed: int) -> Tensor:
+    """``tensor``, or a copy half filled along ``dim`` where ``needed`` is less than a quarter of it."""
+    return tensor if 4 * needed >= tensor.shape[dim] else _copied(tensor, dim, 2 * needed, needed)
+
+
+def _copied(tensor: Tensor, dim: int, size: int, kept: int) -> Tensor:
+    """The first ``kept`` along ``dim`` of ``tensor`` in a tensor of ``size``; the rest is zero, for masks."""
+    copy = tensor.new_zeros(*tensor.shape[:dim], size, *tensor.shape[dim + 1 :])
+    copy.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
+    return copy

@@ -51,15 +51,17 @@ class Mamba1States(LayerStates):
 
     def commit(self, kept: Sequence[int]) -> None:
         block = self.take_records()
-        self.conv = advance_window(self.conv, block.conv_inputs, kept)
+        conv, ssm = self.tensors()
+        conv.copy_(advance_window(conv, block.conv_inputs, kept))
         if min(kept) == block.dt.shape[2]:
-            self.ssm = block.behind
+            ssm.copy_(block.behind)
             return
         count = max(kept)
         steps = torch.arange(count, device=block.dt.device)
         inside = steps < torch.tensor(kept, device=block.dt.device)[:, None]  # [B, n]
         dt = block.dt[:, :, :count] * inside[..., None]
-        _, self.ssm = _walk(block.x[:, :, :count], dt, block.a, block.b[:, :, :count], None, self.ssm)
+        _, behind = _walk(block.x[:, :, :count], dt, block.a, block.b[:, :, :count], None, ssm)
+        ssm.copy_(behind)
 
 
 def _walk(

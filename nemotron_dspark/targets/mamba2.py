@@ -61,16 +61,18 @@ class Mamba2States(LayerStates):
         block = self.take_records()
         if max(kept) == 0:
             return
-        self.conv = advance_window(self.conv, block.conv_inputs, kept)
+        conv, ssm = self.tensors()
+        conv.copy_(advance_window(conv, block.conv_inputs, kept))
         total, decay = prefix_decay(block.decay, kept)  # [L, B, heads], [L, B, n, heads]
         count, groups = decay.shape[2], block.b.shape[3]
         weight = _decayed(decay) * block.dt[:, :, :count]
         weighted = (block.x[:, :, :count] * weight[..., None]).unflatten(3, (groups, -1)).flatten(4)
-        left = weighted.transpose(2, 3).flatten(0, 2).mT  # [L·B·groups, heads/groups·head_dim, n]
-        right = block.b[:, :, :count].transpose(2, 3).flatten(0, 2)  # [L·B·groups, n, state]
+        left = weighted.transpose(2, 3).flatten(1, 2).mT  # [L, B·groups, heads/groups·head_dim, n]
+        right = block.b[:, :, :count].transpose(2, 3).flatten(1, 2)  # [L, B·groups, n, state]
         # In place: the states are large, and a sum in a tensor of its own would move them twice more.
-        self.ssm.mul_(_decayed(total)[..., None, None])
-        self.ssm.view(len(left), -1, self.ssm.shape[-1]).baddbmm_(left, right)
+        ssm.mul_(_decayed(total)[..., None, None])
+        for states, each_left, each_right in zip(ssm, left, right, strict=True):
+            states.view(each_left.shape[0], -1, ssm.shape[-1]).baddbmm_(each_left, each_right)
 
 
 def _decayed(exponent: Tensor) -> Tensor:

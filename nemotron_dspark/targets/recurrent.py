@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nemotron_dspark.targets.kv import resized, shrunk
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
 
@@ -21,13 +22,15 @@ from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 class LayerStates(abc.ABC):
     """The committed states of every recurrent layer, for B rows, and the records of the block in flight.
 
-    A kind adds a field per tensor [L, B, …] in fp32 that its layers keep beside the convolution's inputs.
+    A kind adds a field per tensor in fp32 that its layers keep beside the convolution's inputs. Rows are slots, as in
+    `RaggedKV`: a field is [L, B or more, …], and `tensors` gives what counts.
     """
 
     layers: tuple[int, ...]  # layer ids; the first dimension of every tensor
     conv: Tensor  # [L, B, kernel - 1, channels], the last inputs of each convolution
 
     def __post_init__(self) -> None:
+        self._rows = self.conv.shape[1]
         self._index = {layer: position for position, layer in enumerate(self.layers)}
         self._records: dict[int, Any] = {}
 
@@ -49,7 +52,11 @@ class LayerStates(abc.ABC):
 
     def of(self, layer: int) -> list[Tensor]:
         """The committed tensors [B, …] of one layer, in the order of the fields."""
-        return [tensor[self._index[layer]] for tensor in self._tensors()]
+        return [tensor[self._index[layer]] for tensor in self.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        """Views [L, B, …] of the committed tensors, in the order of the fields; a commit writes into them."""
+        return [getattr(self, name)[:, : self._rows] for name in self._names()]
 
     def record(self, layer: int, record: Any) -> None:
         """Keep what ``layer`` leaves of its block: a dataclass of tensors [B, m, …]."""
@@ -65,16 +72,27 @@ class LayerStates(abc.ABC):
     def select(self, rows: Sequence[int]) -> Self:
         """A copy of ``rows`` in that order."""
         index = torch.tensor(rows, device=self.conv.device)
-        return type(self)(self.layers, *(tensor.index_select(1, index) for tensor in self._tensors()))
+        return type(self)(self.layers, *(tensor.index_select(1, index) for tensor in self.tensors()))
 
-    @staticmethod
-    def cat(parts: Sequence[Any]) -> Any:
-        """The rows of ``parts`` one after the other."""
-        tensors = zip(*(part._tensors() for part in parts), strict=True)
-        return type(parts[0])(parts[0].layers, *(torch.cat(same, dim=1) for same in tensors))
+    def join(self, other: "LayerStates") -> None:
+        """Put the rows of ``other``, of the same layers, behind these."""
+        rows, self._rows = self._rows, self._rows + other._rows
+        for name, new in zip(self._names(), other.tensors(), strict=True):
+            stored = resized(getattr(self, name), 1, self._rows)
+            stored[:, rows : self._rows] = new
+            setattr(self, name, stored)
 
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in dataclasses.fields(self)[1:]]
+    def leave(self, row: int) -> None:
+        """Take ``row`` out; the last row gets its place."""
+        self._rows -= 1
+        for name in self._names():
+            stored = getattr(self, name)
+            stored[:, row] = stored[:, self._rows]
+            if self._rows:
+                setattr(self, name, shrunk(stored, 1, self._rows))
+
+    def _names(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self)[1:]]
 
 
 NewRecurrent: TypeAlias = Callable[[torch.device, torch.dtype], LayerStates]  # the states of one row before any token

@@ -31,7 +31,8 @@ class ConvStates(LayerStates):
         return ((kernel - 1, channels),)
 
     def commit(self, kept: Sequence[int]) -> None:
-        self.conv = advance_window(self.conv, self.take_records().inputs, kept)
+        (conv,) = self.tensors()
+        conv.copy_(advance_window(conv, self.take_records().inputs, kept))
 
 
 def block_forward(mixer: Any, hidden: Tensor, states: ConvStates, layer: int) -> Tensor:

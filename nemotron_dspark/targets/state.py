@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from nemotron_dspark.targets.kv import RaggedKV
+from nemotron_dspark.targets.kv import RaggedKV, take_out
 from nemotron_dspark.targets.recurrent import LayerStates
 
 if TYPE_CHECKING:
@@ -48,10 +48,13 @@ class State(abc.ABC):
     def select(self, rows: Sequence[int]) -> Self:
         """A state of ``rows`` in that order; a copy, so the old one stays usable."""
 
-    @staticmethod
     @abc.abstractmethod
-    def cat(states: Sequence[Any]) -> Any:
-        """The rows of ``states``, all of one class, one after the other."""
+    def join(self, other: Any) -> None:
+        """Put the rows of ``other``, of the same target, behind these."""
+
+    @abc.abstractmethod
+    def leave(self, row: int) -> None:
+        """Take ``row`` out; the last row gets its place."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -102,18 +105,19 @@ class TargetState(State):
         recurrent = self.recurrent.select(rows) if self.recurrent is not None else None
         return TargetState(lengths, self.forward, attention, recurrent)
 
-    @staticmethod
-    def cat(states: Sequence["TargetState"]) -> "TargetState":
-        first = states[0]
-        if len(states) == 1:
-            return first
-        recurrent = [state.recurrent for state in states]
-        return TargetState(
-            [length for state in states for length in state.lengths],
-            first.forward,
-            {layer: RaggedKV.cat([state.attention[layer] for state in states]) for layer in first.attention},
-            first.recurrent.cat(recurrent) if first.recurrent is not None else None,
-        )
+    def join(self, other: "TargetState") -> None:
+        for layer, kv in self.attention.items():
+            kv.join(other.attention[layer], max(other.lengths))
+        if self.recurrent is not None and other.recurrent is not None:
+            self.recurrent.join(other.recurrent)
+        self.lengths += other.lengths
+
+    def leave(self, row: int) -> None:
+        take_out(self.lengths, row)
+        for kv in self.attention.values():
+            kv.leave(row, max(self.lengths, default=0))
+        if self.recurrent is not None:
+            self.recurrent.leave(row)
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,11 +158,13 @@ class ReplayState(State):
         caches = [copy.deepcopy(self.caches[row]) for row in rows]
         return ReplayState([self.lengths[row] for row in rows], self.forward, caches)
 
-    @staticmethod
-    def cat(states: Sequence["ReplayState"]) -> "ReplayState":
-        lengths = [length for state in states for length in state.lengths]
-        caches = [cache for state in states for cache in state.caches]
-        return ReplayState(lengths, states[0].forward, caches)
+    def join(self, other: "ReplayState") -> None:
+        self.lengths += other.lengths
+        self.caches += other.caches
+
+    def leave(self, row: int) -> None:
+        take_out(self.lengths, row)
+        take_out(self.caches, row)
 
     def _step(self, ids: Tensor, length: int, cache: "Cache") -> tuple[Tensor, Tensor]:
         positions = torch.arange(length, length + ids.shape[1], device=ids.device)[None]

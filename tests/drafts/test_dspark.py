@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
 from tests.drafts.conftest import block_logits
+from tests.rows import join_rows
 
 HEADS = [{"markov_head_type": kind} for kind in ("vanilla", "gated", "rnn")]
 HEADS += [{"markov_rank": 0, "confidence_head_with_markov": False}]
@@ -52,7 +52,7 @@ def test_rows_can_be_joined_and_picked(make_draft):
         draft.extend(context, taps[row : row + 1, :length], [length])
         alone.append(context)
     expected = [draft.block_hidden(context, ids[row : row + 1, 0]) for row, context in enumerate(alone)]
-    joined = DraftContext.cat(alone)
+    joined = join_rows(alone)
     torch.testing.assert_close(draft.block_hidden(joined, ids[:, 0]), torch.cat(expected), rtol=0, atol=1e-5)
     picked = joined.select([2, 0])
     both = draft.block_hidden(picked, ids[[2, 0], 0])

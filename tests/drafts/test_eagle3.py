@@ -8,12 +8,13 @@ from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.config import Eagle3Config, build_eagle3_config, read_draft_config
-from nemotron_dspark.drafts.eagle3 import Eagle3Context, Eagle3Draft
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training.batches import collate_unrolled
 from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 from tests.drafts.conftest import SHAPE
+from tests.rows import join_rows
 from tests.training.conftest import Sample
 
 CONFIG = SHAPE | {"target_layer_ids": (0, 1, 2, 4, 6), "ttt_length": 4}
@@ -55,7 +56,7 @@ def test_drafting_gives_the_numbers_of_training_for_rows_of_any_length(draft):
         draft.extend(context, taps[row : row + 1, :4], [4], ids[row : row + 1, 1:5])
         draft.extend(context, taps[row : row + 1, 4 : length + 2], [length - 4], ids[row : row + 1, 5 : length + 3])
         contexts.append(context)
-    together = Eagle3Context.cat(contexts).select([2, 0, 1])
+    together = join_rows(contexts).select([2, 0, 1])
     block, at = draft.begin(together, torch.zeros(3, dtype=torch.long)), [lengths[2], lengths[0], lengths[1]]
     for step in range(4):
         previous = torch.stack([ids[row, length + step] for row, length in zip((2, 0, 1), at, strict=True)])

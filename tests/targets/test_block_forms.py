@@ -1,12 +1,11 @@
 """The block form of each recurrent layer against the plain recurrence, one token after the other, in float64."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 from nemotron_dspark.targets import delta, mamba1, shortconv
+from nemotron_dspark.targets.kv import RaggedKV, take_out
 from nemotron_dspark.targets.recurrent import advance_window, convolve
 
 ROWS, HEADS = 3, 4
@@ -142,13 +141,62 @@ def test_a_window_advances_by_each_rows_own_prefix(normal, block):
             assert torch.equal(found[:, row], torch.cat([window[:, row], inputs[:, row, :count]], 1)[:, -3:])
 
 
-def test_states_select_and_join_rows_without_sharing_memory(normal):
+def test_recurrent_rows_join_and_leave_without_sharing_memory(normal):
+    """Ten rows come and go, so that the buffer grows and shrinks; each keeps its own states."""
     states = shortconv.ConvStates((2, 5), normal(2, ROWS, 3, 5))
-    picked = states.select([2, 0])
-    joined = states.cat([picked, states])
-    assert joined.layers == states.layers
-    assert torch.equal(joined.conv, states.conv[:, [2, 0, 0, 1, 2]])
-    before = states.conv.clone()
+    expected = list(states.conv.clone().unbind(1))
+    for _ in range(4):
+        joining = shortconv.ConvStates((2, 5), normal(2, 2, 3, 5))
+        expected += joining.conv.clone().unbind(1)
+        states.join(joining)
+        joining.conv.zero_()
+    picked = states.select([10, 0])
+    assert torch.equal(picked.conv, torch.stack([expected[10], expected[0]], 1))
     picked.conv.zero_()
-    assert torch.equal(states.conv, before)
-    assert dataclasses.replace(states).of(5)[0].shape == (ROWS, 3, 5)
+    for row in (10, 0, 3, 3, 6, 0, 1, 0, 1):
+        states.leave(row)
+        take_out(expected, row)
+        assert torch.equal(states.tensors()[0], torch.stack(expected, 1))
+        assert states.of(5)[0].shape == (len(expected), 3, 5)
+    assert states.conv.shape[1] <= 4 * len(expected)
+
+
+def test_rows_of_keys_join_and_leave_whatever_their_lengths(normal):
+    """Against a list of tensors: rows of 1 to 900 positions come, go and grow, and memory follows them down."""
+    generator = torch.Generator().manual_seed(1)
+    kv, lengths, expected = RaggedKV(0), [], []
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (1,), generator=generator))
+
+    for turn in range(120):
+        if len(expected) < 2 or draw(5) < 2:
+            length = 1 + draw(30) if turn % 10 else 900
+            new = normal(1, 2, length, 4)
+            joining = RaggedKV()
+            joining.write(new, -new, [0])
+            kv.join(joining, length)
+            lengths.append(length)
+            expected.append(new[0])
+        elif draw(2):
+            row = draw(len(expected))
+            take_out(lengths, row)
+            take_out(expected, row)
+            kv.leave(row, max(lengths))
+        block = normal(len(expected), 2, 3, 4)
+        keys, values = kv.write(block, -block, lengths)
+        for row, length in enumerate(lengths):
+            assert torch.equal(keys[row, :, :length], expected[row])
+            assert torch.equal(keys[row, :, length : length + 3], block[row])
+        assert torch.equal(values, -keys)
+        kept = [draw(4) for _ in lengths]
+        expected = [torch.cat([old, new[:, :count]], 1) for old, new, count in zip(expected, block, kept, strict=True)]
+        lengths = [length + count for length, count in zip(lengths, kept, strict=True)]
+    while len(expected) > 1:
+        row = max(range(len(lengths)), key=lengths.__getitem__)
+        take_out(lengths, row)
+        take_out(expected, row)
+        kv.leave(row, max(lengths))
+    rows, _, positions, _ = kv._stored[0].shape
+    assert rows <= 4
+    assert positions <= 4 * max(64, lengths[0])

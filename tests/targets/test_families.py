@@ -23,6 +23,7 @@ from nemotron_dspark.targets.families import FAMILIES
 from nemotron_dspark.targets.proofs import run_proofs
 from nemotron_dspark.targets.taps import default_taps
 from nemotron_dspark.targets.weights import read_embedding_and_head
+from tests.rows import join_rows
 from tests.targets.tiny_families import TINY, VOCAB, whole_model
 
 GAMMA = 7
@@ -131,7 +132,7 @@ def test_rows_of_different_lengths_verify_together(target):
     generator = torch.Generator().manual_seed(4)
     prompts = [random_ids(generator, n) for n in (5, 61, 33)]
     states = [target.prefill(prompt)[0] for prompt in prompts]
-    state = type(states[0]).cat(states)
+    state = join_rows(states)
     block = random_ids(generator, GAMMA + 1)
     found = target.verify(state, torch.tensor([block] * 3)).logits
     for row, prompt in enumerate(prompts):

@@ -9,7 +9,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets import target as target_module
-from nemotron_dspark.targets.state import TargetState
+from tests.rows import join_rows
 
 GAMMA = 7
 TOLERANCE = 1e-5
@@ -117,7 +117,7 @@ def test_rows_of_different_lengths_equal_rows_alone(target):
     prompts = [random_ids(generator, count) for count in (3, 70, 31)]
     block = [random_ids(generator, 6) for _ in prompts]
     kept = [2, 0, 6]
-    state = TargetState.cat([target.prefill(prompt, (1,))[0] for prompt in prompts])
+    state = join_rows([target.prefill(prompt, (1,))[0] for prompt in prompts])
     target.verify(state, torch.tensor(block))
     target.commit(state, kept)
     following = [random_ids(generator, 4) for _ in prompts]
@@ -132,7 +132,7 @@ def test_rows_of_different_lengths_equal_rows_alone(target):
 def test_selected_rows_go_on_as_if_they_were_alone(target):
     generator = torch.Generator().manual_seed(7)
     prompts = [random_ids(generator, count) for count in (9, 21, 14)]
-    state = TargetState.cat([target.prefill(prompt)[0] for prompt in prompts])
+    state = join_rows([target.prefill(prompt)[0] for prompt in prompts])
     state = state.select([2, 0])
     following = [random_ids(generator, 4) for _ in range(2)]
     found = target.verify(state, torch.tensor(following)).logits
