@@ -21,9 +21,12 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.engines.gguf_checkpoint import NOTE
 from nemotron_dspark.errors import InputError, first_line
 from nemotron_dspark.files import read_json
+from nemotron_dspark.recipe.storage import Storage, storage_of
 from nemotron_dspark.targets import Checkpoint
+from nemotron_dspark.targets.schemes import scheme_of
+from nemotron_dspark.targets.shards import tensors_here
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
-from nemotron_dspark.targets.weights import missing_shards, parameter_count
+from nemotron_dspark.targets.weights import missing_shards, parameter_count, stored_size
 
 SHORT_CONTEXT = 8192
 _EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -42,10 +45,12 @@ class Description:
     experts: str | None  # sizes of its experts, in words
     multi_token_layers: str | None  # layers for multi-token prediction in the checkpoint; a draft takes their place
     quantised: str | None  # how the weights are stored when not in full precision
+    storage: Storage | None  # likewise tensor by tensor, by the weights that are here
     licence: str | None
     parameters: int | None  # as transformers builds it from the config
     active_parameters: int | None  # of them, those that one token passes through: all but experts it is not sent to
-    stored_parameters: int | None  # elements in the folder's safetensors files
+    stored_parameters: int | None  # weights in the folder's safetensors files
+    stored_bytes: int | None  # of those files; of all that the index names where some are missing
     draft: DraftConfig
     draft_parameters: int  # trainable ones
     notes: tuple[str, ...]  # on values of the draft that had to be assumed
@@ -113,10 +118,12 @@ class _Inspection:
             experts=_experts(values),
             multi_token_layers=_multi_token_layers(values),
             quantised=quantised,
+            storage=self.storage(),
             licence=known.licence if known else self.stated_licence(),
             parameters=parameters,
             active_parameters=active,
             stored_parameters=self.stored_parameters(quantised, parameters),
+            stored_bytes=stored_size(self.folder),
             draft=draft,
             draft_parameters=sum(parameter.numel() for parameter in trainable),
             notes=notes,
@@ -217,6 +224,16 @@ class _Inspection:
             return "in a way the config does not name"
         return known.weights if known and known.weights != "BF16" else None
 
+    def storage(self) -> Storage | None:
+        """How quantised weights that are here are stored; what cannot be read of them is warned of."""
+        try:
+            scheme = scheme_of(self.folder)
+            stored = tensors_here(self.folder)
+            return storage_of(stored, scheme) if scheme and stored else None
+        except InputError as error:
+            self.warnings.append(f"{error.what} {error.do}")
+            return None
+
     def stop_ids(self, known: KnownTarget | None) -> tuple[int, ...]:
         path = self.folder / "generation_config.json"
         stops = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -259,8 +276,11 @@ class _Inspection:
             warn(f"The target ends at {limit} positions; longer prompts are refused.")
         if quantised:
             whole = known.full_precision if known else None
-            other = f"the full-precision {whole}" if whole else "the BF16 checkpoint"
-            warn(f"The weights are quantised ({quantised}): loading them needs the matching kernels; {other} does not.")
+            warn(
+                f"The weights are quantised ({quantised}): they are read as BF16 and take its memory; "
+                f"{whole or 'the BF16 checkpoint'} holds them unrounded. Activations, which a server may round too, "
+                "stay BF16."
+            )
         if missing := missing_shards(self.folder):
             warn(f"{len(missing)} of the shards that the index names are missing, {missing[0]} among them.")
 

@@ -55,7 +55,7 @@ class Shape:
     taps: int
     parameters: int  # the target's
     active: int  # of them, those that one token passes through: all but the experts it is not sent to
-    stored_bytes: int  # of the target's checkpoint
+    stored_bytes: int  # of the target's checkpoint; as in BF16 where neither files nor index are here to tell
     weights_here: bool
     trainable: int  # the draft's
     tensors: int  # trainable ones
@@ -81,7 +81,7 @@ class Shape:
             taps=len(draft.target_layer_ids),
             parameters=parameters,
             active=found.active_parameters or parameters,
-            stored_bytes=2 * parameters,
+            stored_bytes=found.stored_bytes or 2 * parameters,
             weights_here=found.stored_parameters is not None,
             trainable=found.draft_parameters,
             tensors=11 * draft.num_hidden_layers + 7,

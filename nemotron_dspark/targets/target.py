@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from nemotron_dspark.targets.cpu_dtype import cpu_dtype
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.mamba2 import even_chunks
+from nemotron_dspark.targets.quantised import weights_of
+from nemotron_dspark.targets.schemes import scheme_of
+from nemotron_dspark.targets.shards import Stored, stored_tensors
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
 from nemotron_dspark.targets.state import ReplayState, State, TargetState
 
@@ -71,11 +74,12 @@ class Target:
             device: "auto" takes CUDA when there is one.
 
         Raises:
-            InputError: no such target, an unsupported family, damaged or incomplete weights.
+            InputError: no such target, an unsupported family, damaged or incomplete weights, or weights that are
+                quantised in a way that is not read here.
             EnvironmentFault: no such device, not enough memory, or the hub cannot be reached.
         """
         from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, __version__
+        from transformers import __version__
 
         checkpoint = Checkpoint.find(name, revision=revision, weights=True, trust_remote_code=trust_remote_code)
         folder, spec, trusted = checkpoint.folder, checkpoint.read_spec(), checkpoint.remote_code
@@ -84,13 +88,7 @@ class Target:
         # Code of the checkpoint's own may raise anything.
         faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=kind if kind == "auto" else getattr(torch, kind),
-                attn_implementation=family_for(spec).attention,  # None: SDPA where the model has it
-                trust_remote_code=trusted,
-                output_loading_info=True,
-            )
+            model, report = _load_model(checkpoint, kind, family_for(spec).attention)
         except SafetensorError as error:
             raise InputError(
                 f"The weights in {folder} are damaged: {error}.", "Download or copy the checkpoint again."
@@ -223,6 +221,64 @@ class Target:
                     handle = self._layers[tap].register_forward_hook(functools.partial(keep_output, tap=tap))
                 hooks.enter_context(handle)
             yield collected
+
+
+class _Unread:
+    """What transformers takes for a tensor of a checkpoint: ``[...]`` reads it."""
+
+    def __init__(self, read: Callable[[], Tensor]):
+        self._read = read
+
+    def __getitem__(self, _whole: Any) -> Tensor:
+        return self._read()
+
+
+def _load_model(checkpoint: Checkpoint, kind: str, attention: str | None) -> tuple[Any, Any]:
+    """The model with its weights in the type ``kind``, and transformers' report of what it loaded.
+
+    Of a quantised checkpoint the plain model is built, and transformers gets the dequantised weights in place of the
+    files: its own converters then rename and stack them, and each is read when it is due. Its quantisers stay out: most
+    want a GPU, and a draft learns from BF16 activations anyway.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    folder, trusted = checkpoint.folder, checkpoint.remote_code
+    options: dict[str, Any] = {"attn_implementation": attention, "output_loading_info": True}  # None: SDPA if it can
+    scheme = scheme_of(folder)
+    stored = stored_tensors(folder)
+    if scheme is None:
+        _refuse_unsaid(stored)
+        dtype = kind if kind == "auto" else getattr(torch, kind)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted, **options)
+    weights = weights_of(stored, scheme)
+    for weight in weights.values():
+        weight.layout()  # transformers would make a traceback of an error found while it loads
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            delattr(part, "quantization_config")
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    if (folder / "generation_config.json").is_file():
+        options["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return type(plain).from_pretrained(
+        None,
+        config=plain.config,
+        state_dict={name: _Unread(weight.read) for name, weight in weights.items()},
+        dtype=torch.bfloat16 if kind == "auto" else getattr(torch, kind),
+        **options,
+    )
+
+
+def _refuse_unsaid(stored: Mapping[str, Stored]) -> None:
+    """Raise `InputError` for float8 of an unknown scale, which transformers would take for the weights themselves."""
+    for tensor in stored.values():
+        if tensor.dtype.startswith("F8"):
+            raise InputError(
+                f"{tensor.name} in {tensor.shard.path} is stored as {tensor.dtype}, and config.json does not say how "
+                "it was quantised.",
+                "Restore config.json, and hf_quant_config.json if there was one, from the checkpoint's repository.",
+            )
 
 
 def resolve_device(name: str, key: str = "target.device") -> torch.device:

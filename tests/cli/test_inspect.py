@@ -116,7 +116,7 @@ def test_multi_token_layers_experts_and_preset_are_on_the_page(nds, tmp_path):
         "nemotron_3_super (documented",
     ):
         assert words in result.stdout
-    assert "NVIDIA-Nemotron-3-Super-120B-A12B-BF16 does not" in result.stderr
+    assert "NVIDIA-Nemotron-3-Super-120B-A12B-BF16 holds them unrounded" in result.stderr
 
 
 def test_list_names_every_known_target_with_size_licence_and_preset(nds):

@@ -153,13 +153,14 @@ def test_a_quantised_checkpoint_is_said_to_be_by_whichever_file_tells(tmp_path, 
             (Path(folder) / name).write_text(json.dumps(value))
     found = described(folder)
     assert warned(found, f"quantised {words}")
-    assert warned(found, "the BF16 checkpoint does not")
+    assert warned(found, "the BF16 checkpoint holds them unrounded")
+    assert warned(found, "stay BF16")
     assert found.parameters / 1e9 == pytest.approx(8.101, rel=1e-3)
 
 
 def test_the_full_precision_checkpoint_of_a_quantised_one_is_named(tmp_path):
     row = next(row for row in NEMOTRONS if row.name.endswith("Lightning-30B-A3B-NVFP4"))
-    assert warned(described(bare(tmp_path, row.config(), row.name)), "Lightning-30B-A3B-BF16 does not")
+    assert warned(described(bare(tmp_path, row.config(), row.name)), "Lightning-30B-A3B-BF16 holds them unrounded")
 
 
 @pytest.mark.parametrize(
