@@ -40,7 +40,7 @@ def storage_of(stored: Mapping[str, Stored], scheme: Scheme) -> Storage:
     running = sum(is_running(name) for name in stored)
     return Storage(
         f"{kinds}; written by {scheme.writer}, dequantised to BF16 on reading, activations stay BF16",
-        f"{running} scales of activations or of cached keys and values are not used" if running else None,
+        f"scales of activations and of cached keys and values ({running} tensors)" if running else None,
         _looked_into([matrices[name] for name in sorted(layouts)]),
     )
 

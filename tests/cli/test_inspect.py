@@ -3,10 +3,13 @@
 import io
 import json
 import re
+import shutil
 
 import pytest
+import torch
 import typer
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nemotron_dspark.cli import inspect_command, shell
@@ -100,6 +103,34 @@ def test_the_page_of_a_large_target_fits_the_terminal(monkeypatch, tmp_path, wid
         "warning: There are no tokenizer files here",
     ):
         assert re.sub(r"\s+", "", expected) in flat
+
+
+def test_a_quantised_checkpoint_is_told_by_its_tensors(nds, tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "self_attn" in name]:
+        scale = tensors[name].abs().max() / 448
+        tensors |= {name: (tensors[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(1.0)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    result = nds("--target", str(folder))
+    text = " ".join(result.stdout.split())
+    for words in (
+        "quantised (FP8)",
+        "FP8 (e4m3, one scale per tensor) in 24 of 44 matrices, the rest F32; written by ModelOpt, dequantised to BF16",
+        "activations stay BF16",
+        "not used scales of activations and of cached keys and values (1 tensors)",
+        "rounding model.layers.",
+        "of the rms",
+    ):
+        assert words in text
+    del tensors["model.layers.0.self_attn.q_proj.weight_scale"]
+    save_file(tensors, folder / "model.safetensors")
+    assert "q_proj.weight in" in nds("--target", str(folder)).stderr.replace("\n", " ")
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W4A16_AWQ"}}))
+    refused = " ".join(nds("--target", str(folder)).stderr.split())
+    assert "W4A16_AWQ, which is not read here. Use the target's BF16 checkpoint" in refused
 
 
 def test_multi_token_layers_experts_and_preset_are_on_the_page(nds, tmp_path):

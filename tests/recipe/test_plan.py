@@ -70,6 +70,18 @@ def test_disk_of_8b_is_what_its_page_says(shape):
     assert disk["target"] == pytest.approx(16.2e9, rel=1e-3)
 
 
+def test_a_quantised_target_takes_its_stored_bytes_on_disk_and_those_of_bf16_in_memory(shape, tmp_path):
+    """The index, which comes with the small files, says how large the shards are."""
+    quantisation = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    (tmp_path / "config.json").write_text(json.dumps(H_8B.config() | {"quantization_config": quantisation}))
+    index = {"metadata": {"total_size": 9_200_000_000}, "weight_map": {"lm_head.weight": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    quantised = needs.Shape.of(inspect(load_config(target=str(tmp_path))))
+    whole, stored = column(planned(shape), "cached"), column(planned(quantised), "cached")
+    assert stored.disk == whole.disk | {"target": 9.2e9}
+    assert stored.memory == whole.memory
+
+
 def test_memory_of_8b_is_fixed_terms_and_activations(shape):
     found = needs.training_bytes(shape, load_config().train, 4096, 0.6, 2, gpu=True)
     fixed = 18 * 1.242e9 + 4 * 131072 * 4096
