@@ -350,7 +350,9 @@ def test_scales_of_activations_and_of_the_cache_are_left_alone_and_said(hybrid, 
     tensors |= {f"{attention}.k_proj.k_scale": torch.tensor(0.1), f"{attention}.v_proj.v_scale": torch.tensor(0.1)}
     tensors |= {f"{attention}.q_proj.input_scale": torch.tensor(0.1)}
     save_file(tensors, quantised / "model.safetensors")
-    assert_same_target(quantised, plain)
+    for folder in (quantised, plain):  # these are its stop tokens, not config.json's
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 11]}))
+    assert assert_same_target(quantised, plain).stop_ids == {2, 11}
     assert storage_of(stored_tensors(quantised), scheme_of(quantised)).unused.endswith("(3 tensors)")
     assert not any("_scale" in name for name in open_tensors(quantised))
 
