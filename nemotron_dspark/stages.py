@@ -20,13 +20,15 @@ from nemotron_dspark.cache.capture import TargetFacts
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token, reserved_mask_token
 from nemotron_dspark.config import RunConfig, TargetConfig
-from nemotron_dspark.data.sources import Given, named, one_file
+from nemotron_dspark.data.sources import Given, listed, named, one_file
 from nemotron_dspark.decoding.pair import load_draft, load_pair
+from nemotron_dspark.drafts import temperatures
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.evaluation import picture
+from nemotron_dspark.evaluation import calibration_report, picture
+from nemotron_dspark.evaluation.calibration_report import CalibrationReport
+from nemotron_dspark.evaluation.measure import conversation_ids, prompt_ids
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
-from nemotron_dspark.evaluation.measure import prompt_ids
 from nemotron_dspark.evaluation.report import EvalReport
 from nemotron_dspark.targets import Checkpoint, Target, proofs
 from nemotron_dspark.targets.taps import chosen_taps
@@ -214,6 +216,58 @@ def evaluate(
     found = measure_all(loaded, drafting, ids, config.eval, on_progress)
     folder = "" if isinstance(draft, Draft) else str(draft)
     return EvalReport(config.target.named, folder, named(prompts), len(ids), str(loaded.dtype), found)
+
+
+def calibrate(
+    config: RunConfig,
+    draft: Path | str | Draft,
+    prompts: Given,
+    *,
+    out: Path | str | None = None,
+    limit: int | None = None,
+    target: Target | None = None,
+    on_loaded: Callable[[], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[CalibrationReport, list[Path]]:
+    """Make what ``draft`` foretells of its acceptance a probability, on the (first ``limit`` of each) ``prompts``.
+
+    Every text that ``prompts`` consists of is a workload. Returns the report and the files written to ``out``, by
+    default the folder `calibration` in the draft's; from there `evaluate` and `serve` read the temperatures. Nothing is
+    written of a draft that is given loaded without ``out``, and no picture without matplotlib.
+
+    Raises:
+        InputError: ``out`` holds a calibration, there are too few prompts or rounds, or draft and target do not fit.
+        CheckError: a proof failed.
+    """
+    folder = None if isinstance(draft, Draft) else Path(draft)
+    if out is None and folder is not None:
+        out = folder / temperatures.FOLDER
+    if out is not None:
+        calibration_report.check_unused(Path(out))
+    loaded, drafting = _pair(config, draft, target)
+    if on_loaded is not None:
+        on_loaded()
+    given = listed(prompts)
+    halves = []
+    for name, text in zip(calibration_report.workload_names(given), given, strict=True):
+        ids = conversation_ids(
+            loaded, one_file(text), limit=limit, new_tokens=config.eval.max_new_tokens, thinking=config.data.thinking
+        )
+        workload = calibration_report.Workload(name, ids)
+        halves.append(calibration_report.gather(loaded, drafting, workload, config.eval, on_progress))
+    fitted, figures, panels = calibration_report.calibrate(drafting, halves)
+    report = CalibrationReport(
+        target=config.target.named,
+        draft=str(folder or ""),
+        draft_digest=temperatures.digest(folder) if folder else None,
+        prompts_file=named(prompts),
+        signal="margin" if drafting.confidence_head is None else "confidence head",
+        decoded_at=config.eval.temperatures,
+        calibration=fitted,
+        figures=figures,
+        panels=tuple(panels),
+    )
+    return report, report.save(Path(out)) if out is not None else []
 
 
 def serve(config: RunConfig, draft: Path | str | Draft | None = None, *, target: Target | None = None) -> "Server":

@@ -25,6 +25,7 @@ COMMANDS = (
     "cache",
     "train",
     "eval",
+    "calibrate",
     "export",
     "import",
     "serve",

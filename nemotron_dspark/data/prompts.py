@@ -5,6 +5,7 @@ files) or one `prompt`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,35 +49,49 @@ def read_prompts(path: Path | str) -> Iterator[Prompt | Skipped]:
         raise InputError(f"{path} holds no prompt.", 'Write one JSON object a line: {"prompt": "…"}.')
 
 
-def rendered_turns(
+def rendered_prompts(
     file: Path | str,
     render: Callable[[Sequence[Message], Sequence[Any]], list[int]],  # of messages and tools, to token ids
     answer: Callable[[list[int]], str],
     *,
     room: float,
     limit: int | None = None,
-) -> list[list[int]]:
+) -> list[list[list[int]]]:
     """Token ids, at most ``room``, of what is read before each answer to the (first ``limit``) prompts in ``file``.
 
-    In a prompt of several turns ``answer`` writes the answers that later turns see.
+    A list for each prompt, with one of ids for each of its turns. In a prompt of several turns ``answer`` writes the
+    answers that later turns see.
     """
-    found: list[list[int]] = []
+    found: list[list[list[int]]] = []
     prompts = (item for item in read_prompts(file) if isinstance(item, Prompt))
-    rows = 0
     for prompt in prompts:
         messages: list[Message] = []
-        for number, turn in enumerate(prompt.turns):
-            if number:
-                messages.append(Message("assistant", with_opening_tag(answer(found[-1]))))
+        turns: list[list[int]] = []
+        for turn in prompt.turns:
+            if turns:
+                messages.append(Message("assistant", with_opening_tag(answer(turns[-1]))))
             messages += turn
             ids = render(messages, prompt.tools)
             if not 0 < len(ids) <= room:
                 break
-            found.append(ids)
-            rows += number == 0
-        if rows == limit:
+            turns.append(ids)
+        if turns:
+            found.append(turns)
+        if len(found) == limit:
             break
     return found
+
+
+def rendered_turns(
+    file: Path | str,
+    render: Callable[[Sequence[Message], Sequence[Any]], list[int]],
+    answer: Callable[[list[int]], str],
+    *,
+    room: float,
+    limit: int | None = None,
+) -> list[list[int]]:
+    """The turns of `rendered_prompts`, one list of token ids each."""
+    return list(itertools.chain.from_iterable(rendered_prompts(file, render, answer, room=room, limit=limit)))
 
 
 def _prompt(row: dict[str, Any], line: int) -> Prompt:

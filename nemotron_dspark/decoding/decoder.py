@@ -37,6 +37,7 @@ class Generation:
     proposed: list[int] = dataclasses.field(default_factory=list)  # tokens drafted per round
     survived: list[int] = dataclasses.field(default_factory=list)  # drafted tokens kept per round
     confidence: list[list[float]] = dataclasses.field(default_factory=list)  # logits per round, if they are recorded
+    margins: list[list[float]] = dataclasses.field(default_factory=list)  # per round as well, if they are recorded
     seconds: float = 0.0  # spent in rounds, prefill not counted; shared rounds count in full
     generator: torch.Generator = dataclasses.field(default_factory=torch.Generator, repr=False)
 
@@ -95,6 +96,7 @@ class _Proposal:
     probs: Tensor | None  # [B, γ, V] what they were drawn from; None when every row is greedy
     counts: list[int]  # drafts proposed per row; the rest of a row is not to be accepted
     confidence: Tensor | None  # [B, at least max(counts)] logits of the confidence head, if they are recorded
+    margins: Tensor | None  # [B, at least max(counts)] of the draft's first logit over its second, if they are recorded
 
 
 class Decoder:
@@ -107,11 +109,16 @@ class Decoder:
         *,
         confidence_threshold: float = 0.0,
         record_confidence: bool = False,
+        record_margins: bool = False,
     ):
         """
         Args:
-            confidence_threshold: cut a block before the first slot whose predicted acceptance is below this.
-            record_confidence: keep the confidence head's logits of every round in `Generation.confidence`.
+            confidence_threshold: cut a block before the first slot whose predicted acceptance is below this; a draft
+                with `temperatures` predicts with them.
+            record_confidence: keep the confidence head's logits of every round, as they are without temperatures, in
+                `Generation.confidence`.
+            record_margins: keep, in `Generation.margins`, by how much the draft's largest logit of every slot exceeds
+                its second.
 
         Raises:
             InputError: the draft was made for another target, or confidence is asked of a draft that predicts none.
@@ -120,6 +127,7 @@ class Decoder:
         self.draft = draft
         self.confidence_threshold = confidence_threshold
         self.record_confidence = record_confidence
+        self.record_margins = record_margins
         self._taps: tuple[int, ...] = ()
         if draft is not None:
             draft.config.check_target(target.spec)
@@ -251,6 +259,8 @@ class Decoder:
         for row, (generation, tokens) in enumerate(zip(active, new, strict=True)):
             if proposal.confidence is not None:
                 generation.confidence.append(proposal.confidence[row, : proposal.counts[row]].tolist())
+            if proposal.margins is not None:
+                generation.margins.append(proposal.margins[row, : proposal.counts[row]].tolist())
             self._note(generation, proposal.counts[row], tokens)
 
     def _propose(self, active: list[Generation], anchors: Tensor, draft: Draft, context: DraftContext) -> _Proposal:
@@ -263,21 +273,31 @@ class Decoder:
         counts = [gamma] * len(active)
         tokens = anchors.new_zeros(len(active), gamma)
         probs = None if all_greedy else torch.zeros(*tokens.shape, draft.config.vocab_size, device=tokens.device)
-        previous, confidence = anchors, []
+        previous, confidence, margins = anchors, [], []
+        temperatures = draft.temperatures or (1.0,) * gamma
         for slot in range(gamma):
             if self.confidence_threshold > 0 or self.record_confidence:
                 confidence.append(block.confidence(previous).float())
-                self._cut(counts, confidence[-1], slot)
+                self._cut(counts, confidence[-1] / temperatures[slot], slot)
                 if max(counts) <= slot:
                     break
             logits = block.next_logits(previous)
+            if self.record_margins:
+                first, second = logits.float().topk(2).values.unbind(-1)
+                margins.append(first - second)
             if uniforms is None or probs is None:
                 previous = logits.argmax(-1)
             else:
                 probs[:, slot] = probabilities(logits, samplings)
                 previous = pick(probs[:, slot], uniforms[:, slot])
             tokens[:, slot] = previous
-        return _Proposal(tokens, probs, counts, torch.stack(confidence, 1) if self.record_confidence else None)
+        return _Proposal(
+            tokens,
+            probs,
+            counts,
+            torch.stack(confidence, 1) if self.record_confidence else None,
+            torch.stack(margins, 1) if margins else None,
+        )
 
     def _cut(self, counts: list[int], confidence: Tensor, slot: int) -> None:
         """End the rows' blocks before ``slot`` where the confidence logit [B] falls below the threshold.

@@ -6,6 +6,7 @@ from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.drafts.config import Eagle3Config, read_draft_config
 from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.drafts.temperatures import read_temperatures
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.proofs import prove
 
@@ -13,12 +14,15 @@ from nemotron_dspark.targets.proofs import prove
 def load_draft(folder: Path, target: Target) -> Draft:
     """The draft in ``folder`` on the target's device and in its type; a slim one takes the target's embedding and head.
 
+    A calibrated one has its `temperatures`.
+
     Raises:
-        InputError: no whole draft there, or one for another target.
+        InputError: no whole draft there, one for another target, or one with temperatures of other weights.
     """
     kind = Eagle3Draft if isinstance(read_draft_config(folder), Eagle3Config) else DSparkDraft
     draft = kind.load(folder, device=target.device, dtype=target.dtype)
     draft.config.check_target(target.spec)
+    draft.temperatures = read_temperatures(folder, draft.config.block_size)
     if not draft.has_embeddings:
         draft.set_embeddings(target.model.get_input_embeddings().weight, target.head.weight)
     return draft

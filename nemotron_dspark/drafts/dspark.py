@@ -76,6 +76,7 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
     layers: nn.ModuleList
     norm: RMSNorm  # before the LM head
     confidence_head: "ConfidenceHead | None"
+    temperatures: tuple[float, ...] | None = None  # by slot, of the confidence head's logits; see `nds calibrate`
 
     def __init__(self, config: ConfigT, seed: int | None = 0):
         super().__init__()

@@ -15,7 +15,7 @@ import torch
 
 from nemotron_dspark.chat.format import render_prompt
 from nemotron_dspark.config import EvalConfig
-from nemotron_dspark.data.prompts import rendered_turns
+from nemotron_dspark.data.prompts import rendered_prompts
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.dspark import Draft
@@ -80,7 +80,15 @@ class Evaluation:
 def prompt_ids(
     target: Target, file: Path, *, limit: int | None = None, new_tokens: int = 0, thinking: bool | None = None
 ) -> list[list[int]]:
-    """Render the prompts in ``file`` for ``target``, turn by turn; what leaves no room is left out.
+    """The turns of `conversation_ids`, one list of token ids each."""
+    found = conversation_ids(target, file, limit=limit, new_tokens=new_tokens, thinking=thinking)
+    return list(itertools.chain.from_iterable(found))
+
+
+def conversation_ids(
+    target: Target, file: Path, *, limit: int | None = None, new_tokens: int = 0, thinking: bool | None = None
+) -> list[list[list[int]]]:
+    """Render the prompts in ``file`` for ``target``, a list of turns each; what leaves no room is left out.
 
     In a prompt of several turns the target answers greedily, with ``new_tokens`` at most, what the next turn follows.
 
@@ -94,7 +102,7 @@ def prompt_ids(
         tokens = found.tokens[:-1] if found.finished == "stop" else found.tokens
         return cast(str, target.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
-    fitting = rendered_turns(
+    fitting = rendered_prompts(
         file,
         lambda messages, tools: render_prompt(target.tokenizer, messages, thinking, tools),
         answer,
@@ -119,6 +127,22 @@ def measure(
 ) -> Measurement:
     """Measure the acceptance of ``draft`` on ``prompts``; prompt i is sampled with seed ``config.seed + i``."""
     decoder = Decoder(target, draft, confidence_threshold=config.confidence_threshold)
+    done = decode(decoder, prompts, temperature, config, progress)
+    return summarise(done, temperature, draft.config.block_size, timed=config.batch_size == 1)
+
+
+def decode(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    config: EvalConfig,
+    progress: Progress | None = None,
+    what: str = "",
+) -> list[Generation]:
+    """The finished answers to ``prompts``, ``config.batch_size`` at once, as they end; seeds as in `measure`.
+
+    ``what`` is what ``progress`` is told of, if anything but the temperature.
+    """
     waiting = [
         (ids, Sampling(temperature=temperature, seed=config.seed + at, max_new_tokens=config.max_new_tokens))
         for at, ids in enumerate(prompts)
@@ -133,8 +157,8 @@ def measure(
         done += [generation for generation in active if generation.finished]
         active = [generation for generation in active if not generation.finished]
         if progress:
-            progress(f"temperature {temperature:g}", len(done), len(prompts))
-    return summarise(done, temperature, draft.config.block_size, timed=config.batch_size == 1)
+            progress(what or f"temperature {temperature:g}", len(done), len(prompts))
+    return done
 
 
 def summarise(generations: Sequence[Generation], temperature: float, gamma: int, *, timed: bool) -> Measurement:

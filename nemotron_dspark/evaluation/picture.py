@@ -1,11 +1,13 @@
-"""Draw a run: loss and expected accepted length over its steps, and acceptance by position."""
+"""Draw a run: loss and expected accepted length over its steps, and acceptance by position; and a calibration."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_dspark.errors import EnvironmentFault
+from nemotron_dspark.evaluation.calibration import Bin
 from nemotron_dspark.evaluation.measure import Measurement
 from nemotron_dspark.files import write_whole
 from nemotron_dspark.training import validation
@@ -13,14 +15,26 @@ from nemotron_dspark.training.metrics import read_lines, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_GREEN, _BLUE, _GREY = "#3f7d20", "#1f5aa6", "#9a9a9a"
+_GREEN, _BLUE, _GREY, _ORANGE = "#3f7d20", "#1f5aa6", "#9a9a9a", "#d9822b"
 _STYLES = ((_BLUE, "-", "o"), (_GREEN, "-", "s"), (_GREY, "--", "o"), (_GREY, ":", "s"))
 
 
 def available() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reliability:
+    """How often survived what was foretold to, before and after a calibration."""
+
+    title: str
+    error_before: float
+    error_after: float
+    before: Sequence[Bin]
+    after: Sequence[Bin]
 
 
 def draw_run(
@@ -31,16 +45,8 @@ def draw_run(
     Raises:
         EnvironmentFault: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EnvironmentFault(
-            "Pictures need matplotlib, which is not installed.", "Run `pip install 'nemotron-dspark[report]'`."
-        ) from None
     panels = bool(measurements) + (run_folder is not None)
-    figure = Figure(figsize=(5.2 * panels, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(5.2 * panels, 3.9)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if run_folder is not None:
         _draw_training(axes[0], run_folder)
@@ -50,6 +56,61 @@ def draw_run(
         figure.suptitle(title, fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     return path
+
+
+def draw_reliability(path: Path, panels: Sequence[Reliability], title: str = "") -> Path:
+    """Draw a reliability diagram for each of ``panels``, as a PNG at ``path``.
+
+    Raises:
+        EnvironmentFault: matplotlib is not installed.
+    """
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _new_figure(3.1 * columns, 3.2 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_curves(axis, panel)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("chance foretold that all slots so far are kept", fontsize=10)
+    figure.supylabel("share of held-out rounds that kept them", fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    return path
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    """In inches; it does not reach for a display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EnvironmentFault(
+            "Pictures need matplotlib, which is not installed.", "Run `pip install 'nemotron-dspark[report]'`."
+        ) from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_curves(axis: "Axes", panel: Reliability) -> None:
+    """Share kept over chance foretold, a point a bin, its area by the share of rounds in it; right is the diagonal."""
+    axis.plot((0, 1), (0, 1), color="0.6", linewidth=1, linestyle=":")
+    for label, error, bins, color in (
+        ("before", panel.error_before, panel.before, _ORANGE),
+        ("after", panel.error_after, panel.after, _BLUE),
+    ):
+        foretold, kept = [each.foretold for each in bins], [each.kept for each in bins]
+        axis.plot(foretold, kept, color=color, linewidth=1, alpha=0.5)
+        sizes = [6 + 150 * each.share for each in bins]
+        axis.scatter(foretold, kept, sizes, color=color, alpha=0.85, linewidths=0, label=f"{label}: error {error:.3f}")
+    axis.set(title=panel.title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.grid(alpha=0.25)
+    legend = axis.legend(fontsize=8, loc="upper left")
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_sizes([20])  # pyrefly: ignore[missing-attribute]
 
 
 def _draw_training(axis: "Axes", run_folder: Path) -> None:

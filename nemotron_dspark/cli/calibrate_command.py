@@ -1,0 +1,46 @@
+"""`nds calibrate`: make what a draft foretells of its acceptance a probability."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from nemotron_dspark.cli import shell
+from nemotron_dspark.config import RunConfig
+
+
+def register(app: typer.Typer) -> None:
+    shell.command(app)(calibrate)
+
+
+def calibrate(
+    config: RunConfig,
+    draft: Annotated[Path, typer.Option("--draft", "-d", help="Folder of a trained draft.")],
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            "--prompts", "-p", help="JSON lines of prompts the draft has not seen; repeated, each a workload."
+        ),
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts of each.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the files; by default `calibration` in the draft's.")
+    ] = None,
+) -> None:
+    """Calibrate a draft's confidence on prompts, for the threshold here and for engines."""
+    from nemotron_dspark import stages
+    from nemotron_dspark.evaluation import calibration_report
+
+    with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
+        report, written = stages.calibrate(
+            config, draft, prompts, out=out, limit=limit, on_loaded=status.stop, on_progress=bars.update
+        )
+    if shell.state.json:
+        shell.emit(report.to_json())
+        return
+    shell.out.print(calibration_report.slot_table(report))
+    if (by_workload := calibration_report.workload_table(report)) is not None:
+        shell.out.print(by_workload)
+    shell.out.print(escape(report.verdict), soft_wrap=True)
+    shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
