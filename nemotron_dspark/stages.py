@@ -224,16 +224,18 @@ def calibrate(
     prompts: Given,
     *,
     out: Path | str | None = None,
+    margin: bool = False,
     limit: int | None = None,
     target: Target | None = None,
     on_loaded: Callable[[], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[CalibrationReport, list[Path]]:
-    """Make what ``draft`` foretells of its acceptance a probability, on the (first ``limit`` of each) ``prompts``.
+    """Make what ``draft`` foretells of its acceptance a probability, at each of ``config.eval.temperatures``.
 
-    Every text that ``prompts`` consists of is a workload. Returns the report and the files written to ``out``, by
-    default the folder `calibration` in the draft's; from there `evaluate` and `serve` read the temperatures. Nothing is
-    written of a draft that is given loaded without ``out``, and no picture without matplotlib.
+    Every text that ``prompts`` consists of is a workload, of which the first ``limit`` prompts are used. ``margin``
+    takes the margin of the draft's first two logits also where there is a confidence head. Returns the report and the
+    files written to ``out``, by default the folder `calibration` in the draft's; from there a decoder's draft has its
+    temperatures. Nothing is written of a draft that is given loaded without ``out``, and no picture without matplotlib.
 
     Raises:
         InputError: ``out`` holds a calibration, there are too few prompts or rounds, or draft and target do not fit.
@@ -247,26 +249,22 @@ def calibrate(
     loaded, drafting = _pair(config, draft, target)
     if on_loaded is not None:
         on_loaded()
-    given = listed(prompts)
-    halves = []
+    given, new_tokens = listed(prompts), config.eval.max_new_tokens
+    workloads = []
     for name, text in zip(calibration_report.workload_names(given), given, strict=True):
-        ids = conversation_ids(
-            loaded, one_file(text), limit=limit, new_tokens=config.eval.max_new_tokens, thinking=config.data.thinking
-        )
-        workload = calibration_report.Workload(name, ids)
-        halves.append(calibration_report.gather(loaded, drafting, workload, config.eval, on_progress))
-    fitted, figures, panels = calibration_report.calibrate(drafting, halves)
-    report = CalibrationReport(
-        target=config.target.named,
-        draft=str(folder or ""),
-        draft_digest=temperatures.digest(folder) if folder else None,
-        prompts_file=named(prompts),
-        signal="margin" if drafting.confidence_head is None else "confidence head",
-        decoded_at=config.eval.temperatures,
-        calibration=fitted,
-        figures=figures,
-        panels=tuple(panels),
-    )
+        file = one_file(text)
+        ids = conversation_ids(loaded, file, limit=limit, new_tokens=new_tokens, thinking=config.data.thinking)
+        workloads.append(calibration_report.Workload(name, ids))
+    signal = calibration_report.MARGIN if margin or drafting.confidence_head is None else calibration_report.HEAD
+    fits = []
+    for temperature in config.eval.temperatures or (0.0,):
+        halves = [
+            calibration_report.gather(loaded, drafting, workload, temperature, signal, config.eval, on_progress)
+            for workload in workloads
+        ]
+        fits.append(calibration_report.fit(halves, temperature, signal))
+    named_by = (config.target.named, str(folder or ""), temperatures.digest(folder) if folder else None, named(prompts))
+    report = CalibrationReport(*named_by, tuple(fits))
     return report, report.save(Path(out)) if out is not None else []
 
 

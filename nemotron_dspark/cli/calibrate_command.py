@@ -23,6 +23,9 @@ def calibrate(
             "--prompts", "-p", help="JSON lines of prompts the draft has not seen; repeated, each a workload."
         ),
     ],
+    margin: Annotated[
+        bool, typer.Option("--margin", help="Use the draft's margin also where it has a confidence head.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts of each.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the files; by default `calibration` in the draft's.")
@@ -34,13 +37,15 @@ def calibrate(
 
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
         report, written = stages.calibrate(
-            config, draft, prompts, out=out, limit=limit, on_loaded=status.stop, on_progress=bars.update
+            config, draft, prompts, out=out, margin=margin, limit=limit, on_loaded=status.stop, on_progress=bars.update
         )
     if shell.state.json:
         shell.emit(report.to_json())
         return
-    shell.out.print(calibration_report.slot_table(report))
+    for fit in report.fits:
+        shell.out.print(calibration_report.slot_table(fit))
     if (by_workload := calibration_report.workload_table(report)) is not None:
         shell.out.print(by_workload)
-    shell.out.print(escape(report.verdict), soft_wrap=True)
+    for fit in report.fits:
+        shell.out.print(escape(fit.verdict), soft_wrap=True)
     shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)

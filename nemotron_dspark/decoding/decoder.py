@@ -113,12 +113,11 @@ class Decoder:
     ):
         """
         Args:
-            confidence_threshold: cut a block before the first slot whose predicted acceptance is below this; a draft
-                with `temperatures` predicts with them.
-            record_confidence: keep the confidence head's logits of every round, as they are without temperatures, in
-                `Generation.confidence`.
-            record_margins: keep, in `Generation.margins`, by how much the draft's largest logit of every slot exceeds
-                its second.
+            confidence_threshold: cut a block before the first slot whose predicted acceptance is below this; a
+                calibrated draft predicts with its `temperatures`.
+            record_confidence: keep the confidence head's logits of every round in `Generation.confidence`, as they are
+                without temperatures.
+            record_margins: keep in `Generation.margins` by how much the draft's largest logit exceeds its second.
 
         Raises:
             InputError: the draft was made for another target, or confidence is asked of a draft that predicts none.
@@ -274,11 +273,11 @@ class Decoder:
         tokens = anchors.new_zeros(len(active), gamma)
         probs = None if all_greedy else torch.zeros(*tokens.shape, draft.config.vocab_size, device=tokens.device)
         previous, confidence, margins = anchors, [], []
-        temperatures = draft.temperatures or (1.0,) * gamma
+        divisors = draft.temperatures_at([sampling.temperature for sampling in samplings])
         for slot in range(gamma):
             if self.confidence_threshold > 0 or self.record_confidence:
                 confidence.append(block.confidence(previous).float())
-                self._cut(counts, confidence[-1] / temperatures[slot], slot)
+                self._cut(counts, confidence[-1] / divisors[:, slot], slot)
                 if max(counts) <= slot:
                     break
             logits = block.next_logits(previous)

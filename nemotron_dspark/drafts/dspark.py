@@ -76,7 +76,8 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
     layers: nn.ModuleList
     norm: RMSNorm  # before the LM head
     confidence_head: "ConfidenceHead | None"
-    temperatures: tuple[float, ...] | None = None  # by slot, of the confidence head's logits; see `nds calibrate`
+    # What divides the confidence head's logits, by slot, for each temperature of sampling that it was calibrated at.
+    temperatures: Mapping[float, tuple[float, ...]] | None = None
 
     def __init__(self, config: ConfigT, seed: int | None = 0):
         super().__init__()
@@ -193,6 +194,15 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
     def begin(self, context: ContextT, anchor_tokens: Tensor) -> DraftBlock:
         """The next block of each row, behind ``context`` and the last accepted tokens ``anchor_tokens`` [B]."""
         raise NotImplementedError
+
+    def temperatures_at(self, sampled: Sequence[float]) -> Tensor:
+        """What divides the confidence logits of rows sampled at temperatures ``sampled`` [B]: [B, γ].
+
+        That of the nearest temperature which the draft is calibrated at; 1 for one that is not.
+        """
+        fitted = self.temperatures or {0.0: (1.0,) * self.config.block_size}
+        nearest = [min(fitted, key=lambda at: abs(at - temperature)) for temperature in sampled]
+        return torch.tensor([fitted[at] for at in nearest], device=self.device)
 
     # --- parts ---
 

@@ -1,12 +1,14 @@
 """The temperatures of a confidence head, in a folder beside the draft that they were fitted to.
 
-`confidence_sts.json` is for the engines: SGLang's `--speculative-dspark-confidence-sts-path` and TensorRT-LLM's
-`confidence_sts_path` both read its list `temperatures`, one a slot. `calibration.json` is ours and says of what draft.
+`calibration.json` is ours: of what draft they are, and a fit for each temperature of sampling. Engines read one fit:
+SGLang's `--speculative-dspark-confidence-sts-path` and TensorRT-LLM's `confidence_sts_path` take a file with a list
+`temperatures`, one a slot.
 """
 
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,12 +17,21 @@ from nemotron_dspark import files
 from nemotron_dspark.errors import InputError
 
 FOLDER = "calibration"
-OURS, ENGINES = "calibration.json", "confidence_sts.json"
+FILE = "calibration.json"
 _MARKS = ("confidence_head.proj.weight", "norm.weight")  # small, and every step of training changes them
 
 
+def engine_file(sampled_at: float) -> str:
+    """Name of the engines' file of a fit at one temperature of sampling."""
+    return f"confidence_sts_{sampled_at:g}.json"
+
+
 def digest(draft_folder: Path) -> str:
-    """Tells drafts apart: SHA-256 of what the confidence head and the norm before it weigh, as they are stored."""
+    """Tells drafts apart: SHA-256 of the confidence head and of the norm before it, as they are stored.
+
+    Raises:
+        InputError: the draft cannot be read.
+    """
     found = hashlib.sha256()
     try:
         with safe_open(Path(draft_folder) / "model.safetensors", framework="pt") as file:
@@ -31,23 +42,31 @@ def digest(draft_folder: Path) -> str:
     return found.hexdigest()
 
 
-def read_temperatures(draft_folder: Path, block_size: int) -> tuple[float, ...] | None:
-    """The temperatures [γ] of the draft's confidence head; None where it is not calibrated.
+def read_temperatures(draft_folder: Path, block_size: int) -> dict[float, tuple[float, ...]] | None:
+    """The temperatures [γ] of the draft's confidence head by temperature of sampling; None if it is not calibrated.
 
     Raises:
         InputError: they are not one positive number a slot, or were fitted to other weights.
     """
-    path = Path(draft_folder) / FOLDER / OURS
+    path = Path(draft_folder) / FOLDER / FILE
     if not path.is_file():
         return None
     again = f"Delete {path.parent} and run `nds calibrate` again."
     found = files.read_json(path)
-    values = found.get("temperatures") if isinstance(found, dict) else None
-    if isinstance(found, dict) and values is None:
-        return None  # of a draft without a confidence head
-    numbers = isinstance(values, list) and all(type(each) in (int, float) and 0 < each < math.inf for each in values)
-    if not isinstance(values, list) or not numbers or len(values) != block_size:
-        raise InputError(f"{path} does not hold {block_size} positive temperatures, one a slot.", again)
-    if found.get("draft_digest") != digest(draft_folder):
+    try:
+        fits = {float(fit["sampled_at"]): _checked(fit["temperatures"], block_size) for fit in found["fits"]}
+        made_for = found["draft_digest"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} does not hold {block_size} positive temperatures, one a slot.", again) from None
+    if made_for != digest(draft_folder):
         raise InputError(f"{path} was fitted to a draft with other weights.", again)
-    return tuple(map(float, values))
+    return {at: fit for at, fit in fits.items() if fit is not None} or None  # None of margins: there is no head
+
+
+def _checked(values: Any, count: int) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    numbers = tuple(map(float, values))
+    if len(numbers) != count or not all(0 < each < math.inf for each in numbers):
+        raise ValueError
+    return numbers

@@ -1,13 +1,15 @@
 """Calibrate a draft on prompts: decode, fit on one half of the conversations, measure on the other, and say so.
 
-A workload is what one `--prompts` names. All of them share one fit, because an engine reads one file; each has figures
-of its own.
+A workload is what one `--prompts` names. All of them share a fit, because an engine reads one file; each has figures of
+its own. Each temperature of sampling has a fit of its own: what is kept at temperature 0 is another question than what
+is kept at 1, which is what a confidence head learns.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.markup import escape
@@ -15,10 +17,9 @@ from rich.table import Table
 
 from nemotron_dspark import files
 from nemotron_dspark.config import EvalConfig
-from nemotron_dspark.data.sources import named
 from nemotron_dspark.decoding.decoder import Decoder
-from nemotron_dspark.drafts import temperatures
 from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.drafts.temperatures import FILE, engine_file
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation import picture
 from nemotron_dspark.evaluation.calibration import (
@@ -34,6 +35,10 @@ from nemotron_dspark.evaluation.calibration import (
 from nemotron_dspark.evaluation.measure import Progress, decode
 from nemotron_dspark.evaluation.picture import Reliability
 from nemotron_dspark.targets import Target
+
+Signal = Literal["confidence head", "margin"]
+HEAD: Signal = "confidence head"
+MARGIN: Signal = "margin"
 
 MIN_ROUNDS = 10 * BINS  # in each half: fewer than ten a bin say nothing of its share
 PICTURE = "calibration.png"
@@ -69,21 +74,22 @@ class Figures:
     after: tuple[float, ...]
     chance: tuple[float, ...]  # what a right one is expected to show on as many rounds
 
+    @property
+    def means(self) -> tuple[float, float, float]:
+        """Of the slots: before, after, by chance."""
+        return _mean(self.before), _mean(self.after), _mean(self.chance)
+
     def to_json(self) -> dict[str, Any]:
-        means = {f"mean_{name}": mean(getattr(self, name)) for name in ("before", "after", "chance")}
-        return dataclasses.asdict(self) | means
+        names = ("mean_before", "mean_after", "mean_chance")
+        return dataclasses.asdict(self) | dict(zip(names, self.means, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class CalibrationReport:
-    """What `nds calibrate` found."""
+class Fit:
+    """The calibration for one temperature of sampling."""
 
-    target: str
-    draft: str  # its folder; empty for one that was given loaded
-    draft_digest: str | None
-    prompts_file: str
-    signal: str  # "confidence head" or "margin"
-    decoded_at: tuple[float, ...]  # temperatures of sampling
+    sampled_at: float
+    signal: Signal
     calibration: Calibration
     figures: tuple[Figures, ...]  # all workloads together, and, of several, each
     panels: tuple[Reliability, ...]  # for the picture
@@ -95,76 +101,94 @@ class CalibrationReport:
     @property
     def temperatures(self) -> tuple[float, ...] | None:
         """One a slot; None where there is no head to scale."""
-        return self.calibration.temperatures if self.signal == "confidence head" else None
+        return self.calibration.temperatures if self.signal == HEAD else None
 
     @property
     def verdict(self) -> str:
         """Whether the error fell to a third, in a sentence, and if not, why that may be."""
-        before, after, chance = (mean(getattr(self.whole, name)) for name in ("before", "after", "chance"))
-        said = f"Held-out calibration error, mean of the slots: {before:.3f} before, {after:.3f} after"
+        before, after, chance = self.whole.means
+        said = f"{label_of(self.sampled_at)}: held-out calibration error {before:.3f} before, {after:.3f} after"
         if after <= before / 3:
             return f"{said}."
         if before < 3 * chance:
-            return (
-                f"{said}, more than a third; it was small already: on {self.whole.rounds[1]} rounds a right one shows "
-                f"{chance:.3f}."
-            )
-        return f"{said}, more than a third: the fit does not carry over, or one number a slot is not enough."
+            rounds = self.whole.rounds[1]
+            return f"{said}, more than a third. It was small: a right one shows {chance:.3f} on {rounds} rounds."
+        return f"{said}, more than a third: one fit does not suit all of these rounds."
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of ``calibration.json``; lists are by slot."""
+        """Lists are by slot."""
+        return {
+            "sampled_at": self.sampled_at,
+            "temperatures": self.temperatures,
+            "weights": self.calibration.weights,
+            "biases": self.calibration.biases,
+            "workloads": [each.to_json() for each in self.figures],
+            "verdict": self.verdict,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """What `nds calibrate` found."""
+
+    target: str
+    draft: str  # its folder; empty for one that was given loaded
+    draft_digest: str | None
+    prompts_file: str
+    fits: tuple[Fit, ...]  # one for each temperature of sampling
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of ``calibration.json``."""
         return {
             "target": self.target,
             "draft": self.draft,
             "draft_digest": self.draft_digest,
             "prompts_file": self.prompts_file,
-            "signal": self.signal,
-            "decoded_at": self.decoded_at,
-            "temperatures": self.temperatures,
-            "weights": self.calibration.weights,
-            "biases": self.calibration.biases,
+            "signal": self.fits[0].signal,
             "bins": BINS,
-            "workloads": [each.to_json() for each in self.figures],
-            "verdict": self.verdict,
+            "fits": [fit.to_json() for fit in self.fits],
         }
 
-    def engine_file(self) -> dict[str, Any]:
-        """The contents of the file that SGLang and TensorRT-LLM read, keys as SGLang's own fit writes them."""
+    def engine_file(self, fit: Fit) -> dict[str, Any]:
+        """What SGLang and TensorRT-LLM read of ``fit``: the keys that SGLang's own fit writes."""
         return {
-            "temperatures": self.temperatures,
+            "temperatures": fit.temperatures,
             "dataset": self.prompts_file,
-            "num_samples": self.whole.rounds[0],
-            "ece_before": self.whole.before,
-            "ece_after": self.whole.after,
+            "num_samples": fit.whole.rounds[0],
+            "ece_before": fit.whole.before,
+            "ece_after": fit.whole.after,
         }
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the files there; returns their paths. Without a confidence head there is nothing for the engines."""
-        contents = {temperatures.ENGINES: self.engine_file()} if self.temperatures else {}
-        for name, content in (contents | {temperatures.OURS: self.to_json()}).items():
+        """Write the files there; returns their paths. Of margins there is nothing that the engines would read."""
+        contents = {engine_file(fit.sampled_at): self.engine_file(fit) for fit in self.fits if fit.temperatures}
+        contents |= {FILE: self.to_json()}  # last: it says that all is there
+        for name, content in contents.items():
             files.write_json(folder / name, content)
-        written = [*(folder / name for name in contents), folder / temperatures.OURS]
+        written = [folder / name for name in contents]
         if picture.available():
-            title = f"{self.target}: survival foretold by the draft"
-            written.append(picture.draw_reliability(folder / PICTURE, self.panels, title))
+            rows = [fit.panels for fit in self.fits]
+            written.append(picture.draw_reliability(folder / PICTURE, rows, f"{self.target}, {self.fits[0].signal}"))
         return written
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def check_unused(folder: Path) -> None:
     """`InputError` if there is a calibration in ``folder`` already."""
-    for name in (temperatures.OURS, temperatures.ENGINES, PICTURE):
-        if (folder / name).exists():
-            raise InputError(f"{folder / name} is there already.", "Delete it, or give another folder to --out.")
+    for path in (folder / FILE, folder / PICTURE):
+        if path.exists():
+            raise InputError(f"{path} is there already.", "Delete its folder, or give another one to --out.")
 
 
 def gather(
-    target: Target, draft: Draft, workload: Workload, config: EvalConfig, progress: Progress | None = None
+    target: Target,
+    draft: Draft,
+    workload: Workload,
+    temperature: float,
+    signal: Signal,
+    config: EvalConfig,
+    progress: Progress | None = None,
 ) -> Halves:
-    """Decode both halves of ``workload`` at every temperature of ``config``, whole blocks.
+    """Decode both halves of ``workload`` at ``temperature``, whole blocks.
 
     Every other conversation is held out, counting those with the same first prompt as one.
 
@@ -179,21 +203,17 @@ def gather(
         raise InputError(
             f"{workload.name} has one prompt that fits, and none is left for the held-out half.", "Give more prompts."
         )
-    with_head = draft.confidence_head is not None
-    decoder = Decoder(target, draft, record_confidence=with_head, record_margins=not with_head)
+    decoder = Decoder(target, draft, record_confidence=signal == HEAD, record_margins=signal == MARGIN)
     rounds = []
     for label, half in zip(("fitting half", "held-out half"), halves, strict=True):
         prompts = [ids for turns in half for ids in turns]
-        found = []
-        for temperature in config.temperatures:
-            what = f"{workload.name}, {label}, temperature {temperature:g}"
-            found += decode(decoder, prompts, temperature, config, progress, what)
-        rounds.append(Rounds.of(found, draft.config.block_size))
+        what = f"{workload.name}, {label}, {label_of(temperature)}"
+        rounds.append(Rounds.of(decode(decoder, prompts, temperature, config, progress, what), draft.config.block_size))
     return Halves(workload.name, (len(halves[0]), len(halves[1])), *rounds)
 
 
-def calibrate(draft: Draft, workloads: Sequence[Halves]) -> tuple[Calibration, tuple[Figures, ...], list[Reliability]]:
-    """One fit to all ``workloads``; its figures and pictures, of all together first.
+def fit(workloads: Sequence[Halves], sampled_at: float, signal: Signal) -> Fit:
+    """One fit to all ``workloads``, with figures and pictures of all together and of each.
 
     Raises:
         InputError: too few rounds to fit or to measure.
@@ -209,15 +229,20 @@ def calibrate(draft: Draft, workloads: Sequence[Halves]) -> tuple[Calibration, t
         raise InputError(
             f"The prompts give {len(together.fit)} rounds to fit and {len(together.held_out)} to measure, and "
             f"{MIN_ROUNDS} of each are needed.",
-            f"Give about {-(-MIN_ROUNDS // max(short, 1))} times as many prompts, or a larger eval.max_new_tokens.",
+            f"Give about {math.ceil(MIN_ROUNDS / max(short, 1))} times as many prompts, or a larger "
+            "eval.max_new_tokens.",
         )
-    fitted = (fit_margins if draft.confidence_head is None else fit_temperatures)(together.fit)
+    fitted = fit_temperatures(together.fit) if signal == HEAD else fit_margins(together.fit)
     shown = [together, *(workloads if len(workloads) > 1 else ())]
     figures = tuple(_figures(each, fitted) for each in shown)
-    panels = [_panel(each.name, found, each.held_out, fitted) for each, found in zip(shown, figures, strict=True)]
-    for slot in range(draft.config.block_size):
-        panels.append(_panel(f"slot {slot + 1}", figures[0], together.held_out, fitted, slot))
-    return fitted, figures, panels
+    gamma = len(fitted.weights)
+    pairs = zip(figures, shown, strict=True)
+    panels = [_panel(found.name, found, each.held_out, fitted, range(gamma)) for found, each in pairs]
+    panels += [
+        _panel(f"slot {slot + 1}", figures[0], together.held_out, fitted, [slot]) for slot in sorted({0, gamma - 1})
+    ]
+    titled = [dataclasses.replace(each, title=f"{label_of(sampled_at)}: {each.title}") for each in panels]
+    return Fit(sampled_at, signal, fitted, figures, tuple(titled))
 
 
 def _figures(workload: Halves, fitted: Calibration) -> Figures:
@@ -227,65 +252,74 @@ def _figures(workload: Halves, fitted: Calibration) -> Figures:
     for slot in range(len(fitted.weights)):
         known, outcome = held_out.outcome(slot)
         before, after = (each.survival(held_out.logits)[known, slot] for each in (none, fitted))
-        errors[0].append(calibration_error(before, outcome[known]))
-        errors[1].append(calibration_error(after, outcome[known]))
-        errors[2].append(chance_error(after))
+        for values, error in zip(
+            errors,
+            (calibration_error(before, outcome[known]), calibration_error(after, outcome[known]), chance_error(after)),
+            strict=True,
+        ):
+            values.append(error)
     sizes = len(workload.fit), len(held_out)
     return Figures(workload.name, workload.conversations, sizes, *map(tuple, errors))
 
 
-def _panel(name: str, found: Figures, rounds: Rounds, fitted: Calibration, slot: int | None = None) -> Reliability:
-    """Of one slot, or of the bins of all slots together."""
-    slots = range(len(fitted.weights)) if slot is None else [slot]
-    errors = [mean([values[each] for each in slots]) for values in (found.before, found.after)]
+def _panel(title: str, found: Figures, rounds: Rounds, fitted: Calibration, slots: Sequence[int]) -> Reliability:
+    """Of the rounds' ``slots``, in the same bins."""
+    errors = [_mean([values[slot] for slot in slots]) for values in (found.before, found.after)]
+    known, outcome = (torch.stack(part, 1) for part in zip(*(rounds.outcome(slot) for slot in slots), strict=True))
     curves = []
     for each in (Calibration.none(len(fitted.weights)), fitted):
-        survival = each.survival(rounds.logits)
-        outcomes = [rounds.outcome(at) for at in slots]
-        foretold = torch.cat([survival[known, at] for at, (known, _) in zip(slots, outcomes, strict=True)])
-        curves.append(reliability(foretold, torch.cat([outcome[known] for known, outcome in outcomes])))
-    return Reliability(name, errors[0], errors[1], curves[0], curves[1])
+        survival = each.survival(rounds.logits)[:, list(slots)]
+        curves.append(reliability(survival[known], outcome[known]))
+    return Reliability(title, errors[0], errors[1], curves[0], curves[1])
 
 
-def slot_table(report: CalibrationReport) -> Table:
+def slot_table(fit: Fit) -> Table:
     """A row a slot, of all workloads together."""
-    found = report.whole
+    found = fit.whole
     table = Table(
-        title=f"{found.rounds[1]} held-out rounds of {escape(report.prompts_file)}, fitted to {found.rounds[0]} others",
+        title=f"{label_of(fit.sampled_at)}: {found.rounds[1]} held-out rounds",
         title_justify="left",
         caption_justify="left",
-        caption="calibration error of the chance that all slots up to this one are kept, as foretold by the "
-        f"{report.signal}\nby chance: what a right one would show on as many rounds",
+        caption=f"calibration error of what the {fit.signal} foretells\n"
+        "by chance: what a right one shows on as many rounds",
     )
-    names = ("temperature",) if report.temperatures else ("weight", "bias")
-    for name in ("slot", "before", "after", "by chance", *names):
-        table.add_column(name, justify="right")
-    coefficients = (
-        [report.temperatures] if report.temperatures else [report.calibration.weights, report.calibration.biases]
-    )
+    fitted = fit.calibration
+    own = {"temperature": fit.temperatures} if fit.temperatures else {"weight": fitted.weights, "bias": fitted.biases}
+    for name in ("slot", "before", "after", "by chance", *own):
+        table.add_column(name, justify="right", no_wrap=True)
     for slot, errors in enumerate(zip(found.before, found.after, found.chance, strict=True)):
-        own = [f"{values[slot]:.2f}" for values in coefficients]
-        table.add_row(str(slot + 1), *(f"{error:.3f}" for error in errors), *own)
-    means = [f"[bold]{mean(errors):.3f}[/]" for errors in (found.before, found.after, found.chance)]
-    table.add_row("mean", *means)
+        values = [f"{each[slot]:.2f}" for each in own.values()]
+        table.add_row(str(slot + 1), *(f"{error:.3f}" for error in errors), *values)
+    table.add_row("mean", *(f"[bold]{error:.3f}[/]" for error in found.means))
     return table
 
 
 def workload_table(report: CalibrationReport) -> Table | None:
-    """A row for each workload, means of its slots; None where there is one."""
-    if len(report.figures) == 1:
+    """A row for each workload and temperature of sampling, means of the slots; None where there is one workload."""
+    if len(report.fits[0].figures) == 1:
         return None
     table = Table(title="By workload, mean of the slots", title_justify="left")
-    table.add_column("")
-    for name in ("conversations", "rounds", "before", "after", "by chance"):
+    table.add_column("", no_wrap=True)
+    for name in ("sampled at", "prompts", "rounds", "before", "after", "by chance"):
         table.add_column(name, justify="right")
-    for each in report.figures:
-        errors = [f"{mean(values):.3f}" for values in (each.before, each.after, each.chance)]
-        table.add_row(escape(each.name), str(each.conversations[1]), str(each.rounds[1]), *errors)
+    for fit in report.fits:
+        for each in fit.figures:
+            errors = [f"{error:.3f}" for error in each.means]
+            sizes = str(each.conversations[1]), str(each.rounds[1])
+            table.add_row(escape(each.name), f"{fit.sampled_at:g}", *sizes, *errors)
     return table
 
 
 def workload_names(prompts: Sequence[str]) -> list[str]:
     """What to call each of ``prompts``: the file's name without its end, where that tells them apart."""
     short = [Path(text).stem if Path(text).is_file() else text for text in prompts]
-    return [name if short.count(name) == 1 else named(text) for name, text in zip(short, prompts, strict=True)]
+    return [name if short.count(name) == 1 else text for name, text in zip(short, prompts, strict=True)]
+
+
+def label_of(temperature: float) -> str:
+    """What tables and pictures call a temperature of sampling."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

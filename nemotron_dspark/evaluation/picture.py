@@ -58,22 +58,20 @@ def draw_run(
     return path
 
 
-def draw_reliability(path: Path, panels: Sequence[Reliability], title: str = "") -> Path:
-    """Draw a reliability diagram for each of ``panels``, as a PNG at ``path``.
+def draw_reliability(path: Path, rows: Sequence[Sequence[Reliability]], title: str = "") -> Path:
+    """Draw ``rows`` of reliability diagrams, as a PNG at ``path``.
 
     Raises:
         EnvironmentFault: matplotlib is not installed.
     """
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = _new_figure(3.1 * columns, 3.2 * rows + 0.5)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw_curves(axis, panel)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    figure.supxlabel("chance foretold that all slots so far are kept", fontsize=10)
-    figure.supylabel("share of held-out rounds that kept them", fontsize=10)
+    columns = max(map(len, rows))
+    figure = _new_figure(3.0 * columns, 3.2 * len(rows) + 0.5)
+    axes = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
+    for line, panels in zip(axes, rows, strict=True):
+        for axis, panel in zip(line, panels, strict=False):
+            _draw_curves(axis, panel)
+    figure.supxlabel("chance foretold that the draft is kept up to a slot", fontsize=10)
+    figure.supylabel("share of held-out rounds that kept it", fontsize=10)
     if title:
         figure.suptitle(title, fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
@@ -105,9 +103,10 @@ def _draw_curves(axis: "Axes", panel: Reliability) -> None:
         axis.plot(foretold, kept, color=color, linewidth=1, alpha=0.5)
         sizes = [6 + 150 * each.share for each in bins]
         axis.scatter(foretold, kept, sizes, color=color, alpha=0.85, linewidths=0, label=f"{label}: error {error:.3f}")
-    axis.set(title=panel.title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axis.set_title(panel.title, fontsize=10)
     axis.grid(alpha=0.25)
-    legend = axis.legend(fontsize=8, loc="upper left")
+    legend = axis.legend(fontsize=8, loc="upper left", framealpha=0.6)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_sizes([20])  # pyrefly: ignore[missing-attribute]
