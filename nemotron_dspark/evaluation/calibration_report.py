@@ -92,6 +92,7 @@ class Fit:
     signal: Signal
     calibration: Calibration
     figures: tuple[Figures, ...]  # all workloads together, and, of several, each
+    with_bias: float | None  # of a head: mean error after a fit of weights and biases, which no engine reads
     panels: tuple[Reliability, ...]  # for the picture
 
     @property
@@ -113,7 +114,11 @@ class Fit:
         if before < 3 * chance:
             rounds = self.whole.rounds[1]
             return f"{said}, more than a third. It was small: a right one shows {chance:.3f} on {rounds} rounds."
-        return f"{said}, more than a third: one fit does not suit all of these rounds."
+        why = "the numbers do not tell rounds apart well enough"
+        if self.with_bias is not None and self.with_bias < after / 2:
+            why = "a temperature moves no chance across a half; a weight and a bias a slot would leave "
+            why += f"{self.with_bias:.3f}"
+        return f"{said}, more than a third: {why}."
 
     def to_json(self) -> dict[str, Any]:
         """Lists are by slot."""
@@ -123,6 +128,7 @@ class Fit:
             "weights": self.calibration.weights,
             "biases": self.calibration.biases,
             "workloads": [each.to_json() for each in self.figures],
+            "mean_with_bias": self.with_bias,
             "verdict": self.verdict,
         }
 
@@ -241,8 +247,9 @@ def fit(workloads: Sequence[Halves], sampled_at: float, signal: Signal) -> Fit:
     panels += [
         _panel(f"slot {slot + 1}", figures[0], together.held_out, fitted, [slot]) for slot in sorted({0, gamma - 1})
     ]
+    with_bias = _figures(together, fit_margins(together.fit)).means[1] if signal == HEAD else None
     titled = [dataclasses.replace(each, title=f"{label_of(sampled_at)}: {each.title}") for each in panels]
-    return Fit(sampled_at, signal, fitted, figures, tuple(titled))
+    return Fit(sampled_at, signal, fitted, figures, with_bias, tuple(titled))
 
 
 def _figures(workload: Halves, fitted: Calibration) -> Figures:
