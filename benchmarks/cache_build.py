@@ -167,13 +167,13 @@ class WaitingForHelper:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)
 
-    def capture(self, *given: Any) -> Any:
+    def captures(self, *given: Any) -> Any:
         if self.clock is None:
             while not self._ready.exists():
                 time.sleep(0.01)
             self._before = float(self._ready.read_text())
             self.clock = Clock()
-        return self._target.capture(*given)
+        return self._target.captures(*given)
 
     def read(self) -> tuple[float, float]:
         """Without what the helper did before; it has ended."""

@@ -1,6 +1,6 @@
 """What buys accepted length: one change at a time from a recipe, trained on one cache, measured on held-out prompts.
 
-    python benchmarks/recipe_study.py runs/demo-smollm2 [--steps 1200] [--jobs 1] [--only base,lr2,...] [--seeds 42] [--json]
+    python benchmarks/recipe_study.py runs/demo-smollm2 [--steps 1200] [--only base,...] [--seeds 42]
 
 The folder is that of `nds demo --target smollm2`, or holds the same: `target/`, `cache/` and `held_out.jsonl`. Every
 variant is trained in a process of its own and kept in the folder's `study/`; one that is there is not trained again.
@@ -67,9 +67,8 @@ def main() -> None:
         lengths = [
             f"{length:.2f} ± {error:.2f}" for length, error in (over_seeds(same, key) for key in ("greedy", "sampled"))
         ]
-        print(
-            f"| {name} | {mean['steps']:.0f} | {' | '.join(lengths)} | {mean['cpu_minutes']:.1f} | {mean['minutes']:.1f} |"
-        )
+        times = f"{mean['cpu_minutes']:.1f} | {mean['minutes']:.1f}"
+        print(f"| {name} | {mean['steps']:.0f} | {' | '.join(lengths)} | {times} |")
 
 
 def over_seeds(rows: list[dict[str, Any]], key: str) -> tuple[float, float]:

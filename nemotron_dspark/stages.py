@@ -31,6 +31,7 @@ from nemotron_dspark.evaluation.measure import conversation_ids, prompt_ids
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
 from nemotron_dspark.evaluation.report import EvalReport
 from nemotron_dspark.targets import Checkpoint, Target, proofs
+from nemotron_dspark.targets.streamed import load_for_capture
 from nemotron_dspark.targets.taps import chosen_taps
 from nemotron_dspark.targets.target import keep_dtype, resolve_device, resolve_dtype
 from nemotron_dspark.training.callbacks import Callback
@@ -55,14 +56,16 @@ class CacheReport:
         return dataclasses.asdict(self.build) | {"taps": self.taps, "mask_token_id": mask}
 
 
-def load_target(config: RunConfig) -> Target:
+def load_target(config: RunConfig, load: Callable[[TargetConfig], Target] = Target.of) -> Target:
     """Load the target that ``config.target`` names and prove it with the taps of ``config.draft``.
+
+    With `load_for_capture` it may be one whose layers are streamed.
 
     Raises:
         InputError: it cannot be found or loaded, or has no such taps.
         CheckError: a proof failed.
     """
-    target = Target.of(config.target)
+    target = load(config.target)
     taps = chosen_taps(target.spec, config.draft)
     if config.target.proofs:
         proofs.prove(target, taps)
@@ -93,7 +96,7 @@ def build_cache(
     """
     device = target.device if target else resolve_device(config.target.device)
     config = config.model_copy(update={"target": keep_dtype(config.target, dtype_of(Path(out)))})
-    facts = target or _unloaded(config.target, device) or load_target(config)
+    facts = target or _unloaded(config.target, device) or load_target(config, load_for_capture)
     taps = chosen_taps(facts.spec, config.draft)
     override, mask = config.draft.mask_token_id, None
     if masked and (override is not None or reserved_mask_token(facts.tokenizer, facts.spec)):
@@ -106,7 +109,7 @@ def build_cache(
         data=config.data,
         cache=config.cache,
         mask_token_id=mask.id if mask else None,
-        load=None if isinstance(facts, Target) else functools.partial(load_target, config),
+        load=None if isinstance(facts, Target) else functools.partial(load_target, config, load_for_capture),
         helpers=helper_loads(config.target, device, processes),
         on_progress=on_progress or (lambda progress: None),
     )

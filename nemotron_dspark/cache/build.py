@@ -31,6 +31,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256
 from nemotron_dspark.folders import check_claim, locked
 from nemotron_dspark.targets import Target
+from nemotron_dspark.targets.streamed import load_for_capture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,9 +110,9 @@ def build_cache(
             extra=_manifest_extra(target, conversations, data),
         ) as writer:
             load = load or (lambda: cast(Target, target))  # as promised: it is loaded
-            capture_all(load, tokens, writer, cache.batch_tokens, on_progress, helpers=helpers)
+            remarks = capture_all(load, tokens, writer, cache.batch_tokens, on_progress, helpers=helpers)
             writer.finish(extra_files=[REPORT])
-    return _finished(folder, started, writer.reused)
+    return _finished(folder, started, writer.reused, remarks)
 
 
 def helper_loads(config: TargetConfig, device: torch.device, processes: int | None) -> list[LoadTarget]:
@@ -139,10 +140,10 @@ def helper_loads(config: TargetConfig, device: torch.device, processes: int | No
 def _load(config: TargetConfig) -> Target:
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)  # kernels are started on the current device
-    return Target.of(config)
+    return load_for_capture(config)
 
 
-def _finished(folder: Path, started: float, reused: int | None = None) -> BuildReport:
+def _finished(folder: Path, started: float, reused: int | None = None, remarks: tuple[str, ...] = ()) -> BuildReport:
     layout = TargetCache(folder).layout
     tally, notes = read_report(folder / REPORT)
     return BuildReport(
@@ -150,7 +151,7 @@ def _finished(folder: Path, started: float, reused: int | None = None) -> BuildR
         folder=folder,
         bytes=sum(layout.shard_sizes),
         shards=len(layout.shard_files),
-        notes=notes,
+        notes=(*notes, *remarks),
         reused_samples=tally.samples if reused is None else reused,
         seconds=time.monotonic() - started,
     )

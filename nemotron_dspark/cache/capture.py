@@ -2,7 +2,8 @@
 
 1. Lengths alone decide which samples share a forward (`cache.batches`) and where every byte lies, so whoever computes a
    batch writes it to its final place, and it does not show in the bytes who did.
-2. Every process asks for the next batch when it is ready for one: a slow device takes fewer.
+2. Every process asks for the next batch when it is ready for one: a slow device takes fewer. One that streams the
+   target's layers takes as many as its memory holds, a pass, and reads the weights once for all of them.
 3. In each, a thread writes a batch while the target computes the next.
 4. What is on the disk for certain is entered in the journal, by this process alone.
 """
@@ -31,6 +32,7 @@ from nemotron_dspark.errors import CheckError, EnvironmentFault
 from nemotron_dspark.processes import deaths_named, process_pool, share
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.target import Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,20 +89,27 @@ class States:
             )
 
 
-def capture_states(target: Target, samples: Sequence[Tokenised], taps: tuple[int, ...]) -> States:
-    """Start one forward over ``samples``. It needs no mask: no token sees a later one, and padding comes last.
+def capture_states(
+    target: Target,
+    batches: Sequence[Sequence[Tokenised]],
+    taps: tuple[int, ...],
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> Iterator[States]:
+    """One forward over each of ``batches``. It needs no mask: no token sees a later one, and padding comes last.
 
     That is what the proof of causality shows on the loaded target; without a mask attention takes its fastest path.
+    ``on_layer`` is called as `Target.captures` does.
     """
-    input_ids, real = _padded(samples, target.tokenizer.pad_token_id or 0)
-    captured = target.capture(input_ids.to(target.device), None, taps)
-    tapped, last = captured.taps.to(torch.bfloat16), captured.last.to(torch.bfloat16)
-    sums = tapped.sum(-1, dtype=torch.float32) + last.sum(-1, dtype=torch.float32)  # one that is not finite shows
-    done = None
-    if tapped.is_cuda:
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(tapped.device))
-    return States(tapped, last, torch.isfinite(sums), real, done)
+    padded = [_padded(samples, target.tokenizer.pad_token_id or 0) for samples in batches]
+    found = target.captures([Sequences(ids) for ids, _ in padded], taps, on_layer)
+    for captured, (_, real) in zip(found, padded, strict=True):
+        tapped, last = captured.taps.to(torch.bfloat16), captured.last.to(torch.bfloat16)
+        sums = tapped.sum(-1, dtype=torch.float32) + last.sum(-1, dtype=torch.float32)  # one that is not finite shows
+        done = None
+        if tapped.is_cuda:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(tapped.device))
+        yield States(tapped, last, torch.isfinite(sums), real, done)
 
 
 def _padded(samples: Sequence[Tokenised], pad: int) -> tuple[Tensor, Tensor]:
@@ -121,6 +130,7 @@ class BuildProgress:
     total_samples: int
     tokens: int
     total_tokens: int
+    layer: int | None = None  # that a pass is at, where the target's layers are streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +139,10 @@ class CaptureBatch:
 
     samples: list[int]  # longest first
     rows: list[int]  # of those that are not written yet
+
+    def tokens(self, lengths: np.ndarray) -> int:
+        """Padded tokens, of samples with ``lengths`` [samples]."""
+        return len(self.samples) * int(lengths[self.samples[0]])
 
 
 Batches = deque[CaptureBatch]  # still to be computed; any thread takes the next, and clears it to stop them all
@@ -142,49 +156,62 @@ def capture_all(
     on_progress: Callable[[BuildProgress], None],
     *,
     helpers: Sequence[LoadTarget] = (),
-) -> None:
+) -> tuple[str, ...]:
     """Compute and write the samples of ``tokens`` that ``writer`` does not have; without any, nothing is loaded.
 
     ``load`` gives the target of this process; each of ``helpers`` loads the same one in a process of its own. Whatever
-    stops it, samples whose forward has been run are written before it raises.
+    stops it, samples whose forward has been run are written before it raises. Returns what the target remarks.
 
     Raises:
         CheckError: hidden states are not finite.
         EnvironmentFault: a forward does not fit into the memory, the disk is full, or a helper died.
     """
 
-    def report() -> None:
+    def report(layer: int | None = None) -> None:
         done, lengths = writer.written, tokens.lengths
-        captured = BuildProgress("capture", int(done.sum()), len(done), int(lengths[done].sum()), int(lengths.sum()))
-        on_progress(captured)
+        numbers = int(done.sum()), len(done), int(lengths[done].sum()), int(lengths.sum())
+        on_progress(BuildProgress("capture", *numbers, layer=layer))
 
     if writer.written.all():
         report()
-        return
+        return ()
     queue = Batches()
     for samples in batches(tokens.lengths, batch_tokens):
         if rows := np.flatnonzero(~writer.written[samples]).tolist():
             queue.append(CaptureBatch(samples, rows))
     threads = torch.get_num_threads() // (1 + len(helpers)) or 1
+    share_of_each = sum(batch.tokens(tokens.lengths) for batch in queue) // (1 + len(helpers))
     with contextlib.ExitStack() as stack:
-        waits = [stack.enter_context(_helper(helper, tokens, writer, queue, threads)) for helper in helpers]
+        given = (tokens, writer, queue, threads, share_of_each)
+        waits = [stack.enter_context(_helper(helper, *given)) for helper in helpers]
         target = load()
         if helpers and target.device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
         with Pipeline(target, tokens, writer.files, writer.mark_written) as pipeline:
-            for batch in _taken(queue):
-                pipeline.compute(batch)
+            most = min(target.pass_tokens(writer.files.layout.taps), share_of_each)
+            for batches_of_a_pass in _passes(queue, tokens.lengths, most):
+                pipeline.compute(batches_of_a_pass, on_layer=report)
                 report()
         for wait in waits:
             wait()
     report()
+    return target.remarks()
 
 
-def _taken(queue: Batches) -> Iterator[CaptureBatch]:
+def _passes(queue: Batches, lengths: np.ndarray, most: int) -> Iterator[list[CaptureBatch]]:
+    """Batches to be computed together: at least one, and further ones up to ``most`` padded tokens."""
+    taken: list[CaptureBatch] = []
+    held = 0
     with contextlib.suppress(IndexError):  # it is empty
         while True:
-            yield queue.popleft()
+            if taken and held + queue[0].tokens(lengths) > most:
+                yield taken
+                taken, held = [], 0
+            taken.append(queue.popleft())
+            held += taken[-1].tokens(lengths)
+    if taken:
+        yield taken
 
 
 class Pipeline:
@@ -208,19 +235,23 @@ class Pipeline:
         if kind is None:
             self._writing.result()
 
-    def compute(self, batch: CaptureBatch) -> None:
-        """Run one forward, and have it written while the next is run. Raises what the writing of an earlier one did."""
-        samples = [self._tokens[sample] for sample in batch.samples]
-        try:
-            states = capture_states(self._target, samples, self._files.layout.taps)
-        except torch.OutOfMemoryError:
-            raise EnvironmentFault(
-                f"A forward of {len(samples)} samples of up to {len(samples[0].input_ids)} tokens does not fit into "
-                f"the memory of {self._target.device}.",
-                "Lower cache.batch_tokens or data.max_length, and build into another folder.",
-            ) from None
-        before, self._writing = self._writing, self._writer.submit(self._write, batch, samples, states)
-        before.result()
+    def compute(self, batches: list[CaptureBatch], on_layer: Callable[[int], None] = lambda layer: None) -> None:
+        """Run the forwards of a pass, each written while the next is run. Raises what an earlier writing did."""
+        samples = [[self._tokens[sample] for sample in batch.samples] for batch in batches]
+        states = capture_states(self._target, samples, self._files.layout.taps, on_layer)
+        for batch, rows in zip(batches, samples, strict=True):
+            try:
+                captured = next(states)
+            except torch.OutOfMemoryError:
+                raise EnvironmentFault(
+                    f"A forward of {len(rows)} samples of up to {len(rows[0].input_ids)} tokens does not fit into "
+                    f"the memory of {self._target.device}.",
+                    "Lower cache.batch_tokens or data.max_length, and build into another folder.",
+                ) from None
+            before, self._writing = self._writing, self._writer.submit(self._write, batch, rows, captured)
+            before.result()
+        for _ in states:  # none is left; a streamed pass puts its last layer away
+            pass
 
     def _write(self, batch: CaptureBatch, samples: list[Tokenised], states: States) -> None:
         with states.wait_stream():
@@ -239,7 +270,7 @@ class Pipeline:
 
 @contextlib.contextmanager
 def _helper(
-    load: LoadTarget, tokens: TokenStore, writer: CacheWriter, queue: Batches, threads: int
+    load: LoadTarget, tokens: TokenStore, writer: CacheWriter, queue: Batches, threads: int, most: int
 ) -> Iterator[Callable[[], None]]:
     """A process that computes batches of ``queue``, which a thread of this one hands to it.
 
@@ -249,7 +280,7 @@ def _helper(
     shared = (load, tokens, writer.folder, writer.layout, threads)
     with process_pool(1, shared) as pool, ThreadPoolExecutor(1, "helper") as thread:
         process, loaded = pool.submit(os.getpid), pool.submit(_load_in_helper)
-        fed = thread.submit(_feed, pool, loaded, writer, queue)
+        fed = thread.submit(_feed, pool, loaded, writer, queue, tokens.lengths, most)
         try:
             yield lambda: fed.result() if loaded.done() else None
         finally:
@@ -259,12 +290,14 @@ def _helper(
                     os.kill(process.result(), signal.SIGKILL)
 
 
-def _feed(pool: ProcessPoolExecutor, loaded: Future[None], writer: CacheWriter, queue: Batches) -> None:
+def _feed(
+    pool: ProcessPoolExecutor, loaded: Future[int], writer: CacheWriter, queue: Batches, lengths: np.ndarray, most: int
+) -> None:
     try:
         with deaths_named("helps to compute"):
-            loaded.result()
-            for batch in itertools.chain(_taken(queue), [None]):
-                writer.mark_written(pool.submit(_compute_in_helper, batch).result())
+            passes = _passes(queue, lengths, min(loaded.result(), most))
+            for batches_of_a_pass in itertools.chain(passes, [None]):
+                writer.mark_written(pool.submit(_compute_in_helper, batches_of_a_pass).result())
     finally:
         queue.clear()  # after a failure; else it is empty
 
@@ -273,21 +306,23 @@ _pipeline: Pipeline  # in a helper's process
 _written: deque[Written] = deque()  # likewise: what has become durable since it last told
 
 
-def _load_in_helper() -> None:
+def _load_in_helper() -> int:
+    """Load the target; how many tokens of a pass it takes."""
     global _pipeline
     load, tokens, folder, layout, threads = share()
     target = load()
     if target.device.type == "cpu":
         torch.set_num_threads(threads)
     _pipeline = Pipeline(target, tokens, ShardFiles(folder, layout), _written.append)
+    return target.pass_tokens(layout.taps)
 
 
-def _compute_in_helper(batch: CaptureBatch | None) -> Written:
-    """What has become durable meanwhile; everything when there is no ``batch`` any more."""
-    if batch is None:
+def _compute_in_helper(batches_of_a_pass: list[CaptureBatch] | None) -> Written:
+    """What has become durable meanwhile; everything when there is no batch any more."""
+    if batches_of_a_pass is None:
         _pipeline.__exit__(None)
     else:
-        _pipeline.compute(batch)
+        _pipeline.compute(batches_of_a_pass)
     taken: Written = {}
     while _written:
         taken |= _written.popleft()

@@ -38,7 +38,7 @@ MARGIN = 2
 
 
 def register(app: typer.Typer) -> None:
-    shell.command(app, target="optional", keys=[shell.TAPS])(inspect)
+    shell.command(app, target="optional", keys=[shell.TAPS, shell.STREAM])(inspect)
 
 
 def inspect(
@@ -58,11 +58,12 @@ def inspect(
     proofs = None
     if probe:
         from nemotron_dspark.targets.proofs import run_proofs
-        from nemotron_dspark.targets.target import Target, keep_dtype, resolve_device
+        from nemotron_dspark.targets.streamed import load_for_capture
+        from nemotron_dspark.targets.target import keep_dtype, resolve_device
 
         on_cpu = resolve_device(config.target.device).type == "cpu"  # float32 proves more, and this is not done often
         with shell.err.status("Loading the target and running the proofs"):
-            target = Target.of(keep_dtype(config.target, "float32" if on_cpu else None))
+            target = load_for_capture(keep_dtype(config.target, "float32" if on_cpu else None))
             proofs = run_proofs(target, found.draft.target_layer_ids)
     if shell.state.json:
         shell.emit(found.to_json() | {"proofs": proofs and [_proof_json(proof) for proof in proofs]})

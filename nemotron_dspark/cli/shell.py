@@ -65,6 +65,7 @@ class KeyOption:
 
 
 TAPS = KeyOption("--taps", "draft.taps")
+STREAM = KeyOption("--stream", "target.stream")
 TRUST = KeyOption("--trust-remote-code", "target.trust_remote_code")
 
 _TARGET_HELP = "Hub id, local folder or alias of the target."
@@ -277,7 +278,8 @@ class Bars:
 
 def show_build(bars: Bars, now: "BuildProgress") -> None:
     """Show how far a cache build is."""
-    bars.update(now.stage, now.samples, now.total_samples, tokens=now.tokens)
+    text = None if now.layer is None else f"{now.stage}, layer {now.layer}"
+    bars.update(now.stage, now.samples, now.total_samples, tokens=now.tokens, text=text)
 
 
 @contextmanager

@@ -58,6 +58,11 @@ class TargetConfig(_Section):
     )
     device: str = Field("auto", description="auto = cuda when there is one, else cpu")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+    stream: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="read the layers one by one, each for many tokens, where hidden states are captured; auto = when "
+        "the weights do not fit into the memory",
+    )
     proofs: bool = Field(True, description="prove the loaded target right before a long stage")
 
     @property

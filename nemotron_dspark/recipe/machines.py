@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.memory import available_memory
 from nemotron_dspark.resources import resource_folder
 
 GB = 1e9
@@ -98,14 +99,6 @@ def measured(name: str, folder: Path) -> Machine:
     host = 0.0 if unified else float(available)
     title = f"this machine ({gpus} x {properties.name})" if gpus > 1 else f"this machine ({properties.name})"
     return Machine(name, title, gpus, memory, host, unified=unified, note="measured just now, in bf16", **common)
-
-
-def available_memory() -> int:
-    """Bytes of main memory that a process may take, as the kernel reckons; reclaimable file pages count as free."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _speed(device) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemotron_dspark.errors import CheckError, NdsError, first_line
 from nemotron_dspark.targets.taps import default_taps
-from nemotron_dspark.targets.target import Target
+from nemotron_dspark.targets.target import Sequences, Target
 
 _BLOCK = 8
 _REACH = {"cpu": 1024}  # the widest sliding window that `verify` goes beyond; wider ones would take minutes on a CPU
@@ -45,16 +45,19 @@ class _Proof:
     cause: str
     cure: str
     half_tolerance: float  # blocks and sequences round differently; smaller faults show only in fp32
+    decodes: bool  # it needs a target that decodes, or the model's own logits
 
 
 PROOFS: list[_Proof] = []  # a fault may fail proofs behind the one that names it: the first failure is the one to read
 
 
-def _proves(cause: str, cure: str, half_tolerance: float = 0.1) -> Callable[[_Measure], _Measure]:
+def _proves(
+    cause: str, cure: str, half_tolerance: float = 0.1, *, decodes: bool = False
+) -> Callable[[_Measure], _Measure]:
     """Add the decorated function to `PROOFS`: it is called ``_name`` and returns an error."""
 
     def add(measure: _Measure) -> _Measure:
-        PROOFS.append(_Proof(measure.__name__.removeprefix("_"), measure, cause, cure, half_tolerance))
+        PROOFS.append(_Proof(measure.__name__.removeprefix("_"), measure, cause, cure, half_tolerance, decodes))
         return measure
 
     return add
@@ -117,7 +120,7 @@ def _causality(target: Target, taps: Sequence[int]) -> float:
     kept = 2 * _chunk(target) + 4  # the prefix crosses borders itself, and one lies behind it
     changed = ids.clone()
     changed[:, kept:-_BLOCK] = (changed[:, kept:-_BLOCK] + 1) % target.spec.vocab_size
-    whole, other = target.capture(ids, None, ()).last, target.capture(changed, None, ()).last
+    whole, other = (each.last for each in target.captures([Sequences(ids), Sequences(changed)], ()))
     if _relative(other[:, -_BLOCK:], whole[:, -_BLOCK:]) < 1e-3:
         return float("inf")
     return _relative(other[:, :kept], whole[:, :kept], quantile=0.9)  # a leak may reach back one chunk only
@@ -150,6 +153,7 @@ def _taps(target: Target, taps: Sequence[int]) -> float:
     "the LM head on the last hidden state does not give the model's logits",
     "The final norm, a multiplier or a soft cap is missing; this family needs its own module.",
     half_tolerance=0.01,  # the model rounds after its multiplier and soft cap
+    decodes=True,
 )
 def _head(target: Target, taps: Sequence[int]) -> float:
     ids = _across_borders(target)
@@ -169,12 +173,9 @@ def _padding(target: Target, taps: Sequence[int]) -> float:
     padded[1, kept:] = 0
     mask = torch.ones_like(padded, dtype=torch.bool)
     mask[1, kept:] = False
-    alone = target.capture(ids[:, :kept], None, taps)
-    both = target.capture(padded, mask, taps)
-    return max(
-        _relative(both.last[1:, :kept], alone.last),
-        _relative(both.last[:1], target.capture(ids, None, taps).last),
-    )
+    batches = [Sequences(ids[:, :kept]), Sequences(padded, mask), Sequences(ids)]
+    alone, both, whole = (each.last for each in target.captures(batches, taps))
+    return max(_relative(both[1:, :kept], alone), _relative(both[:1], whole))
 
 
 def _prompt(target: Target) -> int:
@@ -187,6 +188,7 @@ def _prompt(target: Target) -> int:
     "a block behind a state does not give what one forward of the whole sequence gives",
     "Speculative decoding would change the output; do not serve. Sliding windows, positions, limits of the step "
     "size or the model's own cache differ between the two; report the model type and the versions in use.",
+    decodes=True,
 )
 def _verify(target: Target, taps: Sequence[int]) -> float:
     """Two blocks, one after the other, all of their tokens kept, against one forward of the whole sequence."""
@@ -211,6 +213,7 @@ def _verify(target: Target, taps: Sequence[int]) -> float:
 @_proves(
     "after a rejected block the state is not that of a target which has never seen the rejected tokens",
     "Speculative decoding would change the output; do not serve. Report the model type and the versions in use.",
+    decodes=True,
 )
 def _rollback(target: Target, taps: Sequence[int]) -> float:
     """A state that has rejected tokens, against one that has never seen them; whether blocks are right is not asked.
@@ -241,10 +244,13 @@ def _rollback(target: Target, taps: Sequence[int]) -> float:
 
 
 def run_proofs(target: Target, taps: Sequence[int] = ()) -> list[ProofResult]:
-    """Run every proof on ``target`` with ``taps`` (none: the default ones); never raises for a failed one."""
+    """Run every proof on ``target`` with ``taps`` (none: the default ones); never raises for a failed one.
+
+    A streamed target, which does not decode, is proven in what it is used for: its hidden states.
+    """
     taps = tuple(taps) or default_taps(target.spec)
     results = []
-    for proof in PROOFS:
+    for proof in (proof for proof in PROOFS if target.decodes or not proof.decodes):
         began, cause = time.perf_counter(), proof.cause
         try:
             error = proof.measure(target, taps)

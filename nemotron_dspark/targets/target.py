@@ -27,6 +27,20 @@ PREFILL_BLOCK = 256  # tokens of one prefill step: bounds the memory of the quad
 
 
 @dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Sequences padded on the right, to be captured together."""
+
+    ids: Tensor  # [B, S]
+    mask: Tensor | None = None  # bool [B, S], true on tokens; None: padding may be taken for tokens, it comes last
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """What a model's forward is given."""
+        whole = self.mask is None or bool(self.mask.all())
+        mask = None if self.mask is None or whole else self.mask.to(device).long()
+        return {"input_ids": self.ids.to(device), "attention_mask": mask, "use_cache": False}
+
+
+@dataclasses.dataclass(frozen=True)
 class Captured:
     """Hidden states of whole sequences, in the weights' dtype."""
 
@@ -44,6 +58,8 @@ class Verified:
 
 class Target:
     """A loaded target. All methods run without gradients and leave the weights alone."""
+
+    decodes = True  # whether it can `prefill`, `verify` and `commit`
 
     def __init__(self, model: Any, tokenizer: Any, spec: TargetSpec, folder: Path):
         self.model = model.eval().requires_grad_(False)
@@ -118,7 +134,7 @@ class Target:
     @staticmethod
     def of(config: TargetConfig) -> "Target":
         """Load what the ``target`` section of a configuration names."""
-        return Target.load(config.named, **config.model_dump(exclude={"name", "proofs"}))
+        return Target.load(config.named, **load_arguments(config))
 
     @property
     def device(self) -> torch.device:
@@ -134,11 +150,28 @@ class Target:
 
         Tap i is the raw output of layer i, -1 what enters layer 0; ``last`` is after the final norm.
         """
-        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(self.device).long()
-        inputs = {"input_ids": input_ids.to(self.device), "attention_mask": mask, "use_cache": False}
+        batch = Sequences(input_ids, attention_mask)
         with even_chunks(self.model, input_ids.shape[1]):
-            last, tapped = self._hidden(taps, **inputs)
+            last, tapped = self._hidden(taps, **batch.inputs(self.device))
         return Captured(tapped, last)
+
+    def pass_tokens(self, taps: Sequence[int]) -> int:
+        """Padded tokens that are best captured together, if a batch has fewer; 0: every batch alone."""
+        return 0
+
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for the user on what was captured so far."""
+        return ()
+
+    def captures(
+        self, batches: Sequence[Sequences], taps: Sequence[int], on_layer: Callable[[int], None] = lambda layer: None
+    ) -> Iterator[Captured]:
+        """`capture` of each of ``batches``, in their order.
+
+        A target whose layers are streamed calls ``on_layer`` when all of them enter one.
+        """
+        for batch in batches:
+            yield self.capture(batch.ids, batch.mask, taps)
 
     @torch.no_grad()
     def prefill(self, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[State, Verified]:
@@ -181,7 +214,7 @@ class Target:
     def _hidden(self, taps: Sequence[int], **inputs: Any) -> tuple[Tensor, Tensor]:
         with self._tapped(taps) as collected:
             last = self._base(**inputs).last_hidden_state
-        return last, torch.cat([collected[tap] for tap in taps], dim=-1) if taps else last[..., :0]
+        return last, joined_taps(collected, taps, last)
 
     def _new_state(self, taps: tuple[int, ...]) -> State:
         """The state of one row before any token."""

@@ -50,7 +50,7 @@ class OnlineSource(Source):
         tokens = [self._tokens[sample_id] for sample_id in ids]
         try:
             with self._busy:
-                states = capture_states(self._target, tokens, self._taps)
+                (states,) = capture_states(self._target, [tokens], self._taps)
                 states.check_finite(ids)
         except torch.OutOfMemoryError:
             raise EnvironmentFault(
@@ -73,10 +73,15 @@ class OnlineSource(Source):
             pass
 
 
-def proven_target(config: TargetConfig, taps: tuple[int, ...], on_status: Callable[[str], None]) -> Target:
+def proven_target(
+    config: TargetConfig,
+    taps: tuple[int, ...],
+    on_status: Callable[[str], None],
+    load: Callable[[TargetConfig], Target] = Target.of,
+) -> Target:
     """Load the target and prove it right, unless ``config`` says not to."""
     on_status("loading the target")
-    target = Target.of(config)
+    target = load(config)
     if config.proofs:
         on_status("proving the target")
         proofs.prove(target, taps)

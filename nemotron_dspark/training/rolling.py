@@ -24,6 +24,7 @@ from nemotron_dspark.data.tokens import TokenStore
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.folders import check_space, locked
 from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.streamed import load_for_capture
 from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.online import proven_target
 from nemotron_dspark.training.schedule import RollingSchedule, Segment
@@ -102,7 +103,7 @@ class RollingSource(Source):
             "The hidden states need",
             "Free some space, give --out on another disk, or lower cache.budget_gb and begin a new run.",
         )
-        self._target = proven_target(self._config, self._taps, self._on_status)
+        self._target = proven_target(self._config, self._taps, self._on_status, load_for_capture)
         self._producer = threading.Thread(target=self._produce, args=(step,), name="segments")
         self._producer.start()
 

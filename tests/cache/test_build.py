@@ -32,11 +32,12 @@ class Interrupting:
     def __getattr__(self, name):
         return getattr(self._target, name)
 
-    def capture(self, *given):
-        if self._left == 0:
-            raise self._error
-        self._left -= 1
-        return self._target.capture(*given)
+    def captures(self, batches, *given):
+        for batch in batches:
+            if self._left == 0:
+                raise self._error
+            self._left -= 1
+            yield from self._target.captures([batch], *given)
 
 
 def build(target, conversations, folder, **changes):
@@ -237,10 +238,10 @@ def test_a_folder_with_other_files_is_refused(target, conversations, tmp_path):
 
 def test_two_builds_of_one_folder_are_refused(target, conversations, tmp_path):
     class Nested(Interrupting):
-        def capture(self, *given):
+        def captures(self, *given):
             with pytest.raises(EnvironmentFault, match="Another process"):
                 build(target, conversations, tmp_path / "c")
-            return target.capture(*given)
+            return target.captures(*given)
 
     build(Nested(target, 99), conversations, tmp_path / "c")
 
@@ -261,10 +262,10 @@ def test_data_with_the_mask_token_is_refused_by_line(target, tmp_path):
 
 def test_hidden_states_that_are_not_finite_stop_the_build(target, conversations, tmp_path):
     class Broken(Interrupting):
-        def capture(self, *given):
-            captured = target.capture(*given)
-            captured.last[0, 0, 0] = float("nan")
-            return captured
+        def captures(self, *given):
+            for captured in target.captures(*given):
+                captured.last[0, 0, 0] = float("nan")
+                yield captured
 
     with pytest.raises(CheckError, match="not finite"):
         build(Broken(target, 9), conversations, tmp_path / "c")

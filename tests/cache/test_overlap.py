@@ -57,10 +57,11 @@ class Wrapped:
     def __getattr__(self, name):
         return getattr(self._target, name)
 
-    def capture(self, *given):
-        self.forwards += 1
-        self._before(self.forwards)
-        return self._target.capture(*given)
+    def captures(self, batches, *given):
+        for batch in batches:
+            self.forwards += 1
+            self._before(self.forwards)
+            yield from self._target.captures([batch], *given)
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +211,10 @@ def test_a_killed_build_leaves_no_helper_and_goes_on_with_one_process(target, da
 
 def test_a_fault_in_the_writing_thread_ends_the_build(target, data, tmp_path):
     class Broken(Wrapped):
-        def capture(self, *given):
-            captured = super().capture(*given)
-            captured.last[0, 0, 0] = float("nan") if self.forwards == 3 else 0.0
-            return captured
+        def captures(self, *given):
+            for captured in super().captures(*given):
+                captured.last[0, 0, 0] = float("nan") if self.forwards == 3 else 0.0
+                yield captured
 
     with pytest.raises(CheckError, match=r"sample \d+ are not finite"):
         build(Broken(target, lambda _: None), data, tmp_path / "c")

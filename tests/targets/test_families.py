@@ -21,7 +21,9 @@ from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Checkpoint, Target, spec_from_config
 from nemotron_dspark.targets.families import FAMILIES
 from nemotron_dspark.targets.proofs import run_proofs
+from nemotron_dspark.targets.streamed import StreamedTarget
 from nemotron_dspark.targets.taps import default_taps
+from nemotron_dspark.targets.target import Sequences
 from nemotron_dspark.targets.weights import read_embedding_and_head
 from tests.rows import join_rows
 from tests.targets.tiny_families import TINY, VOCAB, whole_model
@@ -179,3 +181,22 @@ def test_greedy_speculative_decoding_is_lossless(target):
         identical += len(generation.tokens) == 10 and plain.tolist() == generation.tokens
     report(target, prompts=PROMPTS, identical=identical)
     assert identical == PROMPTS
+
+
+def test_layers_that_are_streamed_give_the_bits_of_a_whole_forward(target):
+    """Batches of several lengths go through the layers together; no layer stays in memory."""
+    streamed = StreamedTarget.load(str(target.folder), dtype="float32")
+    generator = torch.Generator().manual_seed(6)
+    batches = [
+        Sequences(torch.randint(32, VOCAB, (rows, length), generator=generator))
+        for rows, length in ((1, 90), (3, 40), (2, 133))
+    ]
+    first = -1 if target.spec.num_attention_heads else 0
+    taps = tuple(range(first, target.spec.num_layers - 1))
+    for whole, found in zip(target.captures(batches, taps), streamed.captures(batches, taps), strict=True):
+        assert torch.equal(found.taps, whole.taps)
+        assert torch.equal(found.last, whole.last)
+    assert torch.equal(streamed.logits(found.last), target.logits(whole.last))
+    layers = streamed.model.get_submodule(target.spec.names.layers)
+    left = [name for name, parameter in layers.named_parameters() if not parameter.is_meta]
+    assert all("shared" in name for name in left)  # Zamba2's transformer, which several layers share

@@ -305,7 +305,7 @@ def test_states_are_those_of_the_model(tiny_hybrid, cache):
 
     target, stored = Target.load(str(tiny_hybrid), device="cpu"), TargetCache(cache)
     samples = [Tokenised(stored[n].input_ids.numpy(), stored[n].loss_mask.numpy()) for n in range(4)]
-    states = capture_states(target, samples, (1, 4))
+    (states,) = capture_states(target, [samples], (1, 4))
     states.check_finite(range(4))
     taps, last = states.taps, states.last
     assert taps.dtype == last.dtype == torch.bfloat16

@@ -1,0 +1,232 @@
+"""A target larger than the memory: weights come to the data, one layer at a time.
+
+A forward over many batches reads every weight once if all of them go through layer i before any enters layer i + 1.
+Each batch's forward is the model's own, unmodified, in a greenlet that pauses before every layer; so masks, rotary
+tables and what layers hand on stay the model's business, and the hidden states are those of a whole forward, bit for
+bit. A thread reads the next layer while this one runs.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+
+from nemotron_dspark.config import TargetConfig
+from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
+from nemotron_dspark.memory import available_memory
+from nemotron_dspark.targets.checkpoint import Checkpoint
+from nemotron_dspark.targets.families import family_for
+from nemotron_dspark.targets.layer_weights import LayerWeights, without_weights
+from nemotron_dspark.targets.mamba2 import even_chunks
+from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.target import (
+    Captured,
+    Sequences,
+    Target,
+    Verified,
+    joined_taps,
+    load_arguments,
+    resolve_device,
+    resolve_dtype,
+)
+from nemotron_dspark.targets.weights import parameter_count
+
+_MEMORY_SHARE = 0.5  # of what is free beside the weights, for the states of a pass; the rest is one batch's activations
+_MOST_OF_MEMORY = 0.9  # that a target's weights may take before its layers are streamed
+_LONG_WAIT = 0.1  # of the time
+_KEPT_FREE = 8 * 10**9  # bytes of a memory that the system shares with the device: a GB10 without any left freezes
+
+
+def load_for_capture(config: TargetConfig) -> Target:
+    """Load the target that ``config`` names: streamed when it says so, or when the weights do not fit.
+
+    Raises: as `Target.load`.
+    """
+    if config.stream == "on" or (config.stream == "auto" and not _fits(config)):
+        return StreamedTarget.load(config.named, **load_arguments(config))
+    return Target.of(config)
+
+
+def _fits(config: TargetConfig) -> bool:
+    """Whether the weights leave something of the memory; unknown without weights on the disk, and then they do."""
+    checkpoint, device = Checkpoint.of(config, weights=True), resolve_device(config.device)
+    elements = parameter_count(checkpoint.folder) or 0
+    kind = resolve_dtype(config.dtype, device, checkpoint)
+    width = 4 if kind == "float32" else 2
+    return elements * width < _MOST_OF_MEMORY * _free(device)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that may be taken on ``device``."""
+    if device.type != "cuda":
+        return available_memory()
+    if torch.cuda.get_device_properties(device).is_integrated:
+        return available_memory() - _KEPT_FREE
+    return torch.cuda.mem_get_info(device)[0]
+
+
+class _Run(greenlet):
+    """One batch's forward. It returns to whoever started it before every layer, and at its end."""
+
+    def __init__(self, inputs: dict[str, Any], taps: Sequence[int], forward: Any):
+        super().__init__(lambda: forward(**inputs).last_hidden_state)
+        self.length = inputs["input_ids"].shape[1]
+        self.taps = frozenset(taps)
+        self.tapped: dict[int, Tensor] = {}
+
+
+class StreamedTarget(Target):
+    """A `Target` for `captures`, whose layers are read when they run. It does not decode."""
+
+    decodes = False
+
+    def __init__(self, model: Any, tokenizer: Any, spec: TargetSpec, folder: Path, weights: LayerWeights):
+        super().__init__(model, tokenizer, spec, folder)
+        self._weights = weights
+        self._waited, self._captured = 0.0, 0.0  # seconds: for layers, and in all passes
+        for at, layer in enumerate(self._layers):
+            layer.register_forward_pre_hook(self._pause, with_kwargs=True)
+            layer.register_forward_hook(self._keep(at))
+
+    @staticmethod
+    def load(
+        name: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> "StreamedTarget":
+        """As `Target.load`; of the weights only what belongs to no layer is read.
+
+        Raises:
+            InputError: also when a tensor is missing or has another shape, which is known before any layer is read.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        checkpoint = Checkpoint.find(name, revision=revision, weights=True, trust_remote_code=trust_remote_code)
+        folder, spec, trusted = checkpoint.folder, checkpoint.read_spec(), checkpoint.remote_code
+        where = resolve_device(device)
+        kind = resolve_dtype(dtype, where, checkpoint)
+        faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+            wanted = config.dtype or torch.float32 if kind == "auto" else getattr(torch, kind)
+            with without_weights():
+                model = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=wanted,
+                    attn_implementation=family_for(spec).attention,
+                    trust_remote_code=trusted,
+                )
+        except faults as error:
+            raise InputError(
+                f"{folder} cannot be loaded as a target: {first_line(error)}.",
+                "Check that the folder holds config.json and the safetensors weights that belong to it.",
+            ) from None
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = buffer if buffer is None else buffer.to(where)
+        weights = LayerWeights(model, spec.names.layers, folder, where)
+        try:
+            weights.load_resident()
+        except torch.OutOfMemoryError:
+            raise EnvironmentFault(
+                f"The embedding of {name} does not fit into the memory of {where}.", "Use a device with more memory."
+            ) from None
+        return StreamedTarget(model, checkpoint.load_tokenizer(), spec, folder, weights)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def pass_tokens(self, taps: Sequence[int]) -> int:
+        """Tokens whose states fit into the memory beside two layers.
+
+        A token in flight holds its hidden state, what a layer makes of it, and its taps.
+        """
+        layers = range(len(self._layers))
+        largest = max(self._weights.bytes_of(layer) for layer in layers)
+        of_a_token = (len(taps) + 3) * self.spec.hidden_size * self.dtype.itemsize
+        return max(0, int(_MEMORY_SHARE * (_free(self.device) - 2 * largest) / of_a_token))
+
+    def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured:
+        (captured,) = self.captures([Sequences(input_ids, attention_mask)], taps)
+        return captured
+
+    def captures(
+        self, batches: Sequence[Sequences], taps: Sequence[int], on_layer: Callable[[int], None] = lambda layer: None
+    ) -> Iterator[Captured]:
+        began = time.monotonic()
+        runs: list[_Run | None] = [_Run(batch.inputs(self.device), taps, self._base) for batch in batches]
+        count = len(self._layers)
+        with ThreadPoolExecutor(1, "read") as reader:
+            try:
+                reading = reader.submit(self._weights.load, 0)
+                for run in runs:
+                    self._go_on(run, 0)
+                for layer in range(count):
+                    waited = time.monotonic()
+                    reading.result()
+                    self._waited += time.monotonic() - waited
+                    on_layer(layer)
+                    if layer + 1 < count:
+                        reading = reader.submit(self._weights.load, layer + 1)
+                    for at, run in enumerate(runs):
+                        last = self._go_on(run, layer)
+                        if layer + 1 == count and run is not None:
+                            runs[at] = None  # its states are free as soon as whoever gets them is done
+                            yield Captured(joined_taps(run.tapped, taps, last), last)
+                            del last
+                    if self.device.type == "cuda":
+                        torch.cuda.current_stream(self.device).synchronize()  # the layer is in use until then
+                    self._weights.free(layer)
+            finally:
+                self._captured += time.monotonic() - began
+                for run in runs:
+                    if run is not None and not run.dead:
+                        run.throw()
+
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of the passes so far."""
+        if self._waited <= _LONG_WAIT * self._captured:
+            return ()
+        rate = self._weights.read_bytes / max(self._weights.read_seconds, 1e-9)
+        return (
+            f"Of the target's time {self._waited / self._captured:.0%} went by waiting for its layers, which come at "
+            f"{rate / 1e6:.0f} MB/s: a faster disk, or more memory for longer passes, would save it.",
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with self._weights.loaded([f"{self.spec.names.head}.weight"]):
+            return super().logits(hidden)
+
+    def prefill(self, ids: Sequence[int], taps: Sequence[int] = ()) -> tuple[Any, Verified]:
+        raise InputError("A streamed target does not decode.", "Load it whole (--stream off) on a larger device.")
+
+    @torch.no_grad()
+    def _go_on(self, run: Any, layer: int) -> Any:
+        """Let ``run`` compute up to its next pause, in which number ``layer`` is the layer that runs."""
+        with even_chunks(self._layers[layer], run.length):
+            return run.switch()
+
+    def _pause(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        run = getcurrent()
+        if isinstance(run, _Run):
+            if layer is self._layers[0] and -1 in run.taps:
+                run.tapped[-1] = args[0] if args else kwargs["hidden_states"]
+            assert run.parent is not None
+            run.parent.switch()
+
+    def _keep(self, at: int) -> Any:
+        def keep(_layer: Any, _inputs: Any, output: Any) -> None:
+            run = getcurrent()
+            if isinstance(run, _Run) and at in run.taps:
+                run.tapped[at] = output[0] if isinstance(output, tuple) else output
+
+        return keep
