@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nemotron_dspark.errors import InputError, first_line
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.memory import available_memory
-from nemotron_dspark.targets.weights import tensor_files, tensor_shapes
+from nemotron_dspark.targets.target import checked_weights
 
 _CACHE_LINE = 64  # bytes
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -60,15 +59,16 @@ class LayerWeights:
         """
         self._model, self._device = model, device
         self.read_bytes, self.read_seconds = 0, 0.0  # of all layers so far
-        self._files = tensor_files(folder)
+        self._folder, self._stored = folder, checked_weights(folder)
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._own = {name: _layer_of(name) if name.startswith(f"{layers}.") else None for name in self._empty}
         base = layers.rpartition(".")[0]
         self._groups: defaultdict[int | None, list[str]] = defaultdict(list)  # the checkpoint's names, by layer
-        for name in self._files:
+        for name in self._stored:
             self._groups[_layer_of(name)].append(name)
         self._loaded: dict[int | None, set[str]] = {}  # the model's names that a group of the checkpoint's fills
         self._check(folder)
+        del self._stored  # the files are opened again for each layer, and closed, so that they do not fill the memory
         unified = device.type == "cuda" and torch.cuda.get_device_properties(device).is_integrated
         self._drops_pages = unified or self.total_bytes > available_memory()  # else a second pass finds them there
         ties = getattr(model, "all_tied_weights_keys", {})
@@ -97,18 +97,10 @@ class LayerWeights:
         """Load layer number ``layer``, or of what its tensors fill the names in ``only``."""
         began = time.monotonic()
         kept = {name: getattr(*_owner(self._model, name)) for name in self._loaded[layer]}
-        tensors: dict[str, Tensor] = {}
-        files = {self._files[name] for name in self._groups[layer]}
-        for file in files:
-            names = [name for name in self._groups[layer] if self._files[name] == file]
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    tensors |= {name: opened.get_tensor(name) for name in names}
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{file} can no longer be read: {first_line(error)}.",
-                    "Put the file back and give the same command: what is written stays.",
-                ) from None
+        weights = checked_weights(self._folder, self._groups[layer])  # opens the files anew, and closes them behind it
+        tensors = {name: weight.read() for name, weight in weights.items()}
+        files = {weight.shard.path for weight in weights.values()}
+        del weights
         mapped = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
         self._fill(tensors, "cpu")
         for name in self._loaded[layer]:
@@ -144,16 +136,9 @@ class LayerWeights:
 
     def _check(self, folder: Path) -> None:
         """Go through the loading with shapes alone."""
-        shapes = {path: tensor_shapes(path) for path in sorted(set(self._files.values()))}
         missing = set(self._model.state_dict()) - set(getattr(self._model, "all_tied_weights_keys", {}))
         for layer, names in self._groups.items():
-            absent = [name for name in names if name not in shapes[self._files[name]]]
-            if absent:
-                raise InputError(
-                    f"{self._files[absent[0]]} does not hold {absent[0]}, although the index says so.",
-                    "Download both files again.",
-                )
-            like = {name: torch.empty(shapes[self._files[name]][name], device="meta") for name in names}
+            like = {name: torch.empty(self._stored[name].shape, device="meta") for name in names}
             report = self._fill(like, "meta")
             self._loaded[layer] = set(self._model.state_dict()) - set(report.missing_keys)
             wrong = [*report.mismatched_keys, *report.conversion_errors]

@@ -23,6 +23,7 @@ from nemotron_dspark.targets.checkpoint import Checkpoint
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.layer_weights import LayerWeights, without_weights
 from nemotron_dspark.targets.mamba2 import even_chunks
+from nemotron_dspark.targets.schemes import scheme_of
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.target import (
     Captured,
@@ -33,6 +34,7 @@ from nemotron_dspark.targets.target import (
     load_arguments,
     resolve_device,
     resolve_dtype,
+    unquantised_config,
 )
 from nemotron_dspark.targets.weights import parameter_count
 
@@ -107,7 +109,7 @@ class StreamedTarget(Target):
         Raises:
             InputError: also when a tensor is missing or has another shape, which is known before any layer is read.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         checkpoint = Checkpoint.find(name, revision=revision, weights=True, trust_remote_code=trust_remote_code)
         folder, spec, trusted = checkpoint.folder, checkpoint.read_spec(), checkpoint.remote_code
@@ -115,8 +117,9 @@ class StreamedTarget(Target):
         kind = resolve_dtype(dtype, where, checkpoint)
         faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-            wanted = config.dtype or torch.float32 if kind == "auto" else getattr(torch, kind)
+            config = unquantised_config(checkpoint)
+            own = torch.bfloat16 if scheme_of(folder) else config.dtype or torch.float32
+            wanted = own if kind == "auto" else getattr(torch, kind)
             with without_weights():
                 model = AutoModelForCausalLM.from_config(
                     config,

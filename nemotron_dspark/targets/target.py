@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from nemotron_dspark.targets.cpu_dtype import cpu_dtype
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.mamba2 import even_chunks
-from nemotron_dspark.targets.quantised import weights_of
+from nemotron_dspark.targets.quantised import Weight, weights_of
 from nemotron_dspark.targets.schemes import scheme_of
 from nemotron_dspark.targets.shards import Stored, stored_tensors
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
@@ -273,23 +273,15 @@ def _load_model(checkpoint: Checkpoint, kind: str, attention: str | None) -> tup
     files: its own converters then rename and stack them, and each is read when it is due. Its quantisers stay out: most
     want a GPU, and a draft learns from BF16 activations anyway.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     folder, trusted = checkpoint.folder, checkpoint.remote_code
     options: dict[str, Any] = {"attn_implementation": attention, "output_loading_info": True}  # None: SDPA if it can
-    scheme = scheme_of(folder)
-    stored = stored_tensors(folder)
-    if scheme is None:
-        _refuse_unsaid(stored)
+    weights = checked_weights(folder)
+    if scheme_of(folder) is None:
         dtype = kind if kind == "auto" else getattr(torch, kind)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted, **options)
-    weights = weights_of(stored, scheme)
-    for weight in weights.values():
-        weight.layout()  # transformers would make a traceback of an error found while it loads
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            delattr(part, "quantization_config")
+    config = unquantised_config(checkpoint)
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     if (folder / "generation_config.json").is_file():
@@ -303,6 +295,35 @@ def _load_model(checkpoint: Checkpoint, kind: str, attention: str | None) -> tup
     )
 
 
+def unquantised_config(checkpoint: Checkpoint) -> Any:
+    """The config in transformers' class, without what it says of quantised weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.remote_code)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            delattr(part, "quantization_config")
+    return config
+
+
+def checked_weights(folder: Path, names: Collection[str] | None = None) -> dict[str, Weight | Stored]:
+    """The weights of the checkpoint in ``folder``, or those called ``names``.
+
+    Raises:
+        InputError: one is quantised in a way that is not read here. That is found from the files' headers: in the
+            middle of its loading transformers would make a traceback of it.
+    """
+    stored, scheme = stored_tensors(folder), scheme_of(folder)
+    weights: Mapping[str, Weight | Stored] = stored if scheme is None else weights_of(stored, scheme)
+    wanted = {name: weight for name, weight in weights.items() if names is None or name in names}
+    for weight in wanted.values():
+        if isinstance(weight, Weight):
+            weight.layout()
+    if scheme is None:
+        _refuse_unsaid({name: stored[name] for name in wanted})
+    return wanted
+
+
 def _refuse_unsaid(stored: Mapping[str, Stored]) -> None:
     """Raise `InputError` for float8 of an unknown scale, which transformers would take for the weights themselves."""
     for tensor in stored.values():
@@ -312,6 +333,16 @@ def _refuse_unsaid(stored: Mapping[str, Stored]) -> None:
                 "it was quantised.",
                 "Restore config.json, and hf_quant_config.json if there was one, from the checkpoint's repository.",
             )
+
+
+def load_arguments(config: TargetConfig) -> dict[str, Any]:
+    """What `Target.load` takes beside the name."""
+    return config.model_dump(exclude={"name", "proofs", "stream"})
+
+
+def joined_taps(tapped: Mapping[int, Tensor], taps: Sequence[int], last: Tensor) -> Tensor:
+    """The tapped outputs [B, S, H] side by side, [B, S, T·H], as many columns as there are ``taps``."""
+    return torch.cat([tapped[tap] for tap in taps], dim=-1) if taps else last[..., :0]
 
 
 def resolve_device(name: str, key: str = "target.device") -> torch.device:

@@ -21,6 +21,7 @@ from nemotron_dspark.targets import Checkpoint, Target
 from nemotron_dspark.targets.quantised import weights_of
 from nemotron_dspark.targets.schemes import scheme_of
 from nemotron_dspark.targets.shards import INDEX, stored_tensors, tensors_here
+from nemotron_dspark.targets.streamed import StreamedTarget
 from nemotron_dspark.targets.weights import open_tensors, parameter_count, read_embedding_and_head, stored_size
 from tests.targets.tiny_families import TINY
 
@@ -612,3 +613,13 @@ def test_modelopt_dequantises_the_same():
     assert torch.equal(found.bfloat16(), made.plain)
     made = fp8(weight)
     assert torch.equal(FP8QTensor(shape, kind, made.float8).dequantize(kind, scale=made.scales).bfloat16(), made.plain)
+
+
+def test_a_quantised_target_is_streamed_with_the_same_bits(hybrid, tmp_path):
+    config, layout_of = {"quantization_config": modelopt_config("NVFP4")}, uniform(modelopt_nvfp4)
+    quantised, _ = quantise(hybrid, tmp_path, layout_of, config)
+    whole, streamed = Target.load(str(quantised), dtype="float32"), StreamedTarget.load(str(quantised), dtype="float32")
+    ids = torch.randint(32, 384, (2, 50), generator=torch.Generator().manual_seed(2))
+    expected, found = whole.capture(ids, None, (1, 4)), streamed.capture(ids, None, (1, 4))
+    assert torch.equal(found.taps, expected.taps)
+    assert torch.equal(found.last, expected.last)
