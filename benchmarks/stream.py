@@ -57,6 +57,7 @@ def main() -> None:
                 command += [f"--{name}", str(getattr(options, name))]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             result[child] = json.loads(done.stdout.splitlines()[-1])
+            print(child, result[child], file=sys.stderr)
     finally:
         shutil.rmtree(folder)
     if options.whole:
@@ -116,7 +117,7 @@ def capture(options: argparse.Namespace) -> dict[str, Any]:
     from nemotron_dspark.targets.target import Sequences, Target
 
     generator = torch.Generator().manual_seed(1)
-    rows = max(1, 2048 // options.length) if options.device == "cpu" else max(1, 16384 // options.length)
+    rows = max(1, (2048 if options.device == "cpu" else 4096) // options.length)
     count = max(1, options.tokens // options.length)
     ids = torch.randint(0, VOCAB, (count, options.length), generator=generator)
     batches = [Sequences(part) for part in ids.split(rows)]
