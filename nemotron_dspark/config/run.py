@@ -163,6 +163,11 @@ class TrainConfig(_Section):
     checkpoint_every: int = Field(500, ge=1, description="optimiser steps between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
 
+    @property
+    def most_checkpoints(self) -> int:
+        """Those on the disk at one time: the newest, the one being written and, with held-out samples, the best."""
+        return self.keep_checkpoints + 1 + (self.validation > 0)
+
 
 class EvalConfig(_Section):
     """Accepted length and speed on prompts the draft has not seen."""

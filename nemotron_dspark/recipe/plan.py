@@ -239,7 +239,7 @@ class _Case:
         if mode.setting:
             found["tokens"] = float(TOKEN_BYTES * self.workload.tokens)
         one = needs.checkpoint_bytes(self.shape)
-        found["checkpoints"] = float((self.config.train.keep_checkpoints + 1) * one)
+        found["checkpoints"] = float(self.config.train.most_checkpoints * one)
         found["draft"] = float(needs.draft_bytes(self.shape, self.machine.weight_bytes))
         return found
 

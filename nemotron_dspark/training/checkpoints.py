@@ -96,13 +96,10 @@ def expected_disk(draft: Draft, checkpoints: int) -> int:
     return checkpoints * checkpoint_bytes(trained) + finished
 
 
-def check_space(run_folder: Path, draft: Draft, keep: int) -> None:
-    """`EnvironmentFault` when the disk cannot hold the checkpoints that are still to come and the finished draft.
-
-    ``keep`` of them stay and one more is being written.
-    """
+def check_space(run_folder: Path, draft: Draft, most: int) -> None:
+    """`EnvironmentFault` when the disk cannot hold ``most`` checkpoints (some may be there) and the draft."""
     there = len(list_checkpoints(run_folder / "checkpoints"))
-    missing = expected_disk(draft, max(1, keep + 1 - there))
+    missing = expected_disk(draft, max(1, most - there))
     folders.check_space(
         run_folder,
         missing,

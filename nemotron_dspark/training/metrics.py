@@ -1,4 +1,4 @@
-"""What a run reports: sums over steps by name, a JSON line for every few of them, TensorBoard where it is installed."""
+"""What a run reports: sums over steps by name, and a JSON line for every few of them."""
 
 import dataclasses
 import json

@@ -106,7 +106,7 @@ def train(
             tilings[device.type] = dataclasses.asdict(choose_tiling(draft.lm_head.weight))
         if context.is_main:
             folders.write_run_info(out, states.settings, config, notes, read_from, tilings)
-            check_space(out, draft, config.train.keep_checkpoints)
+            check_space(out, draft, config.train.most_checkpoints)
     for note in notes:
         tell.on_message(f"note: {note}")
     tell.on_message(_summary(states, draft, config, out))
@@ -180,7 +180,7 @@ def _summary(states: HiddenStates, draft: DSparkDraft, config: RunConfig, out: P
     """What is about to run, and what it takes on the disk."""
     tokens = int(states.source.lengths.sum())
     budget = min(states.size, int(config.cache.budget_gb * 1e9))
-    disk = expected_disk(draft, config.train.keep_checkpoints + 1)
+    disk = expected_disk(draft, config.train.most_checkpoints)
     disk += {"cached": 0, "online": 5 * tokens, "rolling": 5 * tokens + budget}[states.mode]
     fits = states.mode == "rolling" and states.size <= budget
     text = _SUMMARIES["whole" if fits else states.mode].format(

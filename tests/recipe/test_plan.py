@@ -301,3 +301,10 @@ def test_disk_is_predicted_to_a_percent_and_memory_to_ten(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert code == 0, said
     assert len(json.loads(said)["rows"]) == 5
+
+
+def test_the_best_checkpoint_of_a_run_with_held_out_samples_is_counted(shape):
+    plain, validated = (
+        column(planned(shape, settings=[f"train.validation={share}"]), "cached").disk for share in (0, 0.05)
+    )
+    assert validated["checkpoints"] == pytest.approx(plain["checkpoints"] * 4 / 3)  # two newest, one being written
