@@ -17,6 +17,7 @@ from nemotron_dspark.errors import NdsError
 COMMANDS = (
     "demo",
     "selftest",
+    "doctor",
     "inspect",
     "plan",
     "config",
