@@ -45,4 +45,5 @@ def _show(report: "Report") -> None:
         style = STYLES[finding.state]
         shell.out.print(f"\n[{style}]{finding.name}[/], to mend it:\n  {escape(finding.mend or '')}", soft_wrap=True)
     faults = sum(finding.state == "fault" for finding in report.findings)
-    shell.out.print(f"\n[bold red]{faults} faults.[/]" if faults else "\n[green]No faults.[/]")
+    counted = "1 fault" if faults == 1 else f"{faults} faults"
+    shell.out.print(f"\n[bold red]{counted}.[/]" if faults else "\n[green]No faults.[/]")

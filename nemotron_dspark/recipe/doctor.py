@@ -193,23 +193,22 @@ def versions(probes: Probes) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         found = "nemotron-dspark runs from a folder and is not installed, so its requirements are unknown"
         return _finding("warning", found, f"{_pip()} install -e .")
-    core, missing, old, seen = [], [], [], set()
+    core: dict[str, str] = {}
+    wrong: dict[str, str] = {}  # requirement: what is wrong with it
     for requirement in asked:
         parts = re.match(r"([\w.-]+)>=([\d.]+)", requirement)
-        if parts is None or parts[1] in seen or re.search(r"extra == .dev.", requirement):
+        if parts is None or re.search("extra == .(dev|kernels).", requirement):  # kernels have checks of their own
             continue
-        seen.add(parts[1])
-        installed, extra = probes.version(parts[1]), "extra ==" in requirement
-        core += [] if extra else [f"{parts[1]} {installed}"]
+        name, installed, extra = parts[1], probes.version(parts[1]), "extra ==" in requirement
+        if not extra:
+            core[name] = f"{name} {installed}"
         if installed is None and not extra:
-            missing.append(parts[0])
+            wrong[parts[0]] = f"{name} is missing"
         elif installed is not None and _numbers(installed) < _numbers(parts[2]):
-            old.append(parts[0])
-    if missing or old:
-        wrong = [f"{name} is missing" for name in missing]
-        wrong += [f"{(name := asks.split('>=')[0])} {probes.version(name)} is too old" for asks in old]
-        return _finding("fault", ", ".join(wrong), f"{_pip()} install {shlex.join(missing + old)}")
-    return _finding("ok", ", ".join(core))
+            wrong[parts[0]] = f"{name} {installed} is too old"
+    if wrong:
+        return _finding("fault", ", ".join(wrong.values()), f"{_pip()} install {shlex.join(wrong)}")
+    return _finding("ok", ", ".join(core.values()))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
