@@ -273,11 +273,33 @@ def test_a_flex_attention_that_does_not_compile_gets_the_cure_of_its_error(folde
     assert (found.state, mend in found.mend) == ("fault", True)
 
 
-def test_a_proof_runs_in_a_process_of_its_own_and_its_end_is_told(folder, monkeypatch):
+def installed_module(folder, monkeypatch, name, text):
+    """A module that processes started from here import, and no GPU in them."""
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_the_installed_kernels_are_proven_in_a_process_of_their_own(folder, monkeypatch):
+    text = "def causal_conv1d_fn(x, *rest, **options): return x\ndef causal_conv1d_update(x, *rest): return x\n"
+    installed_module(folder, monkeypatch, "causal_conv1d", text)
+    proof = Probes(folder).prove("causal-conv1d")
+    assert proof.error > 0.5
+    assert not proof.passed
+
+
+def test_a_kernel_that_ends_its_process_does_not_end_the_command(folder, monkeypatch):
+    installed_module(folder, monkeypatch, "causal_conv1d", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(EnvironmentFault) as raised:
+        Probes(folder).prove("causal-conv1d")
+    assert raised.value.what == "ended by signal 11"
+
+
+def test_a_package_that_does_not_import_is_told_by_its_error(folder, monkeypatch):
+    installed_module(folder, monkeypatch, "mamba_ssm", "raise ImportError('undefined symbol: _ZN3c10')")
     with pytest.raises(EnvironmentFault) as raised:
         Probes(folder).prove("mamba-ssm")
-    assert "No module named 'mamba_ssm'" in raised.value.what
+    assert raised.value.what == "ImportError: undefined symbol: _ZN3c10"
 
 
 # --- torch, driver, memory ---
