@@ -115,7 +115,7 @@ def state_bytes(config, spec) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
     states = family_for(spec).prepare(model, spec)(torch.device("meta"), torch.bfloat16)
-    conv, *others = states._tensors()
+    conv, *others = states.tensors()
     return sum(tensor.nbytes for tensor in others or [conv])
 
 

@@ -32,7 +32,7 @@ def job(tiny_hybrid, conversations, tmp_path):
 @pytest.fixture
 def reused_target(target, monkeypatch):
     """Loading and proving the same tiny target for every part would only take time; both are tested elsewhere."""
-    monkeypatch.setattr(stages, "load_target", lambda config: target)
+    monkeypatch.setattr(stages, "load_target", lambda config, load: target)
 
 
 def with_taps(job, *taps):
