@@ -1,6 +1,7 @@
 """Exported GGUF files hold what llama.cpp's loaders look for, and what is read back from them is the same model."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.engines.gguf_checkpoint import import_gguf
 from nemotron_dspark.engines.gguf_export import export_draft, export_target
-from nemotron_dspark.errors import InputError
+from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Checkpoint, Target
 from nemotron_dspark.targets.weights import open_tensors
@@ -170,3 +171,12 @@ def test_what_llama_cpp_cannot_serve_is_refused_and_nothing_is_written(tiny_hybr
     with pytest.raises(InputError, match="exists"):
         export_target(Checkpoint.find(tiny_llama), out, "float32")
     assert out.read_bytes() == b"mine"
+
+
+def test_without_the_gguf_package_both_ways_say_what_to_install(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)  # an import of it fails
+    with pytest.raises(EnvironmentFault, match=r"Writing a GGUF file needs.*\n?.*nemotron-dspark\[gguf\]"):
+        export_target(Checkpoint.find(tiny_llama), tmp_path / "t.gguf", "float32")
+    with pytest.raises(EnvironmentFault, match=r"Reading a GGUF file needs.*\n?.*nemotron-dspark\[gguf\]"):
+        import_gguf("t.gguf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
