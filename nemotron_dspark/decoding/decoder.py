@@ -273,9 +273,10 @@ class Decoder:
         tokens = anchors.new_zeros(len(active), gamma)
         probs = None if all_greedy else torch.zeros(*tokens.shape, draft.config.vocab_size, device=tokens.device)
         previous, confidence, margins = anchors, [], []
-        divisors = draft.temperatures_at([sampling.temperature for sampling in samplings])
+        predicting = self.confidence_threshold > 0 or self.record_confidence
+        divisors = draft.temperatures_at([each.temperature for each in samplings]) if predicting else None
         for slot in range(gamma):
-            if self.confidence_threshold > 0 or self.record_confidence:
+            if divisors is not None:
                 confidence.append(block.confidence(previous).float())
                 self._cut(counts, confidence[-1] / divisors[:, slot], slot)
                 if max(counts) <= slot:
