@@ -151,7 +151,7 @@ def reliability(survival: Tensor, outcome: Tensor) -> list[Bin]:
     """The bins that hold rounds, of ``survival`` and ``outcome`` [N]: 15 of equal width from 0 to 1."""
     if not len(survival):
         return []
-    place = (survival * BINS).long().clamp(max=BINS - 1)
+    place = _bins(survival)
     count = torch.bincount(place, minlength=BINS).double()
     foretold = torch.bincount(place, survival, BINS) / count
     kept = torch.bincount(place, outcome, BINS) / count
@@ -174,9 +174,13 @@ def chance_error(survival: Tensor) -> float:
     """
     if not len(survival):
         return 0.0
-    place = (survival * BINS).long().clamp(max=BINS - 1)
-    variance = torch.bincount(place, survival * (1 - survival), BINS)
+    variance = torch.bincount(_bins(survival), survival * (1 - survival), BINS)
     return float((variance * 2 / math.pi).sqrt().sum()) / len(survival)
+
+
+def _bins(survival: Tensor) -> Tensor:
+    """The bin [N] of each of ``survival`` [N]."""
+    return (survival * BINS).long().clamp(max=BINS - 1)
 
 
 def _loss(logits: Tensor, outcome: Tensor) -> float:

@@ -34,6 +34,7 @@ from nemotron_dspark.evaluation.calibration import (
 )
 from nemotron_dspark.evaluation.measure import Progress, decode
 from nemotron_dspark.evaluation.picture import Reliability
+from nemotron_dspark.evaluation.report import label_of
 from nemotron_dspark.targets import Target
 
 Signal = Literal["confidence head", "margin"]
@@ -321,11 +322,6 @@ def workload_names(prompts: Sequence[str]) -> list[str]:
     """What to call each of ``prompts``: the file's name without its end, where that tells them apart."""
     short = [Path(text).stem if Path(text).is_file() else text for text in prompts]
     return [name if short.count(name) == 1 else text for name, text in zip(short, prompts, strict=True)]
-
-
-def label_of(temperature: float) -> str:
-    """What tables and pictures call a temperature of sampling."""
-    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -31,7 +31,7 @@ class EvalReport:
     @property
     def labelled(self) -> dict[str, Measurement]:
         """The measurements by what a table calls them."""
-        return {label_of(measurement): measurement for measurement in self.evaluation.measurements}
+        return {label_of(measurement.temperature): measurement for measurement in self.evaluation.measurements}
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write ``eval.json`` and ``eval.png`` there; returns their paths."""
@@ -97,6 +97,6 @@ def speed_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def label_of(measurement: Measurement) -> str:
-    """What tables and pictures call a measurement."""
-    return "greedy" if measurement.temperature == 0 else f"temperature {measurement.temperature:g}"
+def label_of(temperature: float) -> str:
+    """What tables and pictures call a temperature of sampling."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
