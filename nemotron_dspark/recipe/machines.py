@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.memory import available_memory
+from nemotron_dspark.memory import available_memory, is_unified
 from nemotron_dspark.resources import resource_folder
 
 GB = 1e9
@@ -94,7 +94,7 @@ def measured(name: str, folder: Path) -> Machine:
         return Machine(name, title, 0, 0.0, float(available), note="measured just now, in fp32", **common)
     properties = torch.cuda.get_device_properties(0)
     # A GPU on the processor's memory: the free-memory call leaves out what the system would give back.
-    unified = bool(getattr(properties, "is_integrated", 0))
+    unified = is_unified(properties)
     memory = float(available if unified else properties.total_memory)
     host = 0.0 if unified else float(available)
     title = f"this machine ({gpus} x {properties.name})" if gpus > 1 else f"this machine ({properties.name})"

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from nemotron_dspark.errors import EnvironmentFault, first_line
+from nemotron_dspark.memory import is_unified, meminfo
 
 PROOF_SECONDS = 300  # the first call of a Triton kernel compiles it
 _PIECE = 8_000_000
@@ -82,8 +83,7 @@ class Probes:
                 torch.cuda.init()
                 devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
                 gpus = tuple(
-                    Gpu(its.name, (its.major, its.minor), its.total_memory, bool(getattr(its, "is_integrated", 0)))
-                    for its in devices
+                    Gpu(its.name, (its.major, its.minor), its.total_memory, is_unified(its)) for its in devices
                 )
             except (RuntimeError, AssertionError) as error:
                 fault = first_line(error)
@@ -92,9 +92,7 @@ class Probes:
 
     def memory(self) -> dict[str, int]:
         """`/proc/meminfo`, in bytes; empty where there is none."""
-        file = Path("/proc/meminfo")
-        rows = (line.split() for line in (file.read_text().splitlines() if file.is_file() else ()))
-        return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if row[2:] == ["kB"]}
+        return meminfo()
 
     def environment(self, name: str) -> str:
         return os.environ.get(name, "")
