@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.memory import available_memory
-from nemotron_dspark.targets.target import checked_weights
+from nemotron_dspark.memory import available_memory, is_unified
+from nemotron_dspark.targets.target import checked_weights, refuse_absent
+from nemotron_dspark.targets.weights import weights_in
 
 _CACHE_LINE = 64  # bytes
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -59,17 +60,18 @@ class LayerWeights:
         """
         self._model, self._device = model, device
         self.read_bytes, self.read_seconds = 0, 0.0  # of all layers so far
-        self._folder, self._stored = folder, checked_weights(folder)
+        self._folder = folder
+        stored = checked_weights(folder)
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._own = {name: _layer_of(name) if name.startswith(f"{layers}.") else None for name in self._empty}
         base = layers.rpartition(".")[0]
-        self._groups: defaultdict[int | None, list[str]] = defaultdict(list)  # the checkpoint's names, by layer
-        for name in self._stored:
-            self._groups[_layer_of(name)].append(name)
+        groups: defaultdict[int | None, dict[str, Tensor]] = defaultdict(dict)  # the checkpoint's tensors, by layer
+        for name, weight in stored.items():
+            groups[_layer_of(name)][name] = torch.empty(weight.shape, device="meta")
+        del stored  # the files are opened again for each layer, and closed, so that they do not fill the memory
         self._loaded: dict[int | None, set[str]] = {}  # the model's names that a group of the checkpoint's fills
-        self._check(folder)
-        del self._stored  # the files are opened again for each layer, and closed, so that they do not fill the memory
-        unified = device.type == "cuda" and torch.cuda.get_device_properties(device).is_integrated
+        self._check(folder, groups)
+        unified = device.type == "cuda" and is_unified(torch.cuda.get_device_properties(device))
         self._drops_pages = unified or self.total_bytes > available_memory()  # else a second pass finds them there
         ties = getattr(model, "all_tied_weights_keys", {})
         shared = {name for pair in ties.items() for name in pair if self._own.get(name) is not None}
@@ -97,7 +99,7 @@ class LayerWeights:
         """Load layer number ``layer``, or of what its tensors fill the names in ``only``."""
         began = time.monotonic()
         kept = {name: getattr(*_owner(self._model, name)) for name in self._loaded[layer]}
-        weights = checked_weights(self._folder, self._groups[layer])  # opens the files anew, and closes them behind it
+        weights = weights_in(self._folder, lambda name: _layer_of(name) == layer)  # opens files, and closes them below
         tensors = {name: weight.read() for name, weight in weights.items()}
         files = {weight.shard.path for weight in weights.values()}
         del weights
@@ -134,11 +136,10 @@ class LayerWeights:
         """Bytes of all parameters."""
         return sum(_bytes(parameter) for parameter in dict(self._model.named_parameters()).values())
 
-    def _check(self, folder: Path) -> None:
-        """Go through the loading with shapes alone."""
+    def _check(self, folder: Path, groups: Mapping[int | None, dict[str, Tensor]]) -> None:
+        """Go through the loading with shapes alone: meta tensors in place of the checkpoint's, by layer."""
         missing = set(self._model.state_dict()) - set(getattr(self._model, "all_tied_weights_keys", {}))
-        for layer, names in self._groups.items():
-            like = {name: torch.empty(self._stored[name].shape, device="meta") for name in names}
+        for layer, like in groups.items():
             report = self._fill(like, "meta")
             self._loaded[layer] = set(self._model.state_dict()) - set(report.missing_keys)
             wrong = [*report.mismatched_keys, *report.conversion_errors]
@@ -157,12 +158,7 @@ class LayerWeights:
             missing -= self._loaded[layer]
         for name, empty in self._empty.items():
             self._put(name, empty)
-        if missing:
-            raise InputError(
-                f"The weights in {folder} lack {len(missing)} tensors that the model has, among them {min(missing)}.",
-                "Download or copy the checkpoint again; if it is whole, upgrade transformers: an older version may "
-                "look for them elsewhere.",
-            )
+        refuse_absent(folder, missing)
 
     def _fill(self, tensors: dict[str, Tensor], device: str) -> Any:
         """Put ``tensors`` into the model as transformers does; its report."""

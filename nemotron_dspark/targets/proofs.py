@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemotron_dspark.errors import CheckError, NdsError, first_line
 from nemotron_dspark.targets.taps import default_taps
-from nemotron_dspark.targets.target import Sequences, Target
+from nemotron_dspark.targets.target import Sequences, Target, layer_input
 
 _BLOCK = 8
 _REACH = {"cpu": 1024}  # the widest sliding window that `verify` goes beyond; wider ones would take minutes on a CPU
@@ -139,7 +139,7 @@ def _taps(target: Target, taps: Sequence[int]) -> float:
     entering: dict[int, Tensor] = {}
 
     def keep(_module, args, kwargs, *, tap):
-        entering[tap] = args[0] if args else kwargs["hidden_states"]
+        entering[tap] = layer_input(args, kwargs)
 
     with contextlib.ExitStack() as hooks:
         for tap in taps:

@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from nemotron_dspark.config import TargetConfig
-from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
-from nemotron_dspark.memory import available_memory
+from nemotron_dspark.errors import EnvironmentFault, InputError
+from nemotron_dspark.memory import available_memory, is_unified
 from nemotron_dspark.targets.checkpoint import Checkpoint
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.layer_weights import LayerWeights, without_weights
@@ -31,7 +31,10 @@ from nemotron_dspark.targets.target import (
     Target,
     Verified,
     joined_taps,
+    layer_input,
+    layer_output,
     load_arguments,
+    loading,
     resolve_device,
     resolve_dtype,
     unquantised_config,
@@ -67,7 +70,7 @@ def _free(device: torch.device) -> int:
     """Bytes that may be taken on ``device``."""
     if device.type != "cuda":
         return available_memory()
-    if torch.cuda.get_device_properties(device).is_integrated:
+    if is_unified(torch.cuda.get_device_properties(device)):
         return available_memory() - _KEPT_FREE
     return torch.cuda.mem_get_info(device)[0]
 
@@ -115,8 +118,7 @@ class StreamedTarget(Target):
         folder, spec, trusted = checkpoint.folder, checkpoint.read_spec(), checkpoint.remote_code
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where, checkpoint)
-        faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
-        try:
+        with loading(checkpoint):
             config = unquantised_config(checkpoint)
             own = torch.bfloat16 if scheme_of(folder) else config.dtype or torch.float32
             wanted = own if kind == "auto" else getattr(torch, kind)
@@ -127,11 +129,6 @@ class StreamedTarget(Target):
                     attn_implementation=family_for(spec).attention,
                     trust_remote_code=trusted,
                 )
-        except faults as error:
-            raise InputError(
-                f"{folder} cannot be loaded as a target: {first_line(error)}.",
-                "Check that the folder holds config.json and the safetensors weights that belong to it.",
-            ) from None
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 module._buffers[key] = buffer if buffer is None else buffer.to(where)
@@ -222,14 +219,13 @@ class StreamedTarget(Target):
         run = getcurrent()
         if isinstance(run, _Run):
             if layer is self._layers[0] and -1 in run.taps:
-                run.tapped[-1] = args[0] if args else kwargs["hidden_states"]
-            assert run.parent is not None
-            run.parent.switch()
+                run.tapped[-1] = layer_input(args, kwargs)
+            cast(greenlet, run.parent).switch()
 
     def _keep(self, at: int) -> Any:
         def keep(_layer: Any, _inputs: Any, output: Any) -> None:
             run = getcurrent()
             if isinstance(run, _Run) and at in run.taps:
-                run.tapped[at] = output[0] if isinstance(output, tuple) else output
+                run.tapped[at] = layer_output(output)
 
         return keep

@@ -17,11 +17,12 @@ from nemotron_dspark.targets.cpu_dtype import cpu_dtype
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.mamba2 import even_chunks
-from nemotron_dspark.targets.quantised import Weight, weights_of
+from nemotron_dspark.targets.quantised import Weight
 from nemotron_dspark.targets.schemes import scheme_of
-from nemotron_dspark.targets.shards import Stored, stored_tensors
+from nemotron_dspark.targets.shards import Stored
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
 from nemotron_dspark.targets.state import ReplayState, State, TargetState
+from nemotron_dspark.targets.weights import weights_in
 
 PREFILL_BLOCK = 256  # tokens of one prefill step: bounds the memory of the quadratic scan and of the attention mask
 
@@ -94,42 +95,21 @@ class Target:
                 quantised in a way that is not read here.
             EnvironmentFault: no such device, not enough memory, or the hub cannot be reached.
         """
-        from safetensors import SafetensorError
-        from transformers import __version__
-
         checkpoint = Checkpoint.find(name, revision=revision, weights=True, trust_remote_code=trust_remote_code)
-        folder, spec, trusted = checkpoint.folder, checkpoint.read_spec(), checkpoint.remote_code
+        spec = checkpoint.read_spec()
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where, checkpoint)
-        # Code of the checkpoint's own may raise anything.
-        faults: tuple[type[Exception], ...] = (Exception,) if trusted else (OSError, ValueError, RuntimeError, KeyError)
-        try:
+        with loading(checkpoint):
             model, report = _load_model(checkpoint, kind, family_for(spec).attention)
-        except SafetensorError as error:
-            raise InputError(
-                f"The weights in {folder} are damaged: {error}.", "Download or copy the checkpoint again."
-            ) from None
-        except faults as error:
-            raise InputError(
-                f"{folder} cannot be loaded as a target: {first_line(error)}.",
-                "Check that the folder holds config.json and the safetensors weights that belong to it.",
-            ) from None
         tokenizer = checkpoint.load_tokenizer()
-        absent = sorted(report["missing_keys"])
-        if absent:  # transformers would go on with random values in their place
-            raise InputError(
-                f"The weights in {folder} lack {len(absent)} tensors that the model has in transformers {__version__}, "
-                f"among them {absent[0]}.",
-                "Download or copy the checkpoint again; if it is whole, upgrade transformers: an older version may "
-                "look for them elsewhere.",
-            )
+        refuse_absent(checkpoint.folder, report["missing_keys"])  # transformers would go on with random values there
         try:
             model = model.to(where)
         except torch.OutOfMemoryError:
             raise EnvironmentFault(
                 f"{name} does not fit into the memory of {where}.", "Use a device with more memory."
             ) from None
-        return Target(model, tokenizer, spec, folder)
+        return Target(model, tokenizer, spec, checkpoint.folder)
 
     @staticmethod
     def of(config: TargetConfig) -> "Target":
@@ -241,10 +221,10 @@ class Target:
         collected: dict[int, Tensor] = {}
 
         def keep_input(_module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            collected[-1] = args[0] if args else kwargs["hidden_states"]
+            collected[-1] = layer_input(args, kwargs)
 
         def keep_output(_module: Any, _inputs: Any, output: Any, *, tap: int) -> None:
-            collected[tap] = output[0] if isinstance(output, tuple) else output
+            collected[tap] = layer_output(output)
 
         with contextlib.ExitStack() as hooks:
             for tap in taps:
@@ -254,6 +234,41 @@ class Target:
                     handle = self._layers[tap].register_forward_hook(functools.partial(keep_output, tap=tap))
                 hooks.enter_context(handle)
             yield collected
+
+
+@contextlib.contextmanager
+def loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """What building and filling a model raises in the block becomes an `InputError` that names the folder."""
+    from safetensors import SafetensorError
+
+    folder = checkpoint.folder
+    # Code of the checkpoint's own may raise anything.
+    faults: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, KeyError)
+    faults = (Exception,) if checkpoint.remote_code else faults
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(
+            f"The weights in {folder} are damaged: {error}.", "Download or copy the checkpoint again."
+        ) from None
+    except faults as error:
+        raise InputError(
+            f"{folder} cannot be loaded as a target: {first_line(error)}.",
+            "Check that the folder holds config.json and the safetensors weights that belong to it.",
+        ) from None
+
+
+def refuse_absent(folder: Path, absent: Collection[str]) -> None:
+    """`InputError` if there are parameters of the model that the checkpoint in ``folder`` lacks: ``absent``."""
+    from transformers import __version__
+
+    if absent:
+        raise InputError(
+            f"The weights in {folder} lack {len(absent)} tensors that the model has in transformers {__version__}, "
+            f"among them {min(absent)}.",
+            "Download or copy the checkpoint again; if it is whole, upgrade transformers: an older version may "
+            "look for them elsewhere.",
+        )
 
 
 class _Unread:
@@ -306,38 +321,42 @@ def unquantised_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def checked_weights(folder: Path, names: Collection[str] | None = None) -> dict[str, Weight | Stored]:
-    """The weights of the checkpoint in ``folder``, or those called ``names``.
+def checked_weights(folder: Path) -> Mapping[str, Weight | Stored]:
+    """The weights of the checkpoint in ``folder``.
 
     Raises:
         InputError: one is quantised in a way that is not read here. That is found from the files' headers: in the
             middle of its loading transformers would make a traceback of it.
     """
-    stored, scheme = stored_tensors(folder), scheme_of(folder)
-    weights: Mapping[str, Weight | Stored] = stored if scheme is None else weights_of(stored, scheme)
-    wanted = {name: weight for name, weight in weights.items() if names is None or name in names}
-    for weight in wanted.values():
-        if isinstance(weight, Weight):
-            weight.layout()
-    if scheme is None:
-        _refuse_unsaid({name: stored[name] for name in wanted})
-    return wanted
+    weights = weights_in(folder)
+    for weight in weights.values():
+        weight.layout() if isinstance(weight, Weight) else _refuse_unsaid(weight)
+    return weights
 
 
-def _refuse_unsaid(stored: Mapping[str, Stored]) -> None:
-    """Raise `InputError` for float8 of an unknown scale, which transformers would take for the weights themselves."""
-    for tensor in stored.values():
-        if tensor.dtype.startswith("F8"):
-            raise InputError(
-                f"{tensor.name} in {tensor.shard.path} is stored as {tensor.dtype}, and config.json does not say how "
-                "it was quantised.",
-                "Restore config.json, and hf_quant_config.json if there was one, from the checkpoint's repository.",
-            )
+def _refuse_unsaid(tensor: Stored) -> None:
+    """Raise `InputError` for float8 of an unknown scale, which transformers would take for the weight itself."""
+    if tensor.dtype.startswith("F8"):
+        raise InputError(
+            f"{tensor.name} in {tensor.shard.path} is stored as {tensor.dtype}, and config.json does not say how "
+            "it was quantised.",
+            "Restore config.json, and hf_quant_config.json if there was one, from the checkpoint's repository.",
+        )
 
 
 def load_arguments(config: TargetConfig) -> dict[str, Any]:
     """What `Target.load` takes beside the name."""
     return config.model_dump(exclude={"name", "proofs", "stream"})
+
+
+def layer_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states [B, S, H] in what a layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def layer_output(output: Any) -> Tensor:
+    """The hidden states [B, S, H] in what a layer returns."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def joined_taps(tapped: Mapping[int, Tensor], taps: Sequence[int], last: Tensor) -> Tensor:

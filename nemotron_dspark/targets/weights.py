@@ -4,6 +4,7 @@ Safetensors files are mapped, not read: out of a 16 GB checkpoint only these two
 quantised is dequantised on the way (`quantised.py`).
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ def read_embedding_and_head(folder: Path, spec: TargetSpec) -> Embeddings:
         InputError: a file is missing, truncated or not safetensors, a tensor is missing, has another shape than the
             config says, or is quantised in a way that is not read here. The message names file and tensor.
     """
-    tensors = _weights(Path(folder))
+    tensors = weights_in(Path(folder))
     embedding = _read(tensors, spec.names.embedding_tensors, "token embedding", spec, folder)
     if spec.tie_word_embeddings:
         return Embeddings(embedding, embedding)
@@ -47,11 +48,17 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
 
     One that is stored quantised comes dequantised, in BF16; the tensors of its scales are not listed.
     """
-    return {name: tensor.read for name, tensor in _weights(Path(folder)).items()}
+    return {name: tensor.read for name, tensor in weights_in(Path(folder)).items()}
 
 
-def _weights(folder: Path) -> Mapping[str, Weight | Stored]:
-    stored, scheme = stored_tensors(folder), scheme_of(folder)
+def weights_in(folder: Path, chosen: Callable[[str], bool] = lambda name: True) -> Mapping[str, Weight | Stored]:
+    """The weights of the checkpoint in ``folder`` by name; of the tensors stored there, those whose name is ``chosen``.
+
+    Raises:
+        InputError: as `stored_tensors`, or they are quantised in a way that is not read here.
+    """
+    stored = {name: tensor for name, tensor in stored_tensors(folder).items() if chosen(name)}
+    scheme = scheme_of(folder)
     return stored if scheme is None else weights_of(stored, scheme)
 
 
@@ -62,14 +69,13 @@ def parameter_count(folder: Path) -> int | None:
     transformers leaves them out of the language model. In a quantised checkpoint two values in a byte count as two,
     and scales do not count; where it is quantised in an unknown way, elements are counted as they are stored.
     """
-    tensors: Mapping[str, Weight | Stored] = tensors_here(Path(folder))
-    if not tensors:
+    stored = tensors_here(Path(folder))
+    if not stored:
         return None
-    try:
-        scheme = scheme_of(Path(folder))
-        tensors = tensors if scheme is None else weights_of(tensors_here(Path(folder)), scheme)
-    except InputError:
-        pass
+    tensors: Mapping[str, Weight | Stored] = stored
+    with contextlib.suppress(InputError):
+        if scheme := scheme_of(Path(folder)):
+            tensors = weights_of(stored, scheme)
     return sum(
         math.prod(tensor.shape) for name, tensor in tensors.items() if not name.startswith(("mtp.", "model.visual."))
     )
