@@ -40,7 +40,7 @@ def check_claim(
                     "Give an empty or a new folder to --out.",
                 )
         return
-    different = _first_difference(begun_with, inputs)
+    different = first_difference(begun_with, inputs)
     if different is None:
         return
     key, old, new = different
@@ -56,14 +56,14 @@ def check_claim(
     )
 
 
-def _first_difference(
+def first_difference(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> tuple[str, object, object] | None:
     """(key, value before, value now), keys of nested mappings joined by dots."""
     for key in [*now, *(key for key in before if key not in now)]:
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found = _first_difference(old, new, f"{prefix}{key}.")
+            found = first_difference(old, new, f"{prefix}{key}.")
             if found:
                 return found
         elif old != new:

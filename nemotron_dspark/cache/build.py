@@ -181,7 +181,7 @@ def inputs_of(
         raise InputError(f"{conversations} does not exist.", "Check the path of the data file.")
     return {
         "conversations": sha256(conversations),
-        "target": _weights_identity(folder),
+        "target": weights_identity(folder),
         "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         "target_name": name,
         "dtype": dtype,
@@ -190,7 +190,7 @@ def inputs_of(
     }
 
 
-def _weights_identity(folder: Path) -> str:
+def weights_identity(folder: Path) -> str:
     """Digest of config, tokenizer, and size, head and tail of every weight file (reading them whole takes minutes)."""
     digest = hashlib.sha256()
     files = (folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors"))

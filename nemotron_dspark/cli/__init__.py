@@ -18,6 +18,7 @@ COMMANDS = (
     "demo",
     "selftest",
     "doctor",
+    "recipe",
     "inspect",
     "plan",
     "config",

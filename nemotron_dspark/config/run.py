@@ -18,7 +18,7 @@ from nemotron_dspark.config.validation import input_error
 from nemotron_dspark.errors import InputError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, coerce_numbers_to_str=True)
 
 
@@ -46,7 +46,7 @@ def read_taps(value: Any) -> Any:
     raise PydanticCustomError("taps", f"neither {' nor '.join(TAP_CHOICES)} nor a list of layers such as 1,9,17")
 
 
-class TargetConfig(_Section):
+class TargetConfig(Section):
     """The frozen model that is to be made faster."""
 
     name: str | None = Field(None, description="hub id, local folder or alias of the target")
@@ -76,7 +76,7 @@ class TargetConfig(_Section):
         return self.name
 
 
-class DraftSection(_Section):
+class DraftSection(Section):
     """The draft's shape. A value left at null follows from the target."""
 
     num_layers: int = Field(5, ge=1, description="decoder layers of the draft")
@@ -94,7 +94,7 @@ class DraftSection(_Section):
     mask_token_id: int | None = Field(None, description="token that fills the undrafted slots; null = chosen, and said")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Conversations in, tokenised samples out."""
 
     max_length: int = Field(4096, ge=2, description="tokens kept of a conversation; the rest is cut off")
@@ -104,7 +104,7 @@ class DataConfig(_Section):
     )
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """The target's hidden states on disk."""
 
     mode: Literal["online", "rolling"] = Field(
@@ -120,7 +120,7 @@ class CacheConfig(_Section):
     batch_tokens: int = Field(16384, ge=1, description="padded tokens of one target forward")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """DeepSpec's recipe; every default is its published value."""
 
     lr: float = Field(6e-4, gt=0, description="peak learning rate")
@@ -169,7 +169,7 @@ class TrainConfig(_Section):
         return self.keep_checkpoints + 1 + (self.validation > 0)
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Accepted length and speed on prompts the draft has not seen."""
 
     temperatures: tuple[float, ...] = Field((0.0, 1.0), description="one measurement each; 0 = greedy")
@@ -179,7 +179,7 @@ class EvalConfig(_Section):
     confidence_threshold: float = Field(0.0, ge=0, le=1, description="cut a block where confidence falls below")
 
 
-class ServeConfig(_Section):
+class ServeConfig(Section):
     """The OpenAI-compatible server."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -190,7 +190,7 @@ class ServeConfig(_Section):
     confidence_threshold: float = Field(0.0, ge=0, le=1, description="cut a block where confidence falls below")
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One section per stage; `nds config show` prints the resolved one."""
 
     target: TargetConfig = TargetConfig()
@@ -216,19 +216,20 @@ def _nearest(key: str) -> str:
     return f"Did you mean {close[0]}?" if close else "`nds config show` lists every key."
 
 
-def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, missing: str = "Check the path given to --config.") -> dict[str, Any]:
+    """The mapping in ``path``; `InputError` when there is none, with what helps where the file is ``missing``."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"The config {path} does not exist.", "Check the path given to --config.") from None
+        raise InputError(f"The file {path} does not exist.", missing) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.", "Correct the file.") from None
     if value is None:
@@ -238,7 +239,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _assignment(text: str) -> dict[str, Any]:
+def read_assignment(text: str) -> dict[str, Any]:
     """``train.lr=1e-4`` as a nested dict; the value is read as YAML, and what YAML takes as text by the key's type."""
     key, sign, raw = text.partition("=")
     section, dot, leaf = key.strip().partition(".")
@@ -276,19 +277,19 @@ def load_config(
     """
     given = _checked_file(file) if file is not None else {}
     for text in assignments:
-        given = _merge(given, _assignment(text))
+        given = merge(given, read_assignment(text))
         _validated(given, f"--set {text}")
-    given = _merge(given, sections)
+    given = merge(given, sections)
     if target is not None:
-        given = _merge(given, {"target": {"name": target} if isinstance(target, str) else target})
+        given = merge(given, {"target": {"name": target} if isinstance(target, str) else target})
     name = _validated(given).target.name
     if preset is None and name is not None:
         preset = preset_for(name)
     base = _checked_file(preset) if preset is not None else {}
-    return _validated(_merge(base, given))
+    return _validated(merge(base, given))
 
 
 def _checked_file(path: Path) -> dict[str, Any]:
-    values = _read_yaml(path)
+    values = read_yaml(path)
     _validated(values, str(path))  # so that the message names the file that holds the fault
     return values

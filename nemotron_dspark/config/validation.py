@@ -13,14 +13,15 @@ def input_error(
     do: str = "Correct the value.",
     unknown: Callable[[str], str] | None = None,
 ) -> InputError:
-    """The first fault of ``error``.
+    """A key that does not exist, which explains others that are missing; or the first fault of ``error``.
 
     Args:
         origin: what holds it, a file or an option.
         do: what helps.
         unknown: from a key that does not exist to what helps there.
     """
-    first = error.errors()[0]
+    faults = error.errors()
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     key = ".".join(map(str, first["loc"]))
     prefix = f"{origin}: " if origin else ""
     if first["type"] == "missing":

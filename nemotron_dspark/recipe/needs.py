@@ -238,8 +238,16 @@ def training_seconds(
 
 def evaluation_seconds(shape: Shape, config: EvalConfig, machine: Machine) -> float:
     """Every prompt one by one, with the draft and without, at each temperature."""
-    tokens = ASSUMED.eval_prompts * config.max_new_tokens * len(config.temperatures)
-    one = decode_seconds(shape, machine, 1)
+    plain = _eval_tokens(config) * decode_seconds(shape, machine, 1)
+    return plain + calibration_seconds(shape, config, machine)
+
+
+def calibration_seconds(shape: Shape, config: EvalConfig, machine: Machine) -> float:
+    """Every prompt one by one with the draft, at each temperature."""
     draft = machine.weight_bytes * (shape.trainable + shape.vocab * shape.hidden)
-    drafted = one + draft / (machine.bandwidth * ASSUMED.bandwidth)
-    return tokens * (one + drafted / ASSUMED.accepted)
+    drafted = decode_seconds(shape, machine, 1) + draft / (machine.bandwidth * ASSUMED.bandwidth)
+    return _eval_tokens(config) * drafted / ASSUMED.accepted
+
+
+def _eval_tokens(config: EvalConfig) -> int:
+    return ASSUMED.eval_prompts * config.max_new_tokens * len(config.temperatures)

@@ -1,0 +1,133 @@
+"""`nds recipe run`: from prompts to an exported draft with one command, resumable anywhere."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from nemotron_dspark.cli import shell
+from nemotron_dspark.config.recipe import RECIPE_FILE, Recipe, load_recipe
+from nemotron_dspark.errors import InputError
+from nemotron_dspark.files import size_text
+
+if TYPE_CHECKING:
+    from nemotron_dspark.recipe.dry_run import PlannedStage, RecipePlan
+
+FileArgument = Annotated[
+    Path | None, typer.Argument(help=f"The recipe; {RECIPE_FILE} of this folder when neither it nor --target is given.")
+]
+_COLOURS = {"done": "green", "begun": "yellow", "again": "yellow"}
+
+
+def register(app: typer.Typer) -> None:
+    commands = shell.group(app, "recipe", "Everything from prompts to an exported draft, as one file says it.")
+    shell.command(commands)(run)
+
+
+def run(
+    file: FileArgument = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Hub id, local folder or alias; may be repeated.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompts", "-p", help=shell.several("JSON lines of prompts"))
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", help=shell.several("Instead of prompts: conversations the target has answered")),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of all that is made; this one.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value of a run's configuration; may be repeated.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, with disk, memory and hours.")
+    ] = False,
+) -> None:
+    """Go through every stage: answers, cache, train, eval, calibrate, export. The same command goes on."""
+    recipe = read(file, target, prompts, data, out, assignments)
+    if not dry_run:
+        raise InputError("A recipe can be planned so far, not run.", "Give --dry-run.")
+    shell.quiet_libraries()
+    from nemotron_dspark.recipe.dry_run import dry_run as plan
+
+    with shell.err.status("reading the target's config and the data"):
+        planned = plan(recipe)
+    if shell.state.json:
+        shell.emit(planned.to_json())
+    else:
+        show_plan(planned)
+
+
+def read(
+    file: Path | None,
+    target: list[str] | None = None,
+    prompts: list[str] | None = None,
+    data: list[str] | None = None,
+    out: Path | None = None,
+    assignments: list[str] | None = None,
+) -> Recipe:
+    """The recipe of the command's options."""
+    if file is None and not target:
+        file = Path(RECIPE_FILE)
+        if not file.is_file():
+            raise InputError(
+                f"There is no {RECIPE_FILE} here, and no --target is given.",
+                "Give the recipe's file, or --target T --prompts prompts.jsonl.",
+            )
+    given: dict[str, Any] = {"target": target, "prompts": prompts, "data": data, "out": out}
+    return load_recipe(file, assignments=assignments or (), **{key: value for key, value in given.items() if value})
+
+
+def show_plan(planned: "RecipePlan") -> None:
+    from nemotron_dspark.recipe.plan import hours
+
+    machine = planned.machine
+    shell.out.print(f"[bold]{escape(', '.join(planned.recipe.target))}[/] on {escape(machine.title)}")
+    for text in planned.workloads:
+        shell.out.print(escape(text), soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    apart = machine.gpus > 0 and not machine.unified
+    for name in ("GPU + main memory" if apart else "memory", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    for each in planned.stages:
+        state = each.status.state
+        colour = _COLOURS.get(state, "")
+        table.add_row(
+            escape(each.stage.name),
+            f"[{colour}]{state}[/]" if colour else state,
+            _memory(each, apart),
+            hours(each.hours) if each.hours else "-",
+            escape(str(each.stage.place)),
+        )
+    shell.out.print(table)
+    for each in planned.stages:
+        if each.status.why and each.status.state != "not needed":
+            shell.out.print(f"{escape(each.stage.name)}: {escape(each.status.why)}.", soft_wrap=True)
+    parts = ", ".join(f"{name} {size_text(size)}" for name, size in planned.disk.items())
+    shell.out.print(f"[bold]Disk[/]   {size_text(planned.total_disk)}: {escape(parts)}", soft_wrap=True)
+    shell.out.print(
+        f"       {size_text(planned.missing)} of it still to be written; free {size_text(machine.disk_bytes)}"
+    )
+    price = "" if planned.dollars is None else f", {planned.dollars:,.2f} dollars"
+    shell.out.print(f"[bold]Time[/]   {hours(planned.total_hours)}{price}")
+    for problem in planned.problems:
+        shell.out.print(f"[red]Does not fit:[/] {escape(problem)}", soft_wrap=True)
+    for text in planned.advice:
+        shell.out.print(f"  {escape(text)}", soft_wrap=True)
+    for sentence in (f"Machine: {machine.note}.", *planned.assumptions, "Computed, not measured; see docs/plan.md."):
+        shell.out.print(f"[dim]{escape(sentence)}[/]")
+
+
+def _memory(each: "PlannedStage", apart: bool) -> str:
+    """Of the GPU and in main memory, or of both together where they are one."""
+    if each.memory is None:
+        return "-"
+    if apart:
+        return f"{size_text(each.memory.gpu)} + {size_text(each.memory.host)}"
+    return size_text(each.memory.gpu + each.memory.host)
