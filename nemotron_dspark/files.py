@@ -88,8 +88,8 @@ def sha256(path: Path) -> str:
 
 def size_text(count: float) -> str:
     """Bytes as a person reads them."""
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:,.3g} TB"
+    return f"{count:,.3g} PB"

@@ -20,6 +20,7 @@ DISK = {
     "checkpoints": "checkpoints",
     "draft": "draft",
 }
+STREAMING = {"passes": "passes", "tokens": "tokens a pass", "read": "read from the disk"}
 STAGES = {"answers": "answers", "cache": "cache", "train": "train", "eval": "eval"}
 
 
@@ -77,6 +78,8 @@ def _show(found: "ResourceEstimate") -> None:
     else:
         _rows(table, "Memory", found.columns, STAGES, lambda c: {k: _whole(m) for k, m in c.memory.items()}, size)
         table.add_row(f"[dim]  of {size(machine.gpu_bytes if machine.unified else machine.host_bytes)}[/]")
+    if any(column.streaming for column in found.columns):
+        _rows(table, "Layers streamed", found.columns, STREAMING, _streamed, str)
     _rows(table, "Time", found.columns, STAGES, lambda column: column.hours, hours)
     _total(table, [hours(column.total_hours) for column in found.columns])
     if any(column.dollars is not None for column in found.columns):
@@ -94,6 +97,15 @@ def _show(found: "ResourceEstimate") -> None:
     shell.out.print()
     for sentence in (f"Machine: {machine.note}.", *found.assumptions, "Computed, not measured; see docs/plan.md."):
         shell.out.print(f"[dim]{escape(sentence)}[/]")
+
+
+def _streamed(column: "Column") -> dict[str, str]:
+    found = column.streaming
+    return (
+        {}
+        if found is None
+        else {"passes": f"{found.passes:,}", "tokens": f"{found.tokens:,}", "read": size(found.read)}
+    )
 
 
 def _whole(memory: "Memory") -> float:

@@ -46,6 +46,11 @@ def read_taps(value: Any) -> Any:
     raise PydanticCustomError("taps", f"neither {' nor '.join(TAP_CHOICES)} nor a list of layers such as 1,9,17")
 
 
+def _on_off(value: Any) -> Any:
+    """YAML reads on and off as true and false."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 class TargetConfig(Section):
     """The frozen model that is to be made faster."""
 
@@ -58,7 +63,7 @@ class TargetConfig(Section):
     )
     device: str = Field("auto", description="auto = cuda when there is one, else cpu")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
-    stream: Literal["auto", "on", "off"] = Field(
+    stream: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)] = Field(
         "auto",
         description="read the layers one by one, each for many tokens, where hidden states are captured; auto = when "
         "the weights do not fit into the memory",

@@ -49,6 +49,7 @@ class Description:
     licence: str | None
     parameters: int | None  # as transformers builds it from the config
     active_parameters: int | None  # of them, those that one token passes through: all but experts it is not sent to
+    largest_layer: int | None  # parameters of it
     stored_parameters: int | None  # weights in the folder's safetensors files
     stored_bytes: int | None  # of those files; of all that the index names where some are missing
     draft: DraftConfig
@@ -95,7 +96,7 @@ class _Inspection:
 
     def describe(self) -> Description:
         spec, values = self.spec, self.values
-        parameters, active = self.built_parameters()
+        parameters, active, largest = self.built_parameters()
         known = self.published(parameters)
         tokenizer, fault = tokenizer_in(self.checkpoint)
         self.warnings += [fault] if fault else []
@@ -122,6 +123,7 @@ class _Inspection:
             licence=known.licence if known else self.stated_licence(),
             parameters=parameters,
             active_parameters=active,
+            largest_layer=largest,
             stored_parameters=self.stored_parameters(quantised, parameters),
             stored_bytes=stored_size(self.folder),
             draft=draft,
@@ -138,8 +140,11 @@ class _Inspection:
             warnings=tuple(self.warnings),
         )
 
-    def built_parameters(self) -> tuple[int | None, int | None]:
-        """Parameters of the model as transformers builds it, all and active ones, without memory for one of them."""
+    def built_parameters(self) -> tuple[int | None, int | None, int | None]:
+        """Parameters of the model as transformers builds it: all, active ones, the largest layer's.
+
+        No memory is taken for one of them.
+        """
         trusted = self.checkpoint.remote_code
         try:
             with torch.device("meta"):
@@ -147,12 +152,14 @@ class _Inspection:
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         except Exception as error:  # whatever the library raises on a config it does not like
             self.warnings.append(f"transformers cannot build a model from this config: {first_line(error)}.")
-            return None, None
+            return None, None, None
         count, used = _first(self.values, *_EXPERT_COUNTS), _first(self.values, "num_experts_per_tok")
         idle = 1 - used / count if count and used else 0
         experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
         total = sum(parameter.numel() for parameter in model.parameters())
-        return total, total - round(idle * experts)
+        layers = model.get_submodule(self.spec.names.layers).children()
+        largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+        return total, total - round(idle * experts), largest
 
     def published(self, parameters: int | None) -> KnownTarget | None:
         """The published target that the name, or else the config, says this is, if it has that one's size."""

@@ -25,6 +25,9 @@ from nemotron_dspark.recipe.machines import machine as machine_called
 from nemotron_dspark.recipe.needs import ASSUMED, Shape
 from nemotron_dspark.recipe.workload import ANSWER_SHARE, Workload, from_file, from_numbers
 from nemotron_dspark.targets import Checkpoint
+from nemotron_dspark.targets.streamed import KEPT_FREE, pass_tokens, streams, token_bytes
+
+_SEGMENTS = 2  # of a rolling cache, on the disk at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Mode:
     forwards: Callable[[float, CacheConfig], float]  # (epochs, settings) to times the target runs over the data
     batch: Callable[[int, int], int]  # (tokens of a capture's, of a training forward) to those in the loop
     format: str | None = None  # of what is stored; None: as configured
+    streams: bool = True  # a target that does not fit goes through layer by layer
     alone: bool = False  # it trains in one process only
 
     def processes(self, config: RunConfig, machine: Machine) -> int:
@@ -61,7 +65,14 @@ MODES = (
         lambda capture, train: capture,
         alone=True,
     ),
-    Mode("online", "cache.mode=online", lambda whole, _: 0.0, lambda epochs, _: epochs, lambda capture, train: train),
+    Mode(
+        "online",
+        "cache.mode=online",
+        lambda whole, _: 0.0,
+        lambda epochs, _: epochs,
+        lambda capture, train: train,
+        streams=False,
+    ),
 )
 
 
@@ -74,8 +85,20 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Streaming:
+    """How a target goes through that does not fit as a whole: in passes, each of which reads all its layers."""
+
+    passes: int  # of one process, in all
+    tokens: int  # of a pass
+    read: float  # bytes from the disk, of all passes and processes
+
+
+@dataclasses.dataclass(frozen=True)
 class Column:
-    """What one mode needs. ``problems`` say why it does not fit; none: it does."""
+    """What one mode needs. ``problems`` say why it does not fit; none: it does.
+
+    Where the target is streamed, stages that need it whole are missing if it does not fit: an engine does them.
+    """
 
     mode: str
     disk: dict[str, float]
@@ -84,6 +107,7 @@ class Column:
     dollars: float | None
     problems: tuple[str, ...]
     advice: tuple[str, ...]
+    streaming: Streaming | None = None
 
     @property
     def total_disk(self) -> float:
@@ -181,7 +205,7 @@ def estimate(
         workload,
         columns,
         best.mode if best else None,
-        _reason(best, columns),
+        _reason(best, columns) + (_without(best, shape, machine) if best else ""),
         commands,
         assumptions(machine),
     )
@@ -229,7 +253,7 @@ class _Case:
                 if remedy:
                     advice.append(remedy)
         dollars = price * sum(hours.values()) if price is not None else None
-        return Column(mode.name, disk, memory, hours, dollars, tuple(problems), tuple(advice))
+        return Column(mode.name, disk, memory, hours, dollars, tuple(problems), tuple(advice), self.streaming(mode))
 
     def disk(self, mode: Mode) -> dict[str, float]:
         found = {} if self.shape.weights_here else {"target": float(self.shape.stored_bytes)}
@@ -253,15 +277,11 @@ class _Case:
             shape = self.shape
             return capture_bytes(shape.spec, shape.config, shape.taps, tokens, self.workload.longest, width)
 
-        train = needs.training_bytes(
-            self.shape,
-            self.config.train,
-            self.workload.longest,
-            self.workload.answer_share,
-            width,
-            bool(self.machine.gpus),
-        )
-        target = self.shape.parameters * width
+        train = self.training()
+        target = float(self.shape.parameters * width)
+        streaming = self.streaming(mode)
+        if streaming:
+            target = needs.streamed_bytes(self.shape, width) + streaming.tokens * self.token_bytes
         serve = needs.serving_bytes(self.shape, width, 1, self.workload.longest)
         found = {}  # on the device; in main memory; there for each further process, and how many there are
         others = mode.processes(self.config, self.machine) - 1
@@ -272,7 +292,8 @@ class _Case:
         else:
             beside = capture(mode.batch(cache_batch, train_batch))
             found["train"] = (train.device + target + beside, train.host, train.other, others)
-        found["eval"] = (serve, 0.0, 0.0, 0)
+        if not streaming or serve < self.free_bytes:
+            found["eval"] = (serve, 0.0, 0.0, 0)
         if not self.machine.gpus:
             return {stage: Memory(0.0, ASSUMED.libraries + gpu + host) for stage, (gpu, host, *_) in found.items()}
         return {
@@ -286,19 +307,68 @@ class _Case:
         work = needs.training_seconds(self.shape, self.config.train, self.workload, self.machine, epochs, processes)
         forward = needs.forward_seconds(self.shape, self.workload.tokens, self.machine)
         forward /= max(1, self.machine.gpus) if mode.setting is None else processes
-        seconds = {"answers": needs.answer_seconds(self.shape, self.workload, self.machine)}
+        streaming, seconds = self.streaming(mode), {}
+        if not streaming or needs.engine_bytes(self.shape, self.machine.weight_bytes) < self.free_bytes:
+            seconds["answers"] = needs.answer_seconds(self.shape, self.workload, self.machine)
         whole = self.states(mode)
         stored = mode.stored(whole, self.config.cache)
         produced = mode.forwards(epochs, self.config.cache)
         made = produced * (max(forward, whole / ASSUMED.write) if stored else forward)
+        if streaming:
+            made = max(made, streaming.read / ASSUMED.read)
         read = epochs * whole / ASSUMED.read if stored else 0.0
         if mode.setting is None:
             seconds["cache"] = made
             seconds["train"] = max(work, read)
         else:  # on the same device, so one after the other
             seconds["train"] = max(work, read) + made
-        seconds["eval"] = needs.evaluation_seconds(self.shape, self.config.eval, self.machine)
+        if "eval" in self.memory(mode):
+            seconds["eval"] = needs.evaluation_seconds(self.shape, self.config.eval, self.machine)
         return {stage: value / 3600 for stage, value in seconds.items()}
+
+    def training(self) -> needs.Training:
+        return needs.training_bytes(
+            self.shape,
+            self.config.train,
+            self.workload.longest,
+            self.workload.answer_share,
+            self.machine.weight_bytes,
+            bool(self.machine.gpus),
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token in flight."""
+        return token_bytes(self.shape.taps, self.shape.hidden, self.machine.weight_bytes)
+
+    @property
+    def free_bytes(self) -> float:
+        """Where the target computes, before anything is loaded."""
+        machine = self.machine
+        if not machine.gpus:
+            return machine.host_bytes - ASSUMED.libraries
+        kept = ASSUMED.cuda_libraries + KEPT_FREE if machine.unified else 0
+        return machine.gpu_bytes - ASSUMED.cuda_context - kept
+
+    def streaming(self, mode: Mode) -> Streaming | None:
+        """How the target's layers are streamed in ``mode``; None: it is loaded whole."""
+        shape, config, machine = self.shape, self.config, self.machine
+        width = machine.weight_bytes
+        if not (mode.streams and streams(config.target.stream, shape.parameters * width, self.free_bytes)):
+            return None
+        processes = max(1, machine.gpus) if mode.setting is None else mode.processes(config, machine)
+        free = self.free_bytes - needs.streamed_bytes(shape, width) - (self.training().device if mode.setting else 0)
+        share = math.ceil(self.workload.tokens / processes)
+        whole = self.states(mode)
+        at_once = share if mode.setting is None else share * mode.stored(whole, config.cache) / whole / _SEGMENTS
+        batch, _ = self.workload.largest_batch(config.cache.batch_tokens)
+        tokens = min(share, max(batch, min(pass_tokens(free, self.token_bytes), int(at_once))))
+        passes = math.ceil(share / tokens)
+        produced = mode.forwards(needs.epochs(config.train, self.workload.samples), config.cache)
+        # What main memory holds beside a GPU is read from the disk once.
+        kept = machine.gpus and not machine.unified and shape.stored_bytes < 0.9 * machine.host_bytes
+        reads = 1 if kept else produced * passes * processes
+        return Streaming(int(produced * passes), tokens, float(reads * shape.stored_bytes))
 
     def states(self, mode: Mode) -> int:
         """Bytes of all hidden states as ``mode`` would store them."""
@@ -335,7 +405,13 @@ class _Case:
             changed = self.config.model_copy(update={section: values.model_copy(update={key: value})})
             if not _lacking(dataclasses.replace(self, config=changed).memory(mode)[stage], self.machine):
                 return f"{stage} fits with --set {section}.{key}={value}."
-        return f"{stage} does not fit whatever {section}.{key} is: it takes a machine with more memory."
+        layers = range(self.shape.layers - 1, 0, -1) if stage == "train" else ()
+        for count in layers:
+            case = dataclasses.replace(self, shape=self.shape.with_layers(count))
+            if not _lacking(case.memory(mode)[stage], self.machine):
+                return f"train fits with --set draft.num_layers={count}."
+        keys_tried = f"{section}.{key}" + (" and draft.num_layers are" if layers else " is")
+        return f"{stage} does not fit whatever {keys_tried}: it takes a machine with more memory."
 
 
 def _lacking(need: Memory, machine: Machine) -> str:
@@ -369,6 +445,19 @@ def _reason(best: Column | None, columns: Sequence[Column]) -> str:
     return f"{best.mode} fits" + (f", and {'; '.join(said)}" if said else "") + f"{more}."
 
 
+def _without(best: Column, shape: Shape, machine: Machine) -> str:
+    """What an engine elsewhere has to do where the target does not fit as a whole."""
+    if best.streaming is None:
+        return ""
+    text = f" The layers of the target, {size(shape.parameters * machine.weight_bytes)} in all, are streamed."
+    stages = [
+        verb for stage, verb in (("answers", "write the answers"), ("eval", "measure")) if stage not in best.hours
+    ]
+    if not stages:
+        return text
+    return f"{text} An engine that holds the target must {' and '.join(stages)}."
+
+
 def _commands(
     best: Column, shape: Shape, config: RunConfig, machine: Machine, options: Sequence[str], data: Given
 ) -> tuple[str, ...]:
@@ -385,7 +474,8 @@ def _commands(
     processes = mode.processes(config, machine)
     nds = f"torchrun --nproc-per-node {processes} -m nemotron_dspark" if processes > 1 else "nds"
     train = f"{nds} train {target} {states} --out {run}{given}"
-    return (*build, train, f"nds eval {target} --draft {run}/draft --prompts held_out.jsonl{given}")
+    measured = f"--draft {run}/draft" if "eval" in best.hours else "--engine URL"
+    return (*build, train, f"nds eval {target} {measured} --prompts held_out.jsonl{given}")
 
 
 def hours(value: float) -> str:

@@ -41,10 +41,10 @@ from nemotron_dspark.targets.target import (
 )
 from nemotron_dspark.targets.weights import parameter_count
 
-_MEMORY_SHARE = 0.5  # of what is free beside the weights, for the states of a pass; the rest is one batch's activations
+_STATES_SHARE = 0.5  # of what is free beside the weights, for the states of a pass; the rest is one batch's activations
 _MOST_OF_MEMORY = 0.9  # that a target's weights may take before its layers are streamed
 _LONG_WAIT = 0.1  # of the time
-_KEPT_FREE = 8 * 10**9  # bytes of a memory that the system shares with the device: a GB10 without any left freezes
+KEPT_FREE = 8 * 10**9  # bytes of a memory that the system shares with the device: a GB10 without any left freezes
 
 
 def load_for_capture(config: TargetConfig) -> Target:
@@ -52,18 +52,38 @@ def load_for_capture(config: TargetConfig) -> Target:
 
     Raises: as `Target.load`.
     """
-    if config.stream == "on" or (config.stream == "auto" and not _fits(config)):
+    if _streams(config):
         return StreamedTarget.load(config.named, **load_arguments(config))
     return Target.of(config)
 
 
-def _fits(config: TargetConfig) -> bool:
-    """Whether the weights leave something of the memory; unknown without weights on the disk, and then they do."""
+def streams(stream: str, weights: float, memory: float) -> bool:
+    """Whether a target's layers are streamed.
+
+    ``stream`` is `TargetConfig.stream`; with "auto" they are when ``weights`` bytes leave too little of ``memory``.
+    """
+    return stream == "on" or (stream == "auto" and not weights < _MOST_OF_MEMORY * memory)
+
+
+def token_bytes(num_taps: int, hidden_size: int, itemsize: int) -> int:
+    """Bytes that a token in flight holds: its hidden state, what a layer makes of it, its taps, the last state."""
+    return (num_taps + 3) * hidden_size * itemsize
+
+
+def pass_tokens(memory: float, of_a_token: int) -> int:
+    """Tokens of a pass, with ``memory`` bytes free beside the weights; the rest is for one batch's activations."""
+    return max(0, int(_STATES_SHARE * memory / of_a_token))
+
+
+def _streams(config: TargetConfig) -> bool:
+    """As `streams`, on this machine; a target without weights on the disk, of no known size, is not."""
+    if config.stream != "auto":
+        return config.stream == "on"
     checkpoint, device = Checkpoint.of(config, weights=True), resolve_device(config.device)
     elements = parameter_count(checkpoint.folder) or 0
     kind = resolve_dtype(config.dtype, device, checkpoint)
     width = 4 if kind == "float32" else 2
-    return elements * width < _MOST_OF_MEMORY * _free(device)
+    return streams(config.stream, elements * width, _free(device))
 
 
 def _free(device: torch.device) -> int:
@@ -71,7 +91,7 @@ def _free(device: torch.device) -> int:
     if device.type != "cuda":
         return available_memory()
     if is_unified(torch.cuda.get_device_properties(device)):
-        return available_memory() - _KEPT_FREE
+        return available_memory() - KEPT_FREE
     return torch.cuda.mem_get_info(device)[0]
 
 
@@ -146,14 +166,11 @@ class StreamedTarget(Target):
         return self.model.get_input_embeddings().weight.device
 
     def pass_tokens(self, taps: Sequence[int]) -> int:
-        """Tokens whose states fit into the memory beside two layers.
-
-        A token in flight holds its hidden state, what a layer makes of it, and its taps.
-        """
+        """Tokens whose states fit into the memory beside two layers."""
         layers = range(len(self._layers))
         largest = max(self._weights.bytes_of(layer) for layer in layers)
-        of_a_token = (len(taps) + 3) * self.spec.hidden_size * self.dtype.itemsize
-        return max(0, int(_MEMORY_SHARE * (_free(self.device) - 2 * largest) / of_a_token))
+        of_a_token = token_bytes(len(taps), self.spec.hidden_size, self.dtype.itemsize)
+        return pass_tokens(_free(self.device) - 2 * largest, of_a_token)
 
     def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured:
         (captured,) = self.captures([Sequences(input_ids, attention_mask)], taps)

@@ -21,10 +21,12 @@ from nemotron_dspark.recipe.describe import inspect
 from nemotron_dspark.recipe.machines import MACHINES, Machine, machine
 from nemotron_dspark.recipe.workload import from_file, from_numbers
 from nemotron_dspark.resources import resource_folder
+from nemotron_dspark.targets.streamed import StreamedTarget
 from tests.kill9 import prepared_forkserver
 from tests.recipe.nemotrons import NEMOTRONS
 
 H_8B = next(row for row in NEMOTRONS if row.name == "Nemotron-H-8B-Base-8K")
+SUPER_120B = next(row for row in NEMOTRONS if "Super-120B" in row.name)
 NANO_30B = next(row for row in NEMOTRONS if "Nano-30B" in row.name)
 WIDE = Machine("wide", "everything", 1, 1e15, 1e15, 1e18, 1e15, 1e12)
 
@@ -113,6 +115,69 @@ def test_experts_that_a_token_is_not_sent_to_cost_no_time(tmp_path):
     found = needs.Shape.of(inspect(load_config(target=str(target))))
     assert found.parameters == pytest.approx(31.578e9, rel=1e-3)
     assert 3.0e9 < found.active < 3.8e9  # sold as 30B-A3B
+
+
+@pytest.fixture(scope="module")
+def super_120b(tmp_path_factory):
+    """The sizes of Nemotron 3 Super, 241 GB in BF16."""
+    made = tmp_path_factory.mktemp("targets") / "super"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(SUPER_120B.config() | {"quantization_config": None}))
+    return needs.Shape.of(inspect(load_config(target=str(made))))
+
+
+def test_a_target_that_does_not_fit_is_streamed_and_leaves_two_stages_to_an_engine(super_120b):
+    spark = MACHINES["dgx-spark"]
+    found = planned(super_120b, spark)
+    cached, online = column(found, "cached"), column(found, "online")
+    assert found.recommended == "cached"
+    assert set(cached.memory) == {"cache", "train"}
+    assert set(cached.hours) == {"cache", "train"}
+    streaming = cached.streaming
+    assert (streaming.passes - 1) * streaming.tokens < found.workload.tokens <= streaming.passes * streaming.tokens
+    assert streaming.read == streaming.passes * super_120b.stored_bytes
+    of_a_token = (super_120b.taps + 3) * super_120b.hidden * 2
+    assert cached.memory["cache"].gpu > needs.streamed_bytes(super_120b, 2) + streaming.tokens * of_a_token
+    assert online.streaming is None
+    assert {problem.partition(":")[0] for problem in online.problems} == {"train", "eval"}
+    assert found.reason.endswith("An engine that holds the target must write the answers and measure.")
+    assert found.commands[-1].startswith("nds eval")
+    assert "--engine URL" in found.commands[-1]
+    slow = column(planned(super_120b, dataclasses.replace(spark, flops=1e18)), "cached")
+    assert slow.hours["cache"] * 3600 == pytest.approx(streaming.read / needs.ASSUMED.read)
+
+
+def test_quantised_weights_are_answered_from_as_they_are_stored(super_120b):
+    """A Spark holds Super in 4 bits: it writes the answers itself, at the rate at which these bytes are read."""
+    spark = MACHINES["dgx-spark"]
+    stored = column(planned(dataclasses.replace(super_120b, quantised=True, stored_bytes=76 * 10**9), spark), "cached")
+    twice = column(planned(dataclasses.replace(super_120b, quantised=True, stored_bytes=38 * 10**9), spark), "cached")
+    assert "eval" not in stored.hours
+    assert twice.hours["answers"] < stored.hours["answers"] < 2 * twice.hours["answers"]
+    assert stored.streaming.read == pytest.approx(stored.streaming.passes * 76e9)
+
+
+def test_a_target_that_fits_is_streamed_only_when_asked(shape):
+    assert not any(column.streaming for column in planned(shape).columns)
+    asked = planned(shape, settings=["target.stream=on"])
+    assert {column.mode for column in asked.columns if column.streaming} == {"cached", "compact", "rolling"}
+    assert "eval" in column(asked, "cached").memory
+
+
+def test_resident_bytes_of_a_streamed_target_are_those_of_one(tiny_hybrid):
+    shape = needs.Shape.of(inspect(load_config(target=str(tiny_hybrid))))
+    target = StreamedTarget.load(str(tiny_hybrid), dtype="float32")
+    layers = max(target._weights.bytes_of(layer) for layer in range(shape.spec.num_layers))
+    embedding = target.model.get_input_embeddings().weight.numel()
+    assert needs.streamed_bytes(shape, 4) == 2 * layers + 4 * embedding
+
+
+def test_a_draft_that_does_not_fit_is_told_how_many_layers_would(super_120b):
+    small = dataclasses.replace(MACHINES["dgx-spark"], gpu_bytes=30e9)
+    found = column(planned(super_120b, small), "cached")
+    setting = re.search(r"train fits with --set (draft\.num_layers=\d+)", " ".join(found.advice)).group(1)
+    fewer = super_120b.with_layers(int(setting.partition("=")[2]))
+    assert not [text for text in column(planned(fewer, small), "cached").problems if text.startswith("train")]
 
 
 def test_modes_are_those_the_configuration_accepts():
