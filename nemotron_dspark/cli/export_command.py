@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def export(
     config: RunConfig,
     to: Annotated[
-        Literal["deepspec", "vllm", "sglang", "speculators", "modelopt", "gguf"],
+        Literal["deepspec", "vllm", "sglang", "speculators", "modelopt", "specforge", "gguf"],
         typer.Option(help="Who is to read it; gguf is for llama.cpp. An EAGLE-3 draft: deepspec or vllm."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder, or new file of --to gguf.")],

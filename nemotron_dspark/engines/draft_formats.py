@@ -8,13 +8,14 @@ DSpark:
 - speculators: a Qwen3 config nested in it; taps count from the embedding, so i + 1. speculators, vLLM and llama.cpp's
   converter read it.
 - modelopt: flat with a `dflash_config`; heads without `markov_head.`, and `confidence_proj`. ModelOpt and vLLM read it.
+- specforge: flat with a `dflash_config`, architecture `DSparkDraftModel`; DeepSpec's names. SpecForge reads it.
 
 EAGLE-3:
 - deepspec: flat, architecture `Qwen3Eagle3Model`.
 - vllm: the same as `Eagle3Qwen3ForCausalLM`, whose taps count from the embedding.
 
-Facts are of speculators 0.9.0 (`models/dspark/config.py`), ModelOpt 0.47.0 (`export/plugins/hf_spec_export.py`), vLLM
-0.32.0 (`models/qwen3_dspark.py`, `models/qwen3_eagle3.py`).
+Facts are of speculators 0.9.0 (`models/dspark/config.py`), ModelOpt 0.47.0 (`export/plugins/hf_spec_export.py`),
+SpecForge 0.2.0 (`modeling/draft/dspark.py`), vLLM 0.32.0 (`models/qwen3_dspark.py`, `models/qwen3_eagle3.py`).
 Keys that a format has no place for (``num_anchors``) are kept beside its own, which all of these readers ignore.
 """
 
@@ -162,6 +163,44 @@ def _from_modelopt(values: Json) -> Json:
     }
 
 
+def _to_specforge(config: DraftConfig, verifier: Verifier) -> Json:
+    flat = config.to_json()
+    grouped = config.num_key_value_heads < config.num_attention_heads
+    return {
+        "architectures": [_SPECFORGE],
+        "model_type": "qwen3",
+        "block_size": config.block_size,
+        "dflash_config": {
+            "projector_type": "dspark",
+            "attention_mode": "gqa" if grouped else "mha",
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(config.target_layer_ids),
+            **_present(flat, _HEADS),
+        },
+        **_present(flat, _LAYERS),
+        "rope_theta": config.rope_theta,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": config.dtype,
+        **_present(flat, _KEPT),
+    }
+
+
+def _from_specforge(values: Json) -> Json:
+    nested = values.get("dflash_config") or {}
+    confident = nested.get("enable_confidence_head", (nested.get("confidence_head_alpha") or 0) > 0)
+    return {
+        **_present(values, (*_LAYERS, "rope_theta", "block_size", *_KEPT)),
+        **_present(nested, ("mask_token_id", "target_layer_ids")),
+        "markov_rank": nested.get("markov_rank") or 0,
+        "markov_head_type": nested.get("markov_head_type", "vanilla"),
+        "dtype": values.get("dtype") or values.get("torch_dtype") or "float32",
+        "enable_confidence_head": confident,
+        "confidence_head_with_markov": confident and nested.get("confidence_head_with_markov", False),
+    }
+
+
 def _eagle3_to_vllm(config: Eagle3Config, verifier: Verifier) -> Json:
     return config.to_json() | {
         "architectures": [_VLLM_EAGLE3],
@@ -198,6 +237,7 @@ def _refuse(key: str, value: Any, only: Any) -> None:
 
 
 _VLLM_EAGLE3 = "Eagle3Qwen3ForCausalLM"
+_SPECFORGE = "DSparkDraftModel"
 _BARE_HEADS = {f"markov_head.{part}.": f"{part}." for part in ("markov_w1", "markov_w2", "gate_proj", "joint_proj")}
 _BARE_HEADS["confidence_head.proj."] = "confidence_proj."
 FORMATS: dict[str, Format] = {
@@ -208,6 +248,7 @@ FORMATS: dict[str, Format] = {
         Format("sglang", False, _deepspec, dict, needs_head=True),
         Format("speculators", False, _to_speculators, _from_speculators, needs_head=True),
         Format("modelopt", False, _to_modelopt, _from_modelopt, _BARE_HEADS, needs_head=True, reads_token=True),
+        Format("specforge", False, _to_specforge, _from_specforge),
     )
 }
 EAGLE3_FORMATS: dict[str, Format] = {
@@ -229,7 +270,7 @@ def recognise(values: Json, origin: str) -> Format:
     if values.get("speculators_model_type") == "dspark":
         return FORMATS["speculators"]
     if (values.get("dflash_config") or {}).get("projector_type") == "dspark":
-        return FORMATS["modelopt"]
+        return FORMATS["specforge" if _SPECFORGE in architectures else "modelopt"]
     if DraftConfig.architecture in architectures:
         return FORMATS["deepspec"]
     if Eagle3Config.architecture in architectures:
@@ -239,5 +280,5 @@ def recognise(values: Json, origin: str) -> Format:
     kind = values.get("speculators_model_type") or (architectures or ["nothing known"])[0]
     raise InputError(
         f"{origin} describes {kind}, not a draft that drafts here can be.",
-        "Give a DSpark draft of DeepSpec, vLLM, speculators, SGLang or ModelOpt, or DeepSpec's EAGLE-3.",
+        "Give a DSpark draft of DeepSpec, vLLM, speculators, SGLang, ModelOpt or SpecForge, or DeepSpec's EAGLE-3.",
     )

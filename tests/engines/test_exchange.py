@@ -102,7 +102,7 @@ def test_heads_that_are_off_are_off_when_the_draft_comes_back(target, tmp_path, 
     draft = saved(tmp_path / "draft", target, **changes)
     found = assert_comes_back(draft, format_name, target, tmp_path)
     config, tensors = contents(tmp_path / "there")
-    added = "markov_rank" in changes and format_name != "deepspec"
+    added = "markov_rank" in changes and FORMATS[format_name].needs_head
     assert bool(found.remarks) == added
     heads = {name: tensor for name, tensor in tensors.items() if "markov_w" in name}
     assert len(heads) == (2 if added or "markov_rank" not in changes else 0)
@@ -159,6 +159,20 @@ def test_taps_count_from_the_embedding_in_speculators_and_not_elsewhere(target, 
     names = set(contents(tmp_path / "modelopt")[1])
     assert {"markov_w1.weight", "confidence_proj.bias", "layers.0.self_attn.q_norm.weight"} <= names
     assert not any(name.startswith(("markov_head", "confidence_head")) for name in names)
+
+
+def test_a_head_that_specforge_only_trains_is_there_when_it_comes_in(target, tmp_path):
+    """SpecForge says by its weight in the loss that there is a confidence head, and leaves out what it defaults to."""
+    draft = saved(tmp_path / "draft", target, confidence_head_with_markov=False)
+    export_draft(draft, "specforge", tmp_path / "there", target, slim=True)
+    path = tmp_path / "there" / "config.json"
+    values = json.loads(path.read_text())
+    for key in ("enable_confidence_head", "confidence_head_with_markov", "markov_head_type"):
+        del values["dflash_config"][key]
+    values["dflash_config"]["confidence_head_alpha"] = 0.5
+    path.write_text(json.dumps(values))
+    import_draft(tmp_path / "there", tmp_path / "back")
+    assert_equal(contents(tmp_path / "back"), contents(draft))
 
 
 def test_a_slim_draft_becomes_full_with_its_target_and_slim_again(target, tmp_path):

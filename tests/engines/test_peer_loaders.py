@@ -1,7 +1,7 @@
-"""speculators and ModelOpt load the drafts that are exported for them, every tensor in its place, and compute the same.
+"""speculators, ModelOpt and SpecForge load what is exported for them, every tensor in its place, and compute the same.
 
 NDS_PEERS names the folders of their unpacked wheels (speculators, hs-connectors, loguru, pydantic-settings;
-nvidia-modelopt, omegaconf, antlr4-python3-runtime, pulp, nvidia-ml-py), separated by colons.
+nvidia-modelopt, omegaconf, antlr4-python3-runtime, pulp, nvidia-ml-py; specforge), separated by colons.
 """
 
 import os
@@ -20,7 +20,7 @@ from nemotron_dspark.targets.weights import read_embedding_and_head
 PEERS = os.environ.get("NDS_PEERS", "")
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(not PEERS, reason="needs NDS_PEERS: the folders of unpacked wheels of speculators and ModelOpt"),
+    pytest.mark.skipif(not PEERS, reason="needs NDS_PEERS: folders of wheels of speculators, ModelOpt, SpecForge"),
 ]
 
 # What each is asked in a process of its own: the hidden states, teacher-forced logits and confidences of one block.
@@ -64,6 +64,23 @@ hidden = model(embedded, taps[:, :anchor], torch.arange(anchor + previous.shape[
 logits = hidden @ given["head"].T + model.compute_markov_bias(previous, hidden)
 confidence = model.compute_confidence_logits(previous, hidden)
 """
+SPECFORGE = """
+from transformers import Qwen3Config
+from specforge.modeling.draft.dspark import DSparkDraftModel
+config = Qwen3Config.from_pretrained(folder)
+config._attn_implementation = "sdpa"
+model, loading = DSparkDraftModel.from_pretrained(folder, config=config, output_loading_info=True)
+assert not any(loading.values()), loading
+model.eval()
+held, rename = model.state_dict(), lambda name: name
+block = torch.full_like(previous, model.mask_token_id)
+block[:, 0] = ids[:, anchor]
+places = torch.arange(anchor + previous.shape[1])[None]
+hidden = model(places, noise_embedding=given["embedding"][block], target_hidden=taps[:, :anchor])
+logits = model.apply_markov_logits(hidden @ given["head"].T, prev_token_ids=previous, hidden_states=hidden)
+confidence = model.predict_confidence(hidden, prev_token_ids=previous)
+model.save_pretrained(f"{folder}-saved")
+"""
 BEFORE = """
 import json, sys, torch
 folder = sys.argv[1]
@@ -87,6 +104,7 @@ print("same", len(ours))
     [
         ("speculators", "speculators", SPECULATORS),
         ("modelopt", "modelopt", MODELOPT),
+        ("specforge", "specforge", SPECFORGE),
     ],
 )
 def test_its_own_loader_finds_every_tensor_and_its_model_says_the_same(
@@ -133,7 +151,7 @@ def test_its_own_loader_finds_every_tensor_and_its_model_says_the_same(
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert f"same {len(weights)}" in run.stdout
-    if format_name == "speculators":  # what it saves itself comes in
+    if format_name != "modelopt":  # what it saves itself comes in
         import_draft(tmp_path / "out-saved", tmp_path / "back", target)
         back = DSparkDraft.load(tmp_path / "back")
         assert back.config == draft.config
