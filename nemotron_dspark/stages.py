@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from nemotron_dspark.cache.build import build_cache as write_cache
 from nemotron_dspark.cache.capture import TargetFacts
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token, reserved_mask_token
-from nemotron_dspark.config import RunConfig, TargetConfig
+from nemotron_dspark.config import RunConfig, TargetConfig, TrainConfig
 from nemotron_dspark.data.sources import Given, listed, named, one_file
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.drafts import temperatures
@@ -34,10 +35,12 @@ from nemotron_dspark.targets import Checkpoint, Target, proofs
 from nemotron_dspark.targets.streamed import load_for_capture
 from nemotron_dspark.targets.taps import chosen_taps
 from nemotron_dspark.targets.target import keep_dtype, resolve_device, resolve_dtype
-from nemotron_dspark.training.callbacks import Callback
+from nemotron_dspark.training.budget import fit as fit_to_budget
+from nemotron_dspark.training.callbacks import Callback, Callbacks
 from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.run import TrainReport
 from nemotron_dspark.training.run import train as train_draft
+from nemotron_dspark.training.run_folder import read_run_info
 
 if TYPE_CHECKING:
     from nemotron_dspark.serving.listen import Server
@@ -137,6 +140,7 @@ def train(
     *,
     cache: Path | str | None = None,
     data: Given | None = None,
+    budget: float | None = None,
     resume: bool = True,
     callbacks: Sequence[Callback] = (),
     context: DistContext = SINGLE,
@@ -144,28 +148,55 @@ def train(
     """Train a draft in the run folder ``out`` (``runs/<target>``), on a ``cache`` or on the conversations in ``data``.
 
     The same call goes on where an earlier one stopped; ``callbacks`` follow it. With ``data`` the target runs beside
-    the training, as ``config.cache.mode`` says.
+    the training, as ``config.cache.mode`` says. With a ``budget`` of seconds a new run takes as many steps as it holds.
 
     Raises:
         InputError: target, cache or data, configuration and run folder do not fit together; or ``resume`` is False and
-            the folder holds a run.
+            the folder holds a run; or the ``budget`` is too short.
         CheckError: the loss is not finite, or the target is not right.
         EnvironmentFault: no such device, or the disk is full.
     """
     check_source(config, cache, data)
     folder = Path(out) if out is not None else run_folder(config)
-    report = train_draft(
-        config,
-        folder,
-        cache=Path(cache) if cache is not None else None,
-        data=one_file(data) if data is not None else None,
-        resume=resume,
-        callbacks=callbacks,
-        context=context,
-    )
+    given: dict[str, Any] = {
+        "cache": Path(cache) if cache is not None else None,
+        "data": one_file(data) if data is not None else None,
+        "context": context,
+    }
+    if budget is not None:
+        config = _within(config, folder, budget, given, Callbacks(callbacks))
+    report = train_draft(config, folder, resume=resume, callbacks=callbacks, **given)
     if context.is_main and picture.available():
         picture.draw_run(folder / "training.png", {}, folder, title=config.target.named)
     return report
+
+
+def _within(config: RunConfig, folder: Path, seconds: float, given: Mapping[str, Any], callback: Callback) -> RunConfig:
+    """``config`` with the steps and anchors of the run in ``folder``, or as many as ``seconds`` hold."""
+    context = given["context"]
+    if config.train.max_steps is not None:
+        raise InputError("Both a budget and train.max_steps are given.", "Give one of them.")
+    begun = read_run_info(folder).get("settings", {}).get("train", {})
+    if begun.get("max_steps"):
+        found = config.train.model_copy(update={key: begun[key] for key in ("max_steps", "num_anchors")})
+        callback.on_message(f"The run goes on with the {found.max_steps} steps that it was begun with.")
+    else:
+        callback.on_message("Measuring how long a step takes.")
+        beside = folder.with_name(f".{folder.name}.pace")
+
+        def trial(settings: TrainConfig, pace: Callback) -> None:
+            if context.is_main:
+                shutil.rmtree(beside, ignore_errors=True)
+            context.barrier()
+            train_draft(config.model_copy(update={"train": settings}), beside, callbacks=[pace], **given)
+
+        try:
+            found = fit_to_budget(config.train, seconds, trial, context)
+        finally:
+            if context.is_main:
+                shutil.rmtree(beside, ignore_errors=True)
+        callback.on_message(f"The budget holds {found.max_steps} steps with {found.num_anchors} anchors a sample.")
+    return config.model_copy(update={"train": found})
 
 
 def run_folder(config: RunConfig) -> Path:

@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from nemotron_dspark.config import RunConfig, load_config
-from nemotron_dspark.errors import NdsError
+from nemotron_dspark.errors import InputError, NdsError
 
 if TYPE_CHECKING:
     from nemotron_dspark.cache.build import BuildProgress
@@ -225,6 +226,15 @@ def remark(console: Console, label: str, text: str, style: str) -> None:
     columns.add_column(overflow="fold")
     columns.add_row(f"[{style}]{label}:[/]", escape(text))
     console.print(columns)
+
+
+def duration(option: str, text: str) -> float:
+    """Seconds of ``text`` such as 8h, 90m or 45s; `InputError` for anything else."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(s|m|min|h|d)", text.strip())
+    seconds = float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[found[2]] if found else 0.0
+    if not seconds:
+        raise InputError(f"{option} {text!r} is no duration.", "Write for example 8h, 90m or 45s.")
+    return seconds
 
 
 def several(what: str) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
+from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.training.run import TrainReport
@@ -30,9 +31,20 @@ def train(
         Literal["native", "deepspec"],
         typer.Option("--engine", help="native, or deepspec: DeepSpec's own loop on your GPUs."),
     ] = "native",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Time for a new run, such as 8h or 90m: as many steps as it holds, at most train.epochs, with fewer "
+            "anchors where three epochs would not fit; measured in the first minutes.",
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on with a run that the folder holds.")] = False,
 ) -> "TrainReport | None":
     """Train a draft. The same command again goes on where it stopped."""
+    seconds = shell.duration("--budget", budget) if budget is not None else None
+    if engine == "deepspec" and seconds is not None:
+        raise InputError("--budget belongs to --engine native.", "Set train.epochs or train.max_steps.")
     if engine == "deepspec":  # it starts its processes itself, and reads torchrun's variables in a way of its own
         config = read_config()
         from nemotron_dspark.deepspec.launch import train_on_cache
@@ -53,6 +65,7 @@ def train(
                 out,
                 cache=cache,
                 data=data or None,
+                budget=seconds,
                 resume=not fresh,
                 callbacks=[display] if display else [],
                 context=context,
