@@ -166,6 +166,9 @@ class TrainConfig(Section):
     seed: int = Field(42, ge=0, description="seed of initialisation, order and anchors")
     log_every: int = Field(10, ge=1, description="optimiser steps between two lines of metrics")
     checkpoint_every: int = Field(500, ge=1, description="optimiser steps between two checkpoints")
+    tracker: Literal["trackio", "wandb"] | None = Field(
+        None, description="also send the metrics there: trackio keeps them on this machine, wandb in its cloud"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
 
     @property

@@ -87,7 +87,7 @@ def fit(config: TrainConfig, seconds: float, trial: Trial, context: DistContext)
         alone = config.local_batch_size * context.world_size
         short = {"num_anchors": anchors, "global_batch_size": alone, "max_steps": 2 * _MICRO_BATCHES}
         with contextlib.suppress(_Measured):
-            trial(config.model_copy(update=short | {"validation": 0.0}), pace)
+            trial(config.model_copy(update=short | {"validation": 0.0, "tracker": None}), pace)
         kept = SampleSchedule.of(config, round(pace.samples * (1 - config.validation)), context)
         times = torch.tensor([pace.seconds * kept.accumulation, pace.setup, deadline - time.monotonic()])
         step, setup, left = (context.all_reduce_sum(times) / context.world_size).tolist()

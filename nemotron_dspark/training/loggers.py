@@ -1,15 +1,21 @@
-"""Where a run's metrics go: ``metrics.jsonl`` always, TensorBoard where it is installed."""
+"""Where a run's metrics go: ``metrics.jsonl`` always, TensorBoard where it is installed, a tracker if asked for."""
 
 import dataclasses
+import hashlib
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemotron_dspark import files
+from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.metrics import FILE, StepMetrics, read_metrics
 from nemotron_dspark.training.schedule import SampleSchedule
+
+VALIDATION = "validation/"  # before the names of what is measured on held-out samples
+MEASURED = ("loss", "ce", "l1", "confidence", "accept_rate", "tau")
 
 
 class MetricsLog(Callback):
@@ -47,12 +53,50 @@ class MetricsLog(Callback):
             self._board.flush()
 
     def on_validation(self, metrics: StepMetrics, best: bool) -> None:
-        self._add_scalars(metrics, "validation/", ("loss", "ce", "l1", "confidence", "accept_rate", "tau"))
+        self._add_scalars(metrics, VALIDATION, MEASURED)
 
     def on_end(self) -> None:
         if self._board is not None:
             with files.disk_errors(self._events):
                 self._board.close()
+
+
+class Tracker(Callback):
+    """The same metrics in trackio or Weights & Biases, which share these calls; a run that goes on is one run there."""
+
+    def __init__(self, package: str, run_folder: Path, settings: Mapping[str, Any]):
+        """`EnvironmentFault` when ``package`` is not installed."""
+        try:
+            self._package: Any = importlib.import_module(package)
+        except ImportError:
+            raise EnvironmentFault(
+                f"train.tracker is {package}, which is not installed.",
+                f"pip install {package}, or leave train.tracker out; metrics.jsonl is written all the same.",
+            ) from None
+        self._folder, self._settings = run_folder.resolve(), settings
+        self._run: Any = None
+
+    def on_begin(self, schedule: SampleSchedule, first_step: int) -> None:
+        name = self._folder.name
+        given: dict[str, Any] = {"project": "nds", "name": name, "config": dict(self._settings), "resume": "allow"}
+        if self._package.__name__ == "wandb":  # which goes on with a run by its id, and writes beside the run
+            identity = hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]
+            given |= {"id": f"{name}-{identity}", "dir": str(self._folder)}
+        self._run = self._package.init(**given)
+
+    def on_metrics(self, metrics: StepMetrics) -> None:
+        self._log(metrics, "", [field.name for field in dataclasses.fields(metrics)])
+
+    def on_validation(self, metrics: StepMetrics, best: bool) -> None:
+        self._log(metrics, VALIDATION, MEASURED)
+
+    def _log(self, metrics: StepMetrics, prefix: str, keys: Sequence[str]) -> None:
+        values = {prefix + name: number for key in keys for name, number in _scalars(key, getattr(metrics, key))}
+        self._package.log(values, step=metrics.step)
+
+    def on_end(self) -> None:
+        if self._run is not None:
+            self._package.finish()
 
 
 def _scalars(key: str, value: Any) -> list[tuple[str, float]]:

@@ -24,6 +24,7 @@ FREE_KEYS = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "tracker",
     "device",
     "attention",
     "parallel",

@@ -37,7 +37,7 @@ from nemotron_dspark.training.checkpoints import (
 from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 from nemotron_dspark.training.faults import samples_at_fault
-from nemotron_dspark.training.loggers import MetricsLog
+from nemotron_dspark.training.loggers import MetricsLog, Tracker
 from nemotron_dspark.training.metrics import MetricAccumulator, StepMetrics, StepSums
 from nemotron_dspark.training.objective import EPSILON, DSparkObjective, LossWeights, Objective
 from nemotron_dspark.training.optimiser import Optimiser, learning_rate
@@ -111,7 +111,7 @@ class Trainer:
         self.context = context
         self.device = draft.embed_tokens.weight.device
         self.checkpoints = run_folder / "checkpoints"
-        self.callbacks = Callbacks([*([MetricsLog(run_folder)] if context.is_main else []), *callbacks])
+        self.callbacks = Callbacks([*(_loggers(run_folder, config) if context.is_main else []), *callbacks])
 
     def run(self) -> TrainResult:
         """Train to the end of the schedule.
@@ -320,6 +320,11 @@ class Trainer:
             f"Training stopped at step {self.step + 1}: {what} because of {where}; {kept}.",
             f"Check the cache with `nds cache verify`, and what stands there in the data; if both are sound, {again}",
         )
+
+
+def _loggers(run_folder: Path, config: TrainConfig) -> list[Callback]:
+    log: Callback = MetricsLog(run_folder)
+    return [log, Tracker(config.tracker, run_folder, config.model_dump())] if config.tracker else [log]
 
 
 class _Interrupted(Exception):

@@ -19,6 +19,7 @@ from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.batches import Loader
 from nemotron_dspark.training.distributed import DistContext
+from nemotron_dspark.training.loggers import MEASURED
 from nemotron_dspark.training.metrics import MetricAccumulator, StepMetrics, StepSums, read_lines
 from nemotron_dspark.training.objective import Objective
 from nemotron_dspark.training.source import SampleLike, Source
@@ -146,7 +147,7 @@ class Validation:
         )
 
 
-_MEASURED = ("step", "epoch", "loss", "ce", "l1", "confidence", "accept_rate", "tau")
+_MEASURED = ("step", "epoch", *MEASURED)
 
 
 def _said(line: dict[str, Any]) -> str:

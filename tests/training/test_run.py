@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tests.caches import write_cache
 from tests.training import small_cache
 from tests.training.runs import named, train_run
 from tests.training.small_cache import TAPS, samples
+from tests.training.test_trainer import StopAt
 
 SETTINGS = (*small_cache.SETTINGS, "train.local_batch_size=2")
 
@@ -56,6 +59,59 @@ def test_run_leaves_a_draft_of_the_target_and_explains_itself(tiny_hybrid, cache
     assert load_config(str(tiny_hybrid), file=tmp_path / "run" / "config.yaml") == named(config(), tiny_hybrid)
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [2, 4]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+class FakeTracker(types.ModuleType):
+    """The three calls that trackio and wandb share."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.runs, self.lines, self.finished = [], [], 0
+
+    def init(self, **given):
+        self.runs.append(given)
+        return given
+
+    def log(self, values, step):
+        self.lines.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("package", ["trackio", "wandb"])
+def test_a_tracker_gets_the_metrics_and_a_run_that_goes_on_is_the_same_one(
+    tiny_hybrid, cache, tmp_path, monkeypatch, package
+):
+    tracker = FakeTracker(package)
+    monkeypatch.setitem(sys.modules, package, tracker)
+    asked = (
+        f"train.tracker={package}",
+        "train.validation=0.3",
+        "train.global_batch_size=2",
+        "train.local_batch_size=1",
+        "train.checkpoint_every=2",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train_run(str(tiny_hybrid), cache, tmp_path / "run", config(*asked), callbacks=[StopAt(2)])
+    train_run(str(tiny_hybrid), cache, tmp_path / "run", config(*asked))
+    first, second = tracker.runs
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("nds", "run", "allow")
+    assert first["config"]["num_anchors"] == 8
+    assert tracker.finished == 2
+    logged = {step: values for step, values in tracker.lines if "loss" in values}
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "run")}
+    assert logged.keys() == lines.keys() == {2, 4}
+    assert logged[4]["loss"] == lines[4]["loss"]
+    assert logged[4]["accept_rate/1"] == lines[4]["accept_rate"][1]
+    assert any("validation/tau" in values for _, values in tracker.lines)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tiny_hybrid, cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(EnvironmentFault, match=r"train\.tracker is wandb, which is not installed\. pip install wandb"):
+        train_run(str(tiny_hybrid), cache, tmp_path / "run", config("train.tracker=wandb"))
 
 
 def test_finished_run_is_left_as_it_is(tiny_hybrid, cache, tmp_path):
