@@ -31,6 +31,7 @@ class Message:
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # tool_calls, reasoning_content, name, …
     token_ids: tuple[int, ...] = ()  # what the server that wrote this answer says it wrote, and read before it
     prompt_token_ids: tuple[int, ...] = ()
+    trains: bool = True  # False: an answer that the target did not write, which is context alone
 
     def to_json(self) -> dict[str, Any]:
         """The message as OpenAI's API spells it."""

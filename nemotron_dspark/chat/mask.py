@@ -89,7 +89,7 @@ def tokenise(
         NotMaskable: no answer fits, or there is none; or the template leaves tool calls or tool results out.
         RenderError: the template refuses the messages.
     """
-    answers = [message for message in conversation.messages if message.role == "assistant"]
+    answers = [message for message in conversation.messages if message.role == "assistant" and message.trains]
     turns = _turns(tokenizer, conversation, thinking)
     samples: list[tuple[list[int], np.ndarray]] = []  # last answer first
     for turn in reversed([turn for turn in turns if turn is not None]):
@@ -151,7 +151,9 @@ def _turns(
     All answers of a conversation were written in one mode. One that fits only another mode has lost its reasoning.
     """
     messages = conversation.messages
-    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.trains]
+    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=0)
+    cut = None if conversation.complete else last
     if not answers:
         raise NotMaskable("The conversation has no assistant turn.", "Regenerate answers with `nds data regenerate`.")
     modes: list[bool | None] = [thinking]
@@ -161,9 +163,9 @@ def _turns(
     best: list[_Turn | None] = []
     best_fit: list[int] = []
     for mode in (_Mode(tokenizer, conversation.tools, thinking) for thinking in modes):
-        turns = [_turn(mode, messages[: i + 1], complete=conversation.complete or i != answers[-1]) for i in answers]
+        turns = [_turn(mode, messages[: i + 1], complete=i != cut) for i in answers]
         fit = [0 if turn is None else 1 + turn.as_rendered for turn in reversed(turns)]
-        if not conversation.complete:  # cut inside its reasoning an answer looks like one without: no mode is better
+        if answers[-1] == cut:  # cut inside its reasoning an answer looks like one without: no mode is better
             fit[0] = min(fit[0], 1)
         if fit > best_fit:
             best, best_fit = turns, fit

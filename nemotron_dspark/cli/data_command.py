@@ -27,9 +27,12 @@ def regenerate(
         list[str], typer.Option("--prompts", "-p", help=shell.several("JSON lines of prompts or conversations"))
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines to write; an unfinished file is continued.")],
-    base_url: Annotated[str, typer.Option(help="OpenAI-compatible server of the target, with /v1.")],
+    base_url: Annotated[
+        list[str],
+        typer.Option(help="OpenAI-compatible server of the target, with /v1; repeat it for several: work is shared."),
+    ],
     model: Annotated[str | None, typer.Option(help="Model name; default: the server's first.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time to each server.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature of the answers.")] = 0.7,
     top_p: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; default: the server's.")
@@ -113,6 +116,11 @@ def _show_regenerated(report: "RegenerateReport") -> None:
             ("answered", f"{report.answered:,}, {report.reused:,} of them in an earlier run"),
             ("cut off", f"{report.cut:,} at the longest answer allowed"),
             ("tokens", f"{report.tokens:,} in {report.seconds:.1f} s"),
+            (
+                "branches",
+                f"{report.branches:,} more conversations: other calls than recorded" if report.branches else None,
+            ),
+            *((url, f"{count:,} prompts") for url, count in report.servers.items() if len(report.servers) > 1),
         ],
         report.skipped.sentences(),
     )

@@ -115,7 +115,7 @@ def _message(turn: Any) -> Message:
         raise RowError("a turn has an unknown role")
     more = {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
     if role == "assistant" and (calls := turn.get("tool_calls")):
-        more["tool_calls"] = [_tool_call(call) for call in calls] if isinstance(calls, list) else _refuse_call()
+        more["tool_calls"] = [parse_tool_call(call) for call in calls] if isinstance(calls, list) else _refuse_call()
     if role == "assistant" and (reasoning := turn.get("reasoning_content", turn.get("reasoning"))):
         if not isinstance(reasoning, str):
             raise RowError("a turn's reasoning is not text")
@@ -127,7 +127,8 @@ def _message(turn: Any) -> Message:
     if not isinstance(content, str | list):
         raise RowError("a turn's content is not text")
     ids = [_token_ids(turn.get(key)) for key in ("token_ids", "prompt_token_ids")]
-    return Message(role, "\n".join(parts) if isinstance(content, list) else content, parts, more, *ids)
+    trains = turn.get("weight") != 0
+    return Message(role, "\n".join(parts) if isinstance(content, list) else content, parts, more, *ids, trains=trains)
 
 
 def _part(part: Any) -> str:
@@ -140,8 +141,8 @@ def _part(part: Any) -> str:
     raise RowError("a turn's content is not text")
 
 
-def _tool_call(call: Any) -> dict[str, Any]:
-    """As templates take it: the arguments an object, whether it was given as one or as its JSON."""
+def parse_tool_call(call: Any) -> dict[str, Any]:
+    """As templates take it: the arguments an object, given as one or as its JSON; `RowError` when unusable."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         _refuse_call()
@@ -180,6 +181,8 @@ def parse_conversation(row: dict[str, Any], line: int) -> Conversation:
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
         raise RowError("no assistant turn")
+    if not any(answer.trains for answer in answers):
+        raise RowError("every assistant turn has the weight 0")
     if not all(answer.content.strip() or answer.more.get("tool_calls") for answer in answers):
         raise RowError("empty answer")
     return Conversation(messages, line, complete=row.get("finish") != "length", tools=parse_tools(row))

@@ -1,12 +1,12 @@
 """Prompts: what is asked, without answers. Read for regeneration and for evaluation.
 
-A row holds `conversations` or `messages` (answers in it only say where the turns are), `turns` (DeepSpec's evaluation
-files) or one `prompt`.
+A row holds `conversations` or `messages` (answers in it only say where the turns are, unless results of tools follow),
+`turns` (DeepSpec's evaluation files) or one `prompt`.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from nemotron_dspark.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """``turns[k]`` is what is said before answer k: a user message, the first time perhaps after a system message."""
+    """``turns[k]`` is what is said before answer k: a user message, the first time perhaps after a system message.
+
+    Or it begins with results of tools. Then ``called[k - 1]`` is the answer of the file that called them.
+    """
 
     turns: tuple[tuple[Message, ...], ...]
     line: int
     id: str | None = None  # the row's own
     tools: tuple[Any, ...] = ()  # functions the target may call
+    called: Mapping[int, Message] = dataclasses.field(default_factory=dict)
 
     @property
     def first(self) -> tuple[Message, ...]:
@@ -40,7 +44,7 @@ def read_prompts(path: Path | str) -> Iterator[Prompt | Skipped]:
     usable = False
     for line, row in read_rows(Path(path)):
         try:
-            item = row if isinstance(row, Skipped) else _prompt(row, line)
+            item = row if isinstance(row, Skipped) else parse_prompt(row, line)
         except RowError as error:
             item = Skipped(line, str(error))
         usable |= isinstance(item, Prompt)
@@ -60,16 +64,17 @@ def rendered_prompts(
     """Token ids, at most ``room``, of what is read before each answer to the (first ``limit``) prompts in ``file``.
 
     A list for each prompt, with one of ids for each of its turns. In a prompt of several turns ``answer`` writes the
-    answers that later turns see.
+    answers that later turns see; results of tools follow the file's own.
     """
     found: list[list[list[int]]] = []
     prompts = (item for item in read_prompts(file) if isinstance(item, Prompt))
     for prompt in prompts:
         messages: list[Message] = []
         turns: list[list[int]] = []
-        for turn in prompt.turns:
+        for place, turn in enumerate(prompt.turns):
             if turns:
-                messages.append(Message("assistant", with_opening_tag(answer(turns[-1]))))
+                recorded = prompt.called.get(place - 1)
+                messages.append(recorded or Message("assistant", with_opening_tag(answer(turns[-1]))))
             messages += turn
             ids = render(messages, prompt.tools)
             if not 0 < len(ids) <= room:
@@ -94,9 +99,11 @@ def rendered_turns(
     return list(itertools.chain.from_iterable(rendered_prompts(file, render, answer, room=room, limit=limit)))
 
 
-def _prompt(row: dict[str, Any], line: int) -> Prompt:
+def parse_prompt(row: dict[str, Any], line: int) -> Prompt:
+    """A row of a prompt file; `RowError` when it holds no prompt."""
+    called: dict[int, Message] = {}
     if "conversations" in row or "messages" in row:
-        turns = _asked(parse_messages(row))
+        turns, called = _asked(parse_messages(row))
     else:
         texts = row.get("turns", [row["prompt"]] if "prompt" in row else None)
         if not isinstance(texts, list):
@@ -109,21 +116,35 @@ def _prompt(row: dict[str, Any], line: int) -> Prompt:
     if not all(message.content.strip() for turn in turns for message in turn if message.role == "user"):
         raise RowError("empty prompt")
     own = row.get("id")
-    return Prompt(tuple(map(tuple, turns)), line, str(own) if type(own) in (str, int) else None, parse_tools(row))
+    name = str(own) if type(own) in (str, int) else None
+    return Prompt(tuple(map(tuple, turns)), line, name, parse_tools(row), called)
 
 
-def _asked(messages: tuple[Message, ...]) -> list[list[Message]]:
-    """Messages grouped by the answer they lead to; without any answer each user message is to get one."""
-    if any(message.role == "tool" for message in messages):
-        raise RowError("tool turns cannot be regenerated")
+def _asked(messages: tuple[Message, ...]) -> tuple[list[list[Message]], dict[int, Message]]:
+    """Messages grouped by the answer they lead to, and the answers that called tools, by group.
+
+    Without any answer each user message is to get one.
+    """
     answered = any(message.role == "assistant" for message in messages)
     groups: list[list[Message]] = [[]]
+    called: dict[int, Message] = {}
+    last: Message | None = None  # answer
     for message in messages:
-        if message.role != "assistant":
-            groups[-1].append(message)
-        if message.role == ("assistant" if answered else "user"):
+        if message.role == "assistant":
+            last = message
+            if groups[-1]:
+                groups.append([])
+            continue
+        if message.role == "tool" and not groups[-1]:
+            if last is None or not (last.content.strip() or last.more.get("tool_calls")):
+                raise RowError("a tool result without a call before it")
+            called[len(groups) - 2] = last
+        elif message.role == "tool" and groups[-1][-1].role != "tool":
+            raise RowError("a tool result without a call before it")
+        groups[-1].append(message)
+        if not answered and message.role == "user":
             groups.append([])
     groups = [group for group in groups if group]
-    if not all(any(message.role == "user" for message in group) for group in groups):
+    if not all(group[0].role == "tool" or any(message.role == "user" for message in group) for group in groups):
         raise RowError("a turn without a user message")
-    return groups
+    return groups, called

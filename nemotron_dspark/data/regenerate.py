@@ -1,6 +1,6 @@
 """Answers written by the target itself: a draft learns the target's distribution, so its data must come from there.
 
-Every finished conversation is appended at once as a whole line; a run that was stopped asks only for what is missing.
+Every finished conversation is appended at once, in whole lines; a run that was stopped asks only for what is missing.
 At the end the file is rewritten in the order of the prompts.
 """
 
@@ -10,50 +10,51 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nemotron_dspark.chat.format import Message
 from nemotron_dspark.chat.mask import with_opening_tag
 from nemotron_dspark.data.conversations import RowError, Skipped, SkipTally
+from nemotron_dspark.data.dialogue import Answered, Dialogue
 from nemotron_dspark.data.prompts import Prompt, read_prompts
+from nemotron_dspark.data.servers import Server, Unavailable, serve_all
 from nemotron_dspark.data.sources import Given, one_file
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.files import disk_errors, json_line, write_whole
 
 if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+    from openai.types.chat import ChatCompletion
 
-    Ask = Callable[[list[Message], tuple[Any, ...]], Awaitable[ChatCompletion]]  # messages, tools
-
-_RETRIES = 5  # per request, with the client's own growing pauses
-_TIMEOUT = 1800.0  # seconds; a long answer on a small machine is slow
+_TRIES = 3  # of a request that a server answers with an error of its own, until it is left out
 
 
 @dataclasses.dataclass(frozen=True)
 class RegenerateProgress:
     done: int  # prompts answered or refused, reused ones included
     total: int
-    tokens: int  # written by the server in this run
+    tokens: int  # written by the servers in this run
 
 
 @dataclasses.dataclass(frozen=True)
 class RegenerateReport:
     out_file: Path
-    answered: int  # conversations in the file
+    answered: int  # prompts in the file
     reused: int  # of these, from an earlier run
     cut: int  # of these, whose last answer reached max_tokens
-    tokens: int  # written by the server in this run
+    branches: int  # more conversations in the file: answers that recorded results of tools do not follow from
+    tokens: int  # written by the servers in this run
     skipped: SkipTally
     seconds: float
+    servers: dict[str, int]  # prompts that each one finished in this run, by URL
 
 
 def regenerate(
     prompts: Given,
     out_file: Path | str,
     *,
-    base_url: str,
+    base_url: str | Sequence[str],
     model: str | None = None,
     concurrency: int = 64,
     temperature: float = 0.7,
@@ -64,18 +65,22 @@ def regenerate(
     api_key: str = "none",
     progress: Callable[[RegenerateProgress], None] | None = None,
 ) -> RegenerateReport:
-    """Have the server at ``base_url`` (".../v1") answer every prompt and write conversations to ``out_file``.
+    """Have the servers at ``base_url`` answer every prompt and write conversations to ``out_file``.
 
-    ``prompts`` names one file or several, globs or data sets (`data.sources.one_file`).
+    ``prompts`` names one file or several, globs or data sets (`data.sources.one_file`); ``base_url`` one server of the
+    target or several (".../v1"). Each gets ``concurrency`` requests at a time; one that does not answer is left alone
+    until it does, and the others do its work.
 
-    In a prompt of several turns each answer sees the regenerated ones before it. An answer that reaches ``max_tokens``
-    ends its conversation, which is marked ``"finish": "length"``; one that calls tools ends it too. ``model`` None
-    takes the server's first, ``top_p`` and ``top_k`` None its own. Records carry the prompt's own ``id``, or its line
-    number when ids are absent or repeat, and the token ids of the answers where the server gives them.
+    In a prompt of several turns each answer sees the regenerated ones before it; results of tools are treated as in
+    `data.dialogue`. An answer that reaches ``max_tokens`` ends its conversation, which is marked ``"finish":
+    "length"``; one that calls tools ends it too, unless it makes the recorded call. ``model`` None takes the server's
+    first, ``top_p`` and ``top_k`` None its own. Records carry the prompt's own ``id``, or its line number when ids are
+    absent or repeat, and the token ids of the answers where the server gives them.
 
     Raises:
-        InputError: no prompts, an output file of other prompts, a model or key that the server refuses.
-        EnvironmentFault: the server cannot be reached or keeps failing; what was answered is kept.
+        InputError: no prompts, an output file of other prompts, a model or key that a server refuses, servers of
+            different models.
+        EnvironmentFault: no server can be reached, or all keep failing; what was answered is kept.
     """
     try:
         import openai
@@ -85,61 +90,38 @@ def regenerate(
         ) from None
     started = time.monotonic()
     job = _Job(one_file(prompts), Path(out_file), progress or (lambda _: None))
-    # Reasoning tags are special tokens in some tokenizers; answers without them could not be trained on.
-    optional: dict[str, Any] = {"skip_special_tokens": False, "return_token_ids": True}
     body: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     if thinking is not None:
         body["chat_template_kwargs"] = {"enable_thinking": thinking}
+    sampling: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "body": body}
+    sampling["top_p"] = top_p if top_p is not None else openai.omit
+    urls = list(dict.fromkeys(url.rstrip("/") for url in ([base_url] if isinstance(base_url, str) else base_url)))
+    if wrong := next((url for url in urls if not url.startswith(("http://", "https://"))), None):
+        raise InputError(f"{wrong} is no URL.", "Give --base-url as in http://127.0.0.1:8000/v1.")
+    answered: dict[str, int] = {}
 
     async def run() -> None:
-        async with openai.AsyncOpenAI(
-            base_url=base_url, api_key=api_key, max_retries=_RETRIES, timeout=_TIMEOUT
-        ) as client:
-            name = model or (await client.models.list()).data[0].id
-
-            async def ask(messages: list[Message], tools: tuple[Any, ...]) -> "ChatCompletion":
-                sent = optional | body
-                try:
-                    return await client.chat.completions.create(
-                        model=name,
-                        messages=cast("list[ChatCompletionMessageParam]", [message.to_json() for message in messages]),
-                        tools=tools or openai.omit,
-                        temperature=temperature,
-                        top_p=top_p if top_p is not None else openai.omit,
-                        max_tokens=max_tokens,
-                        extra_body=sent,
-                    )
-                except openai.BadRequestError as error:
-                    refused = next((key for key in sent if key in error.message and key not in body), None)
-                    if refused is None:
-                        raise
-                    optional.pop(refused, None)  # a server that does not take the field
-                    return await ask(messages, tools)
-
-            await job.answer_all(ask, concurrency)
+        servers: list[Server] = []
+        servers += [Server(url, servers, model=model, api_key=api_key) for url in urls]
+        try:
+            await job.answer_all(servers, sampling, concurrency)
+        finally:
+            answered.update({server.url: server.answered for server in servers})
 
     if job.missing:
-        try:
-            with disk_errors(job.out_file):
-                asyncio.run(run())
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise InputError(
-                f"The server at {base_url} refuses: {error.message}.", "Check --base-url, --model and --api-key."
-            ) from None
-        except openai.OpenAIError as error:
-            raise EnvironmentFault(
-                f"The server at {base_url} fails: {' '.join(str(error).split())}.",
-                "See that it runs, then run the same command again; answers so far are kept.",
-            ) from None
+        with disk_errors(job.out_file):
+            asyncio.run(run())
     job.sort()
     return RegenerateReport(
         out_file=job.out_file,
         answered=len(job.places),
         reused=job.reused,
         cut=job.cut,
+        branches=job.branches,
         tokens=job.tokens,
         skipped=job.skipped,
         seconds=time.monotonic() - started,
+        servers=answered,
     )
 
 
@@ -154,103 +136,113 @@ class _Job:
         own = {prompt.id for prompt in prompts}
         unique = None not in own and len(own) == len(prompts)
         self.prompts = {(prompt.id or "") if unique else str(prompt.line): prompt for prompt in prompts}
-        self.places: dict[str, tuple[int, int]] = {}  # id -> offset and length of its line in the output
-        self.tokens = self.cut = 0
+        self.places: dict[str, tuple[int, int]] = {}  # id -> offset and length of its lines in the output
+        self.tokens = self.cut = self.branches = 0
+        self._dialogues: dict[str, Dialogue] = {}  # begun; those of a server that went away go on at another
+        self._tries: collections.Counter[str] = collections.Counter()
         self._read_answers()
         self.reused = len(self.places)
-        self.missing = collections.deque(key for key in self.prompts if key not in self.places)
+        self.missing = [key for key in self.prompts if key not in self.places]
 
     def _read_answers(self) -> None:
         """Find the answers of an earlier run, and cut off a line that was not finished."""
         if not self.out_file.is_file():
             return
-        offset = 0
+        offset = start = branches = 0
         with disk_errors(self.out_file), open(self.out_file, "r+b") as file:
             for line in file:
-                if line.endswith(b"\n"):
-                    self._recognise(line, offset)
-                    offset += len(line)
-            file.truncate(offset)
+                if not line.endswith(b"\n"):
+                    break
+                key, row = self._recognise(line)
+                offset += len(line)
+                if row.get("branch"):  # stands before the line of its prompt that goes on, and counts if that is there
+                    branches += 1
+                    continue
+                self.places[key] = (start, offset - start)
+                self.cut += row["finish"] == "length"
+                self.branches += branches
+                start, branches = offset, 0
+            file.truncate(start)
 
-    def _recognise(self, line: bytes, offset: int) -> None:
+    def _recognise(self, line: bytes) -> tuple[str, dict[str, Any]]:
         try:
             row = json.loads(line)
-            key, finish = row["id"], row["finish"]
+            key, finish, branch = row["id"], row["finish"], row.get("branch", False)
             asked = [turn["content"] for turn in row["conversations"] if turn["role"] != "assistant"]
-        except (ValueError, KeyError, TypeError):
+            called = "tool_calls" in row["conversations"][-1]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise InputError(
                 f"{self.out_file} holds lines that are not answers of an earlier run.", "Choose another --out."
             ) from None
         prompt = self.prompts.get(key)
-        called = "tool_calls" in row["conversations"][-1]
         wanted = [message.content for turn in prompt.turns for message in turn] if prompt else []
-        if prompt is None or wanted[: len(asked)] != asked or (finish != "length" and not called and asked != wanted):
+        ended_early = finish == "length" or called or branch
+        if prompt is None or wanted[: len(asked)] != asked or (not ended_early and asked != wanted):
             raise InputError(f"{self.out_file} holds answers to other prompts ({key}).", "Choose another --out.")
-        self.places[key] = (offset, len(line))
-        self.cut += finish == "length"
+        return key, row
 
-    async def answer_all(self, ask: "Ask", concurrency: int) -> None:
+    async def answer_all(self, servers: Sequence[Server], sampling: dict[str, Any], concurrency: int) -> None:
         """Answer what is missing and append it to the file."""
         self.out_file.parent.mkdir(parents=True, exist_ok=True)
+        queue: asyncio.Queue[str] = asyncio.Queue()
+        for key in self.missing:
+            queue.put_nowait(key)
         with open(self.out_file, "ab") as file:
             self._report()
-            workers = [asyncio.create_task(self._work(ask, file)) for _ in range(min(concurrency, len(self.missing)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _work(self, ask: "Ask", file: BinaryIO) -> None:
+            async def work(server: Server) -> None:
+                while True:
+                    await server.ready.wait()
+                    key = await queue.get()
+                    try:
+                        await self._answer(key, server, sampling, file)
+                    except Unavailable as error:
+                        queue.put_nowait(key)  # before it counts as taken care of: the queue is never done too early
+                        queue.task_done()
+                        await server.rest(error)
+                    else:
+                        queue.task_done()
+                        self._report()
+
+            await serve_all(servers, queue, work, min(concurrency, len(self.missing)))
+
+    async def _answer(self, key: str, server: Server, sampling: dict[str, Any], file: BinaryIO) -> None:
+        """Answer one prompt to its end and write it, or count it as skipped; `Unavailable` as `Server.ask`."""
         import openai
 
-        while self.missing:
-            key = self.missing.popleft()
-            try:
-                messages, finish = await self._conversation(self.prompts[key], ask)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                self.skipped.add(Skipped(self.prompts[key].line, f"the server refuses the prompt: {error.message}"))
-            except RowError as error:
-                self.skipped.add(Skipped(self.prompts[key].line, str(error)))
-            else:
-                row: dict[str, Any] = {"id": key, "conversations": [_recorded(message) for message in messages]}
-                if self.prompts[key].tools:
-                    row["tools"] = self.prompts[key].tools
-                line = json_line(row | {"finish": finish}).encode()
-                self.places[key] = (file.tell(), len(line))
-                file.write(line)
-                file.flush()
-                self.cut += finish == "length"
-            self._report()
+        prompt = self.prompts[key]
+        dialogue = self._dialogues.setdefault(key, Dialogue(prompt))
+        try:
+            while dialogue.ended is None:
+                messages = [message.to_json() for message in dialogue.messages]
+                response = await server.ask(messages=messages, tools=prompt.tools or openai.omit, **sampling)
+                self.tokens += response.usage.completion_tokens if response.usage else 0
+                dialogue.take(_written(response), cut=response.choices[0].finish_reason == "length")
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            self.skipped.add(Skipped(prompt.line, f"the server refuses the prompt: {error.message}"))
+        except RowError as error:
+            self.skipped.add(Skipped(prompt.line, str(error)))
+        except Unavailable as error:
+            self._tries[key] += error.by_request
+            if self._tries[key] < _TRIES:
+                raise
+            self.skipped.add(Skipped(prompt.line, f"the server fails at the prompt: {error}"))
+        else:
+            lines = [self._line(key, branch, branch=True) for branch in dialogue.branches]
+            lines.append(self._line(key, dialogue.ended))
+            self.places[key] = (file.tell(), sum(map(len, lines)))
+            file.write(b"".join(lines))
+            file.flush()
+            self.cut += dialogue.ended.finish == "length"
+            self.branches += len(dialogue.branches)
+            server.answered += 1
+        del self._dialogues[key]
 
-    async def _conversation(self, prompt: Prompt, ask: "Ask") -> tuple[list[Message], str]:
-        """Every turn of ``prompt`` with its answer, and how the last one ended; `RowError` when one is empty."""
-        messages: list[Message] = []
-        for turn in prompt.turns:
-            messages += turn
-            response = await ask(messages, prompt.tools)
-            choice = response.choices[0]
-            self.tokens += response.usage.completion_tokens if response.usage else 0
-            if getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None):
-                raise InputError(
-                    "The server splits the reasoning off its answers, so what the target wrote is lost.",
-                    "Start it without a reasoning parser.",
-                )
-            calls = [call.to_dict() for call in choice.message.tool_calls or ()]
-            content = choice.message.content or ""
-            if not content.strip() and not calls:
-                raise RowError("empty answer")
-            answer = Message("assistant", with_opening_tag(content), more={"tool_calls": calls} if calls else {})
-            said, read = getattr(choice, "token_ids", None), getattr(response, "prompt_token_ids", None)
-            if said and read:
-                answer = dataclasses.replace(answer, token_ids=tuple(said), prompt_token_ids=tuple(read))
-            messages.append(answer)
-            if choice.finish_reason == "length":
-                return messages, "length"  # what follows would be asked after an answer that has no end
-            if calls:
-                break  # nobody here answers them
-        return messages, "stop"
+    def _line(self, key: str, answered: Answered, *, branch: bool = False) -> bytes:
+        row: dict[str, Any] = {"id": key, "conversations": list(map(_recorded, answered.messages))}
+        if tools := self.prompts[key].tools:
+            row["tools"] = tools
+        return json_line(row | {"finish": answered.finish} | ({"branch": True} if branch else {})).encode()
 
     def _report(self) -> None:
         refused = self.skipped.total
@@ -271,6 +263,27 @@ class _Job:
                 write_whole(self.out_file, lambda file: file.writelines(lines))
 
 
+def _written(response: "ChatCompletion") -> Message:
+    """What the target wrote; `RowError` when it is nothing."""
+    choice = response.choices[0]
+    if getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None):
+        raise InputError(
+            "The server splits the reasoning off its answers, so what the target wrote is lost.",
+            "Start it without a reasoning parser.",
+        )
+    calls = [call.to_dict() for call in choice.message.tool_calls or ()]
+    content = choice.message.content or ""
+    if not content.strip() and not calls:
+        raise RowError("empty answer")
+    answer = Message("assistant", with_opening_tag(content), more={"tool_calls": calls} if calls else {})
+    said, read = getattr(choice, "token_ids", None), getattr(response, "prompt_token_ids", None)
+    if said and read:
+        answer = dataclasses.replace(answer, token_ids=tuple(said), prompt_token_ids=tuple(read))
+    return answer
+
+
 def _recorded(message: Message) -> dict[str, Any]:
-    ids = {"token_ids": message.token_ids, "prompt_token_ids": message.prompt_token_ids} if message.token_ids else {}
-    return message.to_json() | ids
+    row = message.to_json()
+    if message.token_ids:
+        row |= {"token_ids": message.token_ids, "prompt_token_ids": message.prompt_token_ids}
+    return row if message.trains or message.role != "assistant" else row | {"weight": 0}

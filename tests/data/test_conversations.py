@@ -152,7 +152,7 @@ def test_prompts_of_every_kind(tmp_path, row, expected):
         ({"turns": []}, "empty conversation"),
         ({"turns": ["What?", 3]}, "a prompt is not text"),
         ({"prompt": "  "}, "empty prompt"),
-        ({"messages": turns(FIRST, Message("tool", "3"))}, "tool turns cannot be regenerated"),
+        ({"messages": turns(FIRST, Message("tool", "3"))}, "a tool result without a call before it"),
         ({"messages": turns(SYSTEM, Message("assistant", "hello"), FIRST)}, "a turn without a user message"),
     ],
 )

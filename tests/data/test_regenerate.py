@@ -29,6 +29,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.asked = []
         self.delay = 0.0
         self.refused = None
+        self.model = "tiny"
         self.reply = lambda messages: (200, {})
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -39,7 +40,10 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": ""}]})
+        self.answer(
+            200,
+            {"object": "list", "data": [{"id": self.server.model, "object": "model", "created": 0, "owned_by": ""}]},
+        )
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -129,6 +133,132 @@ def test_a_call_of_a_function_is_recorded_and_ends_its_conversation(server, tmp_
     assert found.tools == tuple(tools)
     assert [message.role for message in found.messages] == ["user", "assistant"]
     assert found.messages[1].more["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+def call_of(name="search", ids=True, **arguments):
+    call = {"type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+    return call | {"id": f"id-{name}"} if ids else call
+
+
+@pytest.fixture
+def agentic(tmp_path):
+    """A prompt whose file has two calls and their results, a question after that, and answers."""
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call_of("search", city="Rome"), call_of("date")]},
+        {"role": "tool", "content": "friday", "tool_call_id": "id-date"},
+        {"role": "tool", "content": "rain", "tool_call_id": "id-search"},
+        {"role": "assistant", "content": "It rains."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    path = tmp_path / "agentic.jsonl"
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("search", "date")]
+    path.write_text(json.dumps({"messages": turns, "tools": tools}) + "\n")
+    return path
+
+
+def test_results_of_tools_follow_an_answer_that_makes_the_same_call(server, agentic, tmp_path):
+    calls = [{**call_of("search", city="Rome"), "id": "n1"}, {**call_of("date"), "id": "n2"}]
+    server.reply = lambda messages: (200, {"content": "I look.", "tool_calls": calls} if len(messages) == 1 else {})
+    report = regenerate(agentic, tmp_path / "out.jsonl", base_url=server.url)
+    (row,) = rows(tmp_path / "out.jsonl")
+    assert report.branches == 0
+    assert [(turn["role"], turn["content"]) for turn in row["conversations"]] == [
+        ("user", "Weather?"),
+        ("assistant", "I look."),
+        ("tool", "friday"),
+        ("tool", "rain"),
+        ("assistant", "4: rain"),
+        ("user", "Sure?"),
+        ("assistant", "6: Sure?"),
+    ]
+    assert [turn["tool_call_id"] for turn in row["conversations"][2:4]] == ["n2", "n1"]  # of the calls that were made
+    assert not any("weight" in turn for turn in row["conversations"])
+    assert server.asked[1]["messages"][1]["tool_calls"] == calls
+    assert all(len(request["tools"]) == 2 for request in server.asked)
+
+
+@pytest.mark.parametrize(
+    "said", [{"tool_calls": [call_of("search", city="Oslo")]}, {"content": "No idea."}, {"finish_reason": "length"}]
+)
+def test_results_of_another_call_follow_the_recorded_one_which_does_not_train(server, agentic, tmp_path, said):
+    server.reply = lambda messages: (200, dict(said) if len(messages) == 1 else {})
+    out = tmp_path / "out.jsonl"
+    report = regenerate(agentic, out, base_url=server.url)
+    branch, row = rows(out)
+    assert (report.answered, report.branches, report.cut) == (1, 1, 0)
+    assert branch["branch"] is True
+    assert [turn["role"] for turn in branch["conversations"]] == ["user", "assistant"]
+    assert branch["finish"] == ("length" if "finish_reason" in said else "stop")
+    assert [turn.get("weight", 1) for turn in row["conversations"]] == [1, 0, 1, 1, 1, 1, 1]
+    assert [turn["content"] for turn in row["conversations"][-3:]] == ["4: rain", "Sure?", "6: Sure?"]
+    sent = server.asked[1]["messages"][1]["tool_calls"]
+    assert [call["function"]["arguments"] for call in sent] == ['{"city": "Rome"}', "{}"]  # JSON, as the API has it
+    assert [conversation.messages[1].trains for conversation in read(out)] == [True, False]
+
+
+def test_an_answer_with_a_branch_is_resumed_whole_or_asked_again(server, agentic, tmp_path):
+    out = tmp_path / "out.jsonl"
+    regenerate(agentic, out, base_url=server.url)
+    whole = out.read_bytes()
+    branch, row = whole.splitlines(keepends=True)
+    for kept, reused in ((whole, 1), (branch, 0), (branch + row[:-9], 0)):
+        out.write_bytes(kept)
+        report = regenerate(agentic, out, base_url=server.url)
+        assert (report.reused, report.branches) == (reused, 1)
+        assert out.read_bytes() == whole
+
+
+def test_a_recorded_call_is_context_and_the_answer_to_its_result_trains(server, agentic, tmp_path):
+    out = tmp_path / "out.jsonl"
+    regenerate(agentic, out, base_url=server.url)
+    tokenizer = tiny.make_tokenizer(["Weather? Sure? rain 1: 4: 6: friday search Rome"], 320)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}{{ '[assistant]' if add_generation_prompt }}"
+    )
+    trained = []
+    for conversation in read(out):
+        for sample in tokenise(tokenizer, conversation, max_length=999).samples:
+            trained.append(tokenizer.decode(sample.input_ids[sample.loss_mask == 1], skip_special_tokens=True))
+    assert trained == ["1: Weather?", "4: rain6: Sure?"]
+
+
+def test_results_without_ids_follow_their_calls_in_order(server, tmp_path):
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call_of("f", ids=False), call_of("g", ids=False)]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+    ]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"messages": turns}))
+    regenerate(prompts, tmp_path / "out.jsonl", base_url=server.url)
+    sent = server.asked[1]["messages"]
+    assert [call["id"] for call in sent[1]["tool_calls"]] == [turn["tool_call_id"] for turn in sent[2:]]
+
+
+def test_a_prompt_that_a_server_fails_at_is_left_out_and_the_others_are_answered(
+    server, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("nemotron_dspark.data.servers._FIRST_PAUSE", 0.01)
+    server.reply = lambda messages: (500, "no such role") if messages[0]["content"] == "q3" else (200, {})
+    report = regenerate(prompts, tmp_path / "out.jsonl", base_url=server.url, concurrency=2)
+    assert report.answered == 11
+    (said,) = report.skipped.sentences()
+    assert "the server fails at the prompt: Error code: 500" in said
+    assert "no such role" in said
+
+
+def test_servers_of_different_models_are_refused(server, prompts, tmp_path):
+    other = Server()
+    other.model = "large"
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    with pytest.raises(InputError, match="different models: large, tiny"):
+        regenerate(prompts, tmp_path / "out.jsonl", base_url=[server.url, other.url])
+    other.shutdown()
+    other.server_close()
 
 
 def test_every_answer_is_regenerated_in_the_order_of_the_prompts(server, prompts, tmp_path):
@@ -227,7 +357,7 @@ def test_a_wrong_key_or_model_is_the_users_fault(server, prompts, tmp_path):
 
 
 def test_a_server_that_stops_loses_nothing(server, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("nemotron_dspark.data.regenerate._RETRIES", 0)
+    monkeypatch.setattr("nemotron_dspark.data.servers._RETRIES", 0)
     out = tmp_path / "out.jsonl"
     server.reply = lambda messages: (200, {}) if len(server.asked) < 9 else (500, "broken")
     with pytest.raises(EnvironmentFault, match="kept"):
@@ -239,7 +369,7 @@ def test_a_server_that_stops_loses_nothing(server, prompts, tmp_path, monkeypatc
 
 
 def test_no_server_is_an_environment_fault(prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("nemotron_dspark.data.regenerate._RETRIES", 0)
+    monkeypatch.setattr("nemotron_dspark.data.servers._RETRIES", 0)
     with pytest.raises(EnvironmentFault, match="fails"):
         regenerate(prompts, tmp_path / "out.jsonl", base_url="http://127.0.0.1:9/v1")
 
