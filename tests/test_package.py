@@ -1,14 +1,18 @@
-"""The wheel is complete: installed into an empty environment, away from the checkout, `nds` works."""
+"""The wheel is complete: installed with what it requires and nothing else, away from the checkout, `nds` works."""
 
 import json
 import os
 import subprocess
 import sys
-import sysconfig
+import tomllib
 import zipfile
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,6 +25,12 @@ def run(*command: object, folder: Path) -> str:
     return done.stdout
 
 
+def nds(environment: Path, *command: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(part) for part in (environment / "nds", *command)]
+    wide = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COLUMNS": "200"}
+    return subprocess.run(words, cwd=folder, env=wide, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
@@ -29,16 +39,31 @@ def wheel(tmp_path_factory):
     return built
 
 
+def required(names: list[str]) -> dict[str, metadata.Distribution]:
+    """The distributions that ``names`` require, and what those require, extras left out."""
+    found: dict[str, metadata.Distribution] = {}
+    while names:
+        requirement = Requirement(names.pop())
+        name = canonicalize_name(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found[name] = metadata.distribution(name)
+            names += found[name].requires or []
+    return found
+
+
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """bin folder of an empty environment with the wheel in it; its dependencies are borrowed from the tests' own."""
+    """bin folder of a new environment with the wheel and its dependencies, which are links to the tests' own."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", folder=folder)
     python = folder / "venv" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", wheel, folder=folder)
-    # A path file adds that folder but not the path files inside it, so the checkout itself stays invisible.
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=folder).strip())
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    base = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for distribution in required(base).values():
+        for part in {file.parts[0] for file in distribution.files or [] if file.parts[0] != ".."}:
+            if not (site / part).exists():
+                (site / part).symlink_to(Path(str(distribution.locate_file(part))).resolve())
     return python.parent
 
 
@@ -60,13 +85,54 @@ def test_the_installed_package_is_not_the_checkout(environment, tmp_path):
         assert Path(line).is_relative_to(environment.parent)
 
 
-def test_nds_answers_in_an_empty_environment(environment, tmp_path):
+def test_nds_answers_in_a_bare_environment(environment, tmp_path):
     assert "Usage: nds" in run(environment / "nds", "--help", folder=tmp_path)
 
 
+def test_doctor_finds_no_fault_in_a_bare_environment(environment, tmp_path):
+    found = json.loads(run(environment / "nds", "doctor", "--json", folder=tmp_path))
+    (versions,) = [finding for finding in found["findings"] if finding["name"] == "versions"]
+    assert versions["state"] == "ok"
+
+
+def test_plan_runs_in_a_bare_environment(environment, tiny_hybrid, tmp_path):
+    size = ("--samples", 50_000, "--mean-length", 800, "--machine", "h100x8", "--json")
+    assert json.loads(run(environment / "nds", "plan", "--target", tiny_hybrid, *size, folder=tmp_path))["recommended"]
+
+
 @pytest.mark.slow
-def test_the_selftest_passes_in_an_empty_environment(environment, tmp_path):
+def test_the_selftest_passes_in_a_bare_environment(environment, tmp_path):
     said = json.loads(run(environment / "nds", "selftest", "--json", folder=tmp_path))
     assert [check for check in said["checks"] if not check["passed"]] == []
     assert len(said["checks"]) >= 15
     assert said["passed"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "command"),
+    [
+        ("serve", "serve --target TINY"),
+        ("data", "data regenerate --prompts prompts.jsonl --out answers.jsonl --base-url http://127.0.0.1:9/v1"),
+        ("data", "data check org/name"),
+    ],
+)
+def test_a_missing_extra_is_two_sentences(environment, tiny_hybrid, tmp_path, extra, command):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "?"}\n')
+    done = nds(environment, *command.replace("TINY", str(tiny_hybrid)).split(), folder=tmp_path)
+    assert done.returncode == 3
+    said = done.stderr.strip().splitlines()
+    assert "error:" in said[-2]
+    assert "not installed" in said[-2]
+    assert said[-1].strip().startswith("do:")
+    assert f"pip install 'nemotron-dspark[{extra}]'" in said[-1]
+
+
+def test_completion_is_installed_and_completes_in_bash(environment, tmp_path):
+    """As a person does it: installed from a bash, then a new bash reads it and TAB calls its function."""
+    home = {"HOME": str(tmp_path), "PATH": f"{environment}:{os.environ['PATH']}"}
+    bash = partial(subprocess.run, env=os.environ | home, capture_output=True, text=True, cwd=tmp_path)
+    bash(["bash", "-c", "nds --install-completion; true"], check=True)
+    tab = "source ~/.bashrc; COMP_WORDS=({0}); COMP_CWORD={1}; _nds_completion nds; echo ${{COMPREPLY[@]}}"
+    for words, completed in (("nds pl", "plan"), ("nds cache ver", "verify"), ("nds train --cac", "--cache")):
+        done = bash(["bash", "-c", tab.format(words, len(words.split()) - 1)])
+        assert completed in done.stdout.split(), done.stderr

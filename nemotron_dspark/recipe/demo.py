@@ -5,6 +5,7 @@ Every stage is the one a real target goes through; only the target, the budgets 
 
 import contextlib
 import dataclasses
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -17,7 +18,7 @@ from nemotron_dspark import files, stages
 from nemotron_dspark.config import EvalConfig, RunConfig, load_config
 from nemotron_dspark.data.regenerate import regenerate
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.errors import CheckError
+from nemotron_dspark.errors import CheckError, EnvironmentFault
 from nemotron_dspark.evaluation.measure import Evaluation, Measurement, measure, prompt_ids
 from nemotron_dspark.evaluation.picture import draw_run
 from nemotron_dspark.recipe.corpus import HELD_OUT, MODULES, passages, sources
@@ -94,6 +95,7 @@ class DemoResult:
 
 def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:
     """Run all stages in ``run_dir``, a new folder. Raises whatever a stage raises; what was made before stays there."""
+    require_packages()
     progress = progress or Progress()
     run_dir.mkdir(parents=True)
     clock = Clock(progress, single_threaded=_SMALL_TENSORS)
@@ -131,6 +133,16 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
     result = DemoResult(run_dir, dataclasses.asdict(trained), evaluation, measurements, clock.seconds, served, picture)
     files.write_json(run_dir / "demo.json", result.to_json())
     return result
+
+
+def require_packages() -> None:
+    """Raise `EnvironmentFault` before the first minute is spent if what a later stage imports is not installed."""
+    needed = ("openai", "fastapi", "uvicorn", "prometheus_client", "matplotlib")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise EnvironmentFault(
+            f"The demo needs packages that are not installed: {', '.join(missing)}.",
+            "Install them with `pip install 'nemotron-dspark[data,serve,report]'`.",
+        )
 
 
 def new_run_dir(parent: Path) -> Path:

@@ -25,7 +25,15 @@ from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.evaluation.picture import draw_run
 from nemotron_dspark.evaluation.report import EvalReport
 from nemotron_dspark.files import read_json
-from nemotron_dspark.recipe.demo import Clock, DemoResult, Progress, StepProgress, ask_server, build_demo_cache
+from nemotron_dspark.recipe.demo import (
+    Clock,
+    DemoResult,
+    Progress,
+    StepProgress,
+    ask_server,
+    build_demo_cache,
+    require_packages,
+)
 from nemotron_dspark.recipe.instructions import instructions
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Target
@@ -49,10 +57,11 @@ def run_smollm2_demo(parent: Path, minutes: float, *, seed: int = 0, progress: P
     """Run, or go on with, the demo of ``minutes`` in ``parent/demo-smollm2``.
 
     Raises:
-        EnvironmentFault: the package with the target is not installed.
+        EnvironmentFault: the package with the target, or one that a stage needs, is not installed.
         InputError: the folder holds a demo with another budget or seed.
         and whatever a stage raises; what was made before stays there.
     """
+    require_packages()
     run_dir, progress = parent / FOLDER, progress or Progress()
     if not (run_dir / "target" / "config.json").is_file():
         _check_package()
