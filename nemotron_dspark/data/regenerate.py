@@ -10,7 +10,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -48,6 +49,17 @@ class RegenerateReport:
     skipped: SkipTally
     seconds: float
     servers: dict[str, int]  # prompts that each one finished in this run, by URL
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`; on a thread of its own where a loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, work).result()
 
 
 def regenerate(
@@ -110,7 +122,7 @@ def regenerate(
 
     if job.missing:
         with disk_errors(job.out_file):
-            asyncio.run(run())
+            _run(run())
     job.sort()
     return RegenerateReport(
         out_file=job.out_file,
