@@ -24,7 +24,7 @@ JOBS ?= 2
 # Installed without bytecode (see below): without this every process of a shell that has it set would compile anew, 12 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest real cuda-dry-run engines test-engines bench lint format clean
+.PHONY: demo test docs test-oldest real cuda-dry-run engines test-engines bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/nds demo $(ARGS)
@@ -65,6 +65,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/cache_build.py
 	$(BIN)/python benchmarks/rollback.py
 
+# The documents as a site, to be opened in a browser at site/index.html; a link that leads nowhere fails it, as it does in the tests.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -81,7 +85,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/pip || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[all,dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[all,dev,docs]'
 	touch $@
 
 # A layer over $(VENV): it sees all that is installed there, torch above all, and goes first with what it has itself.
@@ -130,5 +134,5 @@ $(VLLM_INSTALLED):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(REAL) $(CUDA) $(LLAMACPP) $(VLLM) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(REAL) $(CUDA) $(LLAMACPP) $(VLLM) dist build site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

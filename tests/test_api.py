@@ -36,14 +36,13 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
-def test_what_the_page_shows_runs(page, tiny_hybrid, tmp_path, monkeypatch):
-    """Its snippets in order, with the tiny target in place of the published one and a run as small."""
+def test_what_the_page_shows_runs(tiny_hybrid, tmp_path, monkeypatch):
+    """The page's snippets in order, with the tiny target in place of the published one and a run as small."""
     monkeypatch.chdir(tmp_path)
     rows = [{"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "state " * 20}]}] * 8
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("prompts.jsonl").write_text('{"prompt": "What is a state?"}\n')
-    code = "\n".join(snippets(ROOT / page)).replace("nvidia/Nemotron-H-8B", str(tiny_hybrid))
+    code = "\n".join(snippets(ROOT / "docs/python.md")).replace("nvidia/Nemotron-H-8B", str(tiny_hybrid))
     small = (
         'train={"max_steps": 2, "global_batch_size": 4, "num_anchors": 4}, draft={"num_layers": 1, "markov_rank": 8}'
     )
@@ -51,5 +50,5 @@ def test_what_the_page_shows_runs(page, tiny_hybrid, tmp_path, monkeypatch):
     changed = re.sub(r"load_config\((.*?)\)", rf"load_config(\1, {small})", code, count=1)
     assert changed != code
     monkeypatch.setattr(sys, "argv", ["recipe"])
-    exec(compile(changed, page, "exec"), {"__name__": "__main__"})
+    exec(compile(changed, "docs/python.md", "exec"), {"__name__": "__main__"})
     assert (tmp_path / "runs/h8b/draft/model.safetensors").is_file()
