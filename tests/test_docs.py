@@ -208,3 +208,16 @@ def test_the_forms_for_issues_are_whole(form):
         (doctor,) = [field for field in fields if field["id"] == "doctor"]
         assert doctor["attributes"]["label"] == "nds doctor --json"
         assert not fault(["doctor", "--json"])
+
+
+def test_commands_in_messages_and_presets_exist():
+    """Where the code or a preset tells somebody to run `nds …`, there is such a command with such options."""
+    files = [*(ROOT / "nemotron_dspark").rglob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+    seen = 0
+    for file in files:
+        for code in re.findall(r"`nds ([^`\n{|]+)`", file.read_text()):
+            command, _, rest = find_command(shlex.split(code))
+            options = {word.partition("=")[0] for word in rest if word.startswith("--")}
+            assert options <= options_of(command), f"{file.relative_to(ROOT)}: nds {code}"
+            seen += 1
+    assert seen > 50
