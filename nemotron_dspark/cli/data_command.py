@@ -1,6 +1,8 @@
-"""`nds data regenerate|check|split`: conversations with the target's own answers."""
+"""`nds data prompts|regenerate|check|split`: conversations with the target's own answers."""
 
+import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,18 +10,75 @@ import typer
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
+from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.data.check import DataReport
+    from nemotron_dspark.data.presets import PromptSet, PromptsProgress, PromptsReport
     from nemotron_dspark.data.regenerate import RegenerateProgress, RegenerateReport
     from nemotron_dspark.data.split import SplitReport
 
 
+@dataclasses.dataclass(frozen=True)
+class PresetList:
+    """What `nds data prompts` lists."""
+
+    presets: "Mapping[str, Sequence[PromptSet]]"
+
+
 def register(app: typer.Typer) -> None:
-    commands = shell.group(app, "data", "Have the target answer prompts; check data files.")
+    commands = shell.group(app, "data", "Get prompts, have the target answer them; check data files.")
+    shell.command(commands, show=_show_prompts)(prompts)
     shell.command(commands, show=_show_regenerated)(regenerate)
     shell.command(commands, target="optional", show=_show_checked)(check)
     shell.command(commands, show=_show_split)(split)
+
+
+def prompts(
+    preset: Annotated[
+        str | None, typer.Option(help="agentic, chat, code, math or reasoning; without it they are listed.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for train.jsonl, held_out.jsonl and about.json.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts, held-out ones included.")] = 50_000,
+    held_out: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share that is kept out of training.")] = 0.05,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help=shell.several("More evaluation prompts, which are left out if the sets have them")),
+    ] = None,
+    revision: Annotated[
+        list[str] | None, typer.Option(help="Commit of a data set, as org/name=COMMIT; repeat it for several.")
+    ] = None,
+    local: Annotated[
+        Path | None, typer.Option(help="Folder with copies of the data sets in org/name, in place of the hub.")
+    ] = None,
+) -> "PromptsReport | PresetList":
+    """Take prompts from open data sets: each once, none of MT-Bench, HumanEval, GSM8K or MATH-500."""
+    from nemotron_dspark.data import presets
+
+    if preset is None:
+        return PresetList(presets.PRESETS)
+    if out is None:
+        raise InputError("There is no folder to write to.", "Give --out.")
+    wrong = next((text for text in revision or () if not all(text.partition("="))), None)
+    if wrong is not None:
+        raise InputError(f"--revision {wrong} does not name a data set and its commit.", "Write org/name=COMMIT.")
+    with shell.bars() as bars:
+
+        def show(now: "PromptsProgress") -> None:
+            bars.update("prompts", now.kept, now.limit, text=f"prompts, of {now.read:,} rows")
+
+        return presets.write_prompts(
+            preset,
+            out,
+            limit=limit,
+            held_out=held_out,
+            against=against or (),
+            revisions=dict(text.split("=", 1) for text in revision or ()),
+            local=local,
+            progress=show,
+        )
 
 
 def regenerate(
@@ -98,6 +157,30 @@ def split(
     from nemotron_dspark.data import split as room
 
     return room.split(file, out, held_out)
+
+
+def _show_prompts(report: "PromptsReport | PresetList") -> None:
+    if isinstance(report, PresetList):
+        for preset, sets in report.presets.items():
+            shell.out.print(f"[bold]{preset}[/]")
+            shell.show_rows((f"  {known.name} {known.config or ''}", _described(known)) for known in sets)
+        return
+    left_out = [f"{count:,} as in {name}" for name, count in report.overlapping.items()]
+    shell.show_rows(
+        [
+            ("train", f"{report.train_file}: {report.train:,} prompts"),
+            ("held out", f"{report.held_out_file}: {report.held_out:,} prompts"),
+            ("left out", ", ".join([f"{report.doubled:,} seen before", *left_out])),
+            ("checked against", ", ".join(f"{name} ({count:,})" for name, count in report.checked_against.items())),
+            *((s["name"], f"{s['prompts']:,} prompts, {s['licence']}, at {s['revision']}") for s in report.sources),
+        ],
+        report.skipped.sentences(),
+    )
+
+
+def _described(known: "PromptSet") -> str:
+    pinned = f"pinned to {known.revision[:8]}" if known.revision else "not pinned"
+    return f"{', '.join(known.splits)}: {known.rows}, {known.licence}, {pinned}; {known.what}"
 
 
 def _show_split(report: "SplitReport") -> None:

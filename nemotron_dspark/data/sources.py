@@ -62,13 +62,13 @@ def _sources(text: str) -> Iterator[Any]:
     """Paths of files, and loaded data sets."""
     path, data_set = Path(text), _DATA_SET.fullmatch(text)
     if path.is_dir():
-        yield _load(text, text)
+        yield load_data_set(text, text)
     elif path.is_file() and path.suffix in _TABLES:
-        yield _load(text, _TABLES[path.suffix], data_files=text)
+        yield load_data_set(text, _TABLES[path.suffix], data_files=text)
     elif path.is_file():
         yield path
     elif data_set and path.suffix not in (".json", ".jsonl", *_TABLES):
-        yield _load(text, data_set["name"], data_set["config"] or None, split=data_set["split"])
+        yield load_data_set(text, data_set["name"], data_set["config"] or None, split=data_set["split"])
     elif any(letter in text for letter in "*?["):
         matches = sorted(glob.glob(text, recursive=True))
         if not matches:
@@ -79,8 +79,8 @@ def _sources(text: str) -> Iterator[Any]:
         raise InputError(f"{path} is not a file.", "Check the path of the data file.")
 
 
-def _load(text: str, name: str, config: str | None = None, **settings: Any) -> Any:
-    """A `datasets.Dataset`: the split that is asked for, else `train`, else the only one."""
+def load_data_set(text: str, name: str, config: str | None = None, **settings: Any) -> Any:
+    """A `datasets.Dataset` (with ``streaming`` an `IterableDataset`): the split asked for, or `train`, or the only."""
     try:
         import datasets
     except ImportError:
@@ -126,12 +126,12 @@ def _lines(source: Any) -> Iterator[bytes]:
         with open(source, "rb") as file:
             yield from (line if line.endswith(b"\n") else line + b"\n" for line in file)
         return
-    rows: Iterable[Any] = files.read_json(source) if isinstance(source, Path) else map(_without_nulls, source)
+    rows: Iterable[Any] = files.read_json(source) if isinstance(source, Path) else map(without_nulls, source)
     yield from (json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n" for row in rows)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """``value`` without the keys that a table has only because another of its rows has them."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -38,7 +38,7 @@ def split(given: Given, out: Path | str, share: float) -> SplitReport:
     for path in (train, held_out):
         if path.exists():
             raise InputError(f"{path} is there already.", "Delete it, or give another folder to --out.")
-    held = [_place(line) < share for line in _lines(source)]
+    held = [place_of(line) < share for line in _lines(source)]
     if len(set(held)) < 2:
         raise InputError(
             f"{named(given)} has {len(held)} lines, of which {sum(held)} would be held out.",
@@ -58,7 +58,7 @@ def _lines(source: Path) -> Iterator[bytes]:
         yield from (line if line.endswith(b"\n") else line + b"\n" for line in file if line.strip())
 
 
-def _place(line: bytes) -> float:
+def place_of(line: bytes) -> float:
     """Where on the line from 0 to 1 it lies, by what is asked in it: answers and other fields do not count."""
     asked: object = line.decode(errors="replace")
     try:
