@@ -10,6 +10,7 @@ from nemotron_dspark._version import __version__
 
 if TYPE_CHECKING:
     from nemotron_dspark.config import RunConfig, load_config
+    from nemotron_dspark.config.recipe import Recipe, load_recipe
     from nemotron_dspark.data.regenerate import regenerate
     from nemotron_dspark.decoding.decoder import Decoder
     from nemotron_dspark.decoding.sampling import Sampling
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from nemotron_dspark.drafts.eagle3 import Eagle3Draft
     from nemotron_dspark.recipe.describe import inspect
     from nemotron_dspark.recipe.plan import plan
+    from nemotron_dspark.recipe.run import run_recipe
     from nemotron_dspark.stages import build_cache, evaluate, serve, train
     from nemotron_dspark.targets import Target
 
@@ -24,6 +26,7 @@ _HOMES = {
     "Decoder": "decoding.decoder",
     "DSparkDraft": "drafts.dspark",
     "Eagle3Draft": "drafts.eagle3",
+    "Recipe": "config.recipe",
     "RunConfig": "config",
     "Sampling": "decoding.sampling",
     "Target": "targets",
@@ -31,8 +34,10 @@ _HOMES = {
     "evaluate": "stages",
     "inspect": "recipe.describe",
     "load_config": "config",
+    "load_recipe": "config.recipe",
     "plan": "recipe.plan",
     "regenerate": "data.regenerate",
+    "run_recipe": "recipe.run",
     "serve": "stages",
     "train": "stages",
 }
@@ -41,6 +46,7 @@ __all__ = [
     "DSparkDraft",
     "Decoder",
     "Eagle3Draft",
+    "Recipe",
     "RunConfig",
     "Sampling",
     "Target",
@@ -49,8 +55,10 @@ __all__ = [
     "evaluate",
     "inspect",
     "load_config",
+    "load_recipe",
     "plan",
     "regenerate",
+    "run_recipe",
     "serve",
     "train",
 ]

@@ -93,3 +93,10 @@ def size_text(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} PB"
+
+
+def size_of(place: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 of what is not there."""
+    if place.is_file():
+        return place.stat().st_size
+    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file() and not path.is_symlink())

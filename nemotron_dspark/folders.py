@@ -72,8 +72,10 @@ def first_difference(
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[int]:
     """Hold the lock of ``folder``, which is made if it is not there; it ends with the process, however that ends.
+
+    The descriptor that it gives may be left to a child, and then the lock ends with the last of both.
 
     Raises:
         EnvironmentFault: another process holds it.
@@ -87,7 +89,18 @@ def locked(folder: Path) -> Iterator[None]:
             raise EnvironmentFault(
                 f"Another process is writing {folder.parent}.", "Wait for it, or choose another folder."
             ) from None
-        yield
+        yield file.fileno()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of ``folder``."""
+    if not (folder / "lock").is_file():
+        return False
+    try:
+        with locked(folder):
+            return False
+    except EnvironmentFault:
+        return True
 
 
 def check_space(folder: Path, missing: int, who: str, advice: str) -> None:

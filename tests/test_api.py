@@ -12,7 +12,7 @@ import nemotron_dspark as nds
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMISED = ("build_cache", "train", "evaluate", "serve", "inspect", "plan", "regenerate", "load_config", "RunConfig")
-PROMISED += ("Target", "DSparkDraft", "Eagle3Draft", "Decoder", "Sampling")
+PROMISED += ("run_recipe", "load_recipe", "Recipe", "Target", "DSparkDraft", "Eagle3Draft", "Decoder", "Sampling")
 
 
 @pytest.mark.parametrize("name", PROMISED)

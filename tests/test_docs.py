@@ -123,7 +123,7 @@ def test_commands_in_a_sentence_exist(page):
         ("tain -t T", "no command `tain`"),
         ("cache bild", "no command `bild`"),
         ("plan --samples 5 -t", "requires an argument"),
-        ("eval -t T -d D", "Missing parameter"),
+        ("export -t T -d D", "Missing parameter"),
         ("train -t T --out O --cash C", "No such option"),
         ("train … --cash C", "no such option"),
         ("eval -t T -d D -p P --set eval.batch=3", "no key eval.batch"),

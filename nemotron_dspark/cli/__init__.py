@@ -9,6 +9,7 @@ import signal
 import sys
 
 import typer
+from rich.markup import escape
 
 from nemotron_dspark._version import __version__
 from nemotron_dspark.cli import shell
@@ -37,7 +38,7 @@ COMMANDS = (
 
 app = typer.Typer(
     name="nds",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train, measure and serve DSpark drafts for Nemotron-H and other hybrid targets.",
@@ -52,11 +53,26 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
     shell.state.debug = debug
     shell.show_log()
+    if context.invoked_subcommand is None:
+        _show_the_way()
+
+
+def _show_the_way() -> None:
+    """What `nds` alone says: the next sensible command."""
+    from nemotron_dspark.recipe.guide import way_from
+
+    way = way_from()
+    shell.out.print(escape(way.here), soft_wrap=True)
+    shell.out.print(f"Next: [bold]{escape(way.next)}[/]\n      {escape(way.why)}", soft_wrap=True)
+    for command, why in way.others:
+        shell.out.print(f"Or:   {escape(command)}\n      [dim]{escape(why)}[/]", soft_wrap=True)
+    shell.out.print("[dim]nds --help lists all commands.[/]")
 
 
 for _name in COMMANDS:

@@ -33,19 +33,32 @@ def register(app: typer.Typer) -> None:
 def build(
     config: RunConfig,
     data: Annotated[
-        list[str],
-        typer.Option("--data", "-d", help=shell.several("JSON lines of conversations with the target's answers")),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache; an unfinished one is continued.")],
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help=shell.several("Conversations with the target's answers; without it the newest here. JSON lines"),
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the cache, caches/<target>; an unfinished one is continued."),
+    ] = None,
     processes: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that share the work, each with the target; default: one a GPU."),
     ] = None,
 ) -> "CacheReport":
     """Run the target over conversations and keep the hidden states a draft trains on."""
+    from nemotron_dspark.recipe import latest
     from nemotron_dspark.stages import build_cache
 
     shell.stop_on_sigterm()
+    if not data:
+        found = latest.answered(config)
+        shell.note(f"--data is not given: {found.said}.")
+        data = [str(found.path)]
+    out = out or latest.default_cache(config)
     with shell.bars() as bars:
         return build_cache(config, data, out, processes=processes, on_progress=lambda now: shell.show_build(bars, now))
 

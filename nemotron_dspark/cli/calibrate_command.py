@@ -16,13 +16,17 @@ def register(app: typer.Typer) -> None:
 
 def calibrate(
     config: RunConfig,
-    draft: Annotated[Path, typer.Option("--draft", "-d", help="Folder of a trained draft.")],
+    draft: Annotated[
+        Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft; the target's newest here.")
+    ] = None,
     prompts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
-            "--prompts", "-p", help="JSON lines of prompts the draft has not seen; repeated, each a workload."
+            "--prompts",
+            "-p",
+            help="JSON lines of prompts the draft has not seen, without it a recipe's; repeated, each a workload.",
         ),
-    ],
+    ] = None,
     margin: Annotated[
         bool, typer.Option("--margin", help="Use the draft's margin also where it has a confidence head.")
     ] = False,
@@ -34,6 +38,8 @@ def calibrate(
     """Calibrate a draft's confidence on prompts, for the threshold here and for engines."""
     from nemotron_dspark import stages
     from nemotron_dspark.evaluation import calibration_report
+
+    prompts, draft = prompts or shell.held_out_prompts(), draft or shell.newest_draft(config)
 
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
         report, written = stages.calibrate(

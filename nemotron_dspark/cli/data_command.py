@@ -85,11 +85,16 @@ def regenerate(
     prompts: Annotated[
         list[str], typer.Option("--prompts", "-p", help=shell.several("JSON lines of prompts or conversations"))
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines to write; an unfinished file is continued.")],
     base_url: Annotated[
         list[str],
         typer.Option(help="OpenAI-compatible server of the target, with /v1; repeat it for several: work is shared."),
     ],
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Instead of --out: answers/<target>.jsonl, which stages find.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON lines to write; an unfinished file is continued.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model name; default: the server's first.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time to each server.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature of the answers.")] = 0.7,
@@ -106,6 +111,12 @@ def regenerate(
     """Replace every answer by the target's own, through a server that runs it."""
     from nemotron_dspark.data import regenerate as room
 
+    if out is None:
+        if target is None:
+            raise InputError("Neither --out nor --target is given.", "Give --target, for answers/<target>.jsonl.")
+        from nemotron_dspark.recipe.latest import default_answers
+
+        out = default_answers(target)
     shell.stop_on_sigterm()
     with shell.bars() as bars:
 

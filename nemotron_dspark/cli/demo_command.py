@@ -54,7 +54,8 @@ def demo(
         raise InputError("--scale belongs to the hybrid demo.", "Give --budget and a number of minutes.")
     shell.quiet_libraries()
     shell.stop_on_sigterm()
-    from nemotron_dspark.recipe.demo import STAGES, Budget, Progress, new_run_dir, run_demo
+    from nemotron_dspark.recipe.demo import STAGES, Budget, new_run_dir, run_demo
+    from nemotron_dspark.recipe.progress import Progress
     from nemotron_dspark.recipe.smollm2 import run_smollm2_demo
 
     with shell.bars(counts=False) as bars:

@@ -25,9 +25,14 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     config: RunConfig,
     prompts: Annotated[
-        list[str], typer.Option("--prompts", "-p", help=shell.several("JSON lines of prompts the draft has not seen"))
-    ],
-    draft: Annotated[Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft.")] = None,
+        list[str] | None,
+        typer.Option(
+            "--prompts", "-p", help=shell.several("Prompts the draft has not seen; without it a recipe's. JSON lines")
+        ),
+    ] = None,
+    draft: Annotated[
+        Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft; the target's newest here.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for eval.json and eval.png.")] = None,
     engine: Annotated[
@@ -38,14 +43,13 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a draft: accepted length, acceptance by position, speed, equal output."""
+    prompts = prompts or shell.held_out_prompts()
     if engine is not None:
         _in_engine(config, prompts, draft, limit, out, engine, plain_engine)
         return
-    if draft is None or plain_engine is not None:
-        raise InputError(
-            "No draft is given." if draft is None else "--plain-engine is given without --engine.",
-            "Give the folder of a trained draft with --draft, or a running engine with --engine.",
-        )
+    if plain_engine is not None:
+        raise InputError("--plain-engine is given without --engine.", "Give a running engine with --engine.")
+    draft = draft or shell.newest_draft(config)
     from nemotron_dspark import stages
 
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:

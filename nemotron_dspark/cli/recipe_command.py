@@ -1,7 +1,7 @@
 """`nds recipe run`: from prompts to an exported draft with one command, resumable anywhere."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -13,7 +13,9 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import size_text
 
 if TYPE_CHECKING:
+    from nemotron_dspark.recipe.clean import CleanReport
     from nemotron_dspark.recipe.dry_run import PlannedStage, RecipePlan
+    from nemotron_dspark.recipe.run import RecipeResult, RecipeStatus
 
 FileArgument = Annotated[
     Path | None, typer.Argument(help=f"The recipe; {RECIPE_FILE} of this folder when neither it nor --target is given.")
@@ -23,7 +25,9 @@ _COLOURS = {"done": "green", "begun": "yellow", "again": "yellow"}
 
 def register(app: typer.Typer) -> None:
     commands = shell.group(app, "recipe", "Everything from prompts to an exported draft, as one file says it.")
-    shell.command(commands)(run)
+    shell.command(commands, show=_show_result, failed=lambda result: bool(result.refused))(run)
+    shell.command(commands, show=_show_status)(status)
+    shell.command(commands, show=_show_cleaned)(clean)
 
 
 def run(
@@ -42,23 +46,52 @@ def run(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value of a run's configuration; may be repeated.")
     ] = None,
+    until: Annotated[
+        Literal["split", "answers", "cache", "train", "eval", "calibrate", "export"] | None,
+        typer.Option("--until", help="The last kind of stage to run."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, with disk, memory and hours.")
     ] = False,
-) -> None:
+) -> "RecipeResult | None":
     """Go through every stage: answers, cache, train, eval, calibrate, export. The same command goes on."""
     recipe = read(file, target, prompts, data, out, assignments)
-    if not dry_run:
-        raise InputError("A recipe can be planned so far, not run.", "Give --dry-run.")
     shell.quiet_libraries()
-    from nemotron_dspark.recipe.dry_run import dry_run as plan
+    if dry_run:
+        from nemotron_dspark.recipe.dry_run import dry_run as plan
 
-    with shell.err.status("reading the target's config and the data"):
-        planned = plan(recipe)
-    if shell.state.json:
-        shell.emit(planned.to_json())
-    else:
-        show_plan(planned)
+        with shell.err.status("reading the target's config and the data"):
+            planned = plan(recipe)
+        if shell.state.json:
+            shell.emit(planned.to_json())
+        else:
+            show_plan(planned)
+        return None
+    shell.stop_on_sigterm()
+    from nemotron_dspark.cli.recipe_page import Page
+    from nemotron_dspark.recipe.run import run_recipe
+
+    with Page() as page:
+        return run_recipe(recipe, until=until, progress=page)
+
+
+def status(file: FileArgument = None) -> "RecipeStatus":
+    """Say where each stage of a recipe stands, and why one is to be made again."""
+    recipe = read(file)
+    from nemotron_dspark.recipe.run import recipe_status
+
+    return recipe_status(recipe)
+
+
+def clean(
+    file: FileArgument = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+) -> "CleanReport":
+    """List what can go, as it can be made again: caches and checkpoints of trained drafts, what was set aside."""
+    recipe = read(file)
+    from nemotron_dspark.recipe import clean as cleaning
+
+    return cleaning.clean(recipe, remove=yes)
 
 
 def read(
@@ -71,14 +104,40 @@ def read(
 ) -> Recipe:
     """The recipe of the command's options."""
     if file is None and not target:
-        file = Path(RECIPE_FILE)
-        if not file.is_file():
+        places = (Path(RECIPE_FILE), Path("recipe") / RECIPE_FILE)  # the second is of the last run here
+        file = next((path for path in places if path.is_file()), None)
+        if file is None:
             raise InputError(
                 f"There is no {RECIPE_FILE} here, and no --target is given.",
                 "Give the recipe's file, or --target T --prompts prompts.jsonl.",
             )
     given: dict[str, Any] = {"target": target, "prompts": prompts, "data": data, "out": out}
     return load_recipe(file, assignments=assignments or (), **{key: value for key, value in given.items() if value})
+
+
+def _show_status(found: "RecipeStatus") -> None:
+    from nemotron_dspark.cli.recipe_page import stage_table
+
+    shell.out.print(stage_table(found.stages, found.statuses, found.records, found.notes))
+    shell.out.print(escape(found.sentence), soft_wrap=True)
+
+
+def _show_cleaned(report: "CleanReport") -> None:
+    if not report.found:
+        shell.out.print("There is nothing that could go.")
+        return
+    shell.show_rows((size_text(each.bytes), f"{each.path}  ({each.why})") for each in report.found)
+    total = size_text(report.bytes)
+    shell.out.print(f"{total} removed." if report.removed else f"{total} can go: `nds recipe clean --yes` removes it.")
+
+
+def _show_result(result: "RecipeResult") -> None:
+    for draft in result.drafts:
+        shell.out.print(f"[bold]{escape(draft.label)}[/]  nds serve --target {draft.target} --draft {draft.folder}")
+    for text in result.refused:
+        shell.out.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
+    if result.report:
+        shell.out.print(f"report   {escape(str(result.report))}", soft_wrap=True)
 
 
 def show_plan(planned: "RecipePlan") -> None:

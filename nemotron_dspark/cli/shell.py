@@ -237,6 +237,29 @@ def duration(option: str, text: str) -> float:
     return seconds
 
 
+def newest_draft(config: RunConfig) -> Path:
+    """The draft that is taken where --draft is not given, which is said; `InputError` where there is none."""
+    from nemotron_dspark.recipe import latest
+
+    found = latest.trained(config)
+    note(f"--draft is not given: {found.said}.")
+    return found.path
+
+
+def held_out_prompts() -> list[str]:
+    """The prompts that are taken where --prompts is not given, which is said; `InputError` where there are none."""
+    from nemotron_dspark.recipe import latest
+
+    path = latest.held_out()
+    if path is None:
+        raise InputError(
+            "--prompts is not given, and no recipe here has held prompts out.",
+            "Give JSON lines of prompts that the draft has not seen; `nds data split` holds some out.",
+        )
+    note(f"--prompts is not given: takes {path}.")
+    return [str(path)]
+
+
 def several(what: str) -> str:
     """The help of an option that takes what `data.sources.one_file` does."""
     return f"{what}; several files (repeat it), a glob, or a data set org/name[:config][:split]."

@@ -41,7 +41,10 @@ def train(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on with a run that the folder holds.")] = False,
 ) -> "TrainReport | None":
-    """Train a draft. The same command again goes on where it stopped."""
+    """Train a draft. The same command again goes on where it stopped.
+
+    Without --cache and --data it takes the newest cache of the target here, or its newest answers.
+    """
     seconds = shell.duration("--budget", budget) if budget is not None else None
     if engine == "deepspec" and seconds is not None:
         raise InputError("--budget belongs to --engine native.", "Set train.epochs or train.max_steps.")
@@ -50,7 +53,8 @@ def train(
         from nemotron_dspark.deepspec.launch import train_on_cache
         from nemotron_dspark.stages import check_source, run_folder
 
-        check_source(config, cache, data or None)
+        cache, data = _source(config, cache, data, shell.note)
+        check_source(config, cache, data)
         return train_on_cache(config, cache, out or run_folder(config), shell.note)
     from nemotron_dspark.training.distributed import init_distributed
 
@@ -59,18 +63,33 @@ def train(
         from nemotron_dspark import stages
         from nemotron_dspark.training.display import Display
 
+        cache, data = _source(config, cache, data, shell.note if context.is_main else lambda text: None)
+
         with Display() if context.is_main else contextlib.nullcontext() as display:
             report = stages.train(
                 config,
                 out,
                 cache=cache,
-                data=data or None,
+                data=data,
                 budget=seconds,
                 resume=not fresh,
                 callbacks=[display] if display else [],
                 context=context,
             )
     return report if context.is_main else None
+
+
+def _source(
+    config: RunConfig, cache: Path | None, data: list[str] | None, tell: Callable[[str], None]
+) -> tuple[Path | None, list[str] | None]:
+    """What is given, or else what is found here, which is said."""
+    if cache is not None or data:
+        return cache, data or None
+    from nemotron_dspark.recipe import latest
+
+    kind, found = latest.to_train_on(config)
+    tell(f"neither --cache nor --data is given: {found.said}.")
+    return (found.path, None) if kind == "cache" else (None, [str(found.path)])
 
 
 def _show(report: "TrainReport") -> None:

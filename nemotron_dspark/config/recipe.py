@@ -29,8 +29,8 @@ def _as_list(value: Any) -> Any:
 class AnswersConfig(Section):
     """How the target answers the prompts."""
 
-    base_url: str | None = Field(
-        None, description="OpenAI-compatible server of the target, with /v1; null = the target is loaded here"
+    base_url: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+        (), description="OpenAI-compatible server of the target, with /v1, or several; null = it is loaded here"
     )
     model: str | None = Field(None, description="model name at base_url; null = the server's first")
     temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(_as_list)] = Field(
@@ -39,7 +39,7 @@ class AnswersConfig(Section):
     top_p: float | None = Field(None, gt=0, le=1, description="nucleus sampling; null = the server's")
     top_k: int | None = Field(None, ge=1, description="most likely tokens to sample from; null = all")
     max_tokens: int = Field(4096, ge=1, description="longest answer; longer ones are kept, cut off")
-    concurrency: int = Field(64, ge=1, description="requests at a time to base_url")
+    concurrency: int = Field(64, ge=1, description="requests at a time to each server")
     expected_tokens: int = Field(500, ge=1, description="mean length of an answer, for the plan alone")
 
 
@@ -67,6 +67,9 @@ class Recipe(Section):
     set: Settings = Field({}, description="keys of a run's configuration by section, above that file")
     drafts: dict[str, Settings | None] = Field(
         {}, description="several drafts of each target by name, each with keys above set; {} = one"
+    )
+    train_hours: float | None = Field(
+        None, gt=0, description="hours a draft may train: as many steps as they hold; null = as train.epochs says"
     )
     calibrate: bool = Field(True, description="make what the draft foretells of its acceptance a probability")
     export: Annotated[tuple[ExportFormat, ...], BeforeValidator(_as_list)] = Field(
@@ -153,7 +156,9 @@ def _check(recipe: Recipe, where: str) -> None:
         )
     for target in recipe.target:
         for variant in recipe.variants:
-            recipe.run_config(target, variant)
+            config = recipe.run_config(target, variant)
+            if recipe.train_hours and config.train.max_steps:
+                raise InputError(f"{where} gives both train_hours and train.max_steps.", "Give one of them.")
 
 
 def _nearest(key: str) -> str:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from nemotron_dspark import files
 from nemotron_dspark.errors import CheckError
+from nemotron_dspark.evaluation import picture
 from nemotron_dspark.evaluation.measure import Evaluation, Measurement
-from nemotron_dspark.evaluation.picture import draw_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,11 @@ class EvalReport:
         """The measurements by what a table calls them."""
         return {label_of(measurement.temperature): measurement for measurement in self.evaluation.measurements}
 
-    def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write ``eval.json`` and ``eval.png`` there; returns their paths."""
+    def save(self, folder: Path) -> tuple[Path, ...]:
+        """Write ``eval.json`` there, and ``eval.png`` if matplotlib is installed; returns their paths."""
         files.write_json(folder / "eval.json", self.to_json())
-        return folder / "eval.json", draw_run(folder / "eval.png", self.labelled, title=self.target)
+        drawn = [picture.draw_run(folder / "eval.png", self.labelled, title=self.target)] if picture.available() else []
+        return folder / "eval.json", *drawn
 
     def check_lossless(self) -> str | None:
         """A remark on outputs that differ because half precision rounds; None when all are equal.

@@ -23,25 +23,15 @@ from nemotron_dspark.evaluation.measure import Evaluation, Measurement, measure,
 from nemotron_dspark.evaluation.picture import draw_run
 from nemotron_dspark.recipe.corpus import HELD_OUT, MODULES, passages, sources
 from nemotron_dspark.recipe.demo_target import train_target
+from nemotron_dspark.recipe.progress import Progress, StepProgress
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Target
-from nemotron_dspark.training.callbacks import Callback
-from nemotron_dspark.training.metrics import StepMetrics
-from nemotron_dspark.training.schedule import SampleSchedule
 
 STAGES = ("target", "answers", "cache", "train", "eval", "serve")
 _SMALL_TENSORS = ("answers", "eval", "serve")  # decoding a tiny model: a second thread would only be waited for
 _CALIBRATION_STEPS = 8
 # A draft is good at the temperatures it was trained on, and this one is measured at both.
 _TEMPERATURES = {"sampled": (1.0, 0.75), "greedy": (0.0, 0.25)}  # name: temperature, share of the prompts
-
-
-class Progress:
-    """What the demo tells while it runs; the command overrides what it shows."""
-
-    def stage(self, name: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def update(self, text: str, done: float, total: float) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,24 +139,6 @@ def new_run_dir(parent: Path) -> Path:
     """``parent/demo``, or ``parent/demo-N`` with the first N that is free: no earlier demo is touched."""
     candidates = [parent / "demo", *(parent / f"demo-{number}" for number in range(2, 10_000))]
     return next(folder for folder in candidates if not folder.exists())
-
-
-class StepProgress(Callback):
-    """Training steps as demo progress."""
-
-    def __init__(self, progress: Progress):
-        self._progress = progress
-        self._text = "training"
-
-    def on_begin(self, schedule: SampleSchedule, first_step: int) -> None:
-        self._total = schedule.total_steps
-
-    def on_micro_batch(self, step: int, done: int) -> None:
-        self._progress.update(self._text, step + 1, self._total)
-
-    def on_metrics(self, metrics: StepMetrics) -> None:
-        expected = "" if metrics.tau is None else f", tau {metrics.tau:.2f}"  # unknown without the target's logits
-        self._text = f"loss {metrics.loss:.3f}{expected}"
 
 
 class Clock:

@@ -5,7 +5,6 @@ answers their number is that of the prompts and their length an assumption, whic
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from nemotron_dspark.config import RunConfig
@@ -13,7 +12,7 @@ from nemotron_dspark.config.recipe import Recipe
 from nemotron_dspark.data.prompts import Prompt, read_prompts
 from nemotron_dspark.data.sources import named, one_file
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.files import size_text
+from nemotron_dspark.files import size_of, size_text
 from nemotron_dspark.recipe import needs
 from nemotron_dspark.recipe.describe import inspect, tokenizer_in
 from nemotron_dspark.recipe.graph import Draft, Stage, all_stages, drafts_of
@@ -122,6 +121,16 @@ def dry_run(recipe: Recipe) -> RecipePlan:
         column = next(column for column in found.columns if column.mode == mode)
         problems += [f"{draft.label}, {mode}: {text}" for text in column.problems if not text.startswith("disk")]
         advice += column.advice
+        if "eval" not in column.memory:  # streamed, and it fits nowhere whole
+            needing = [stage for stage in draft.stages if stage.kind in ("eval", "calibrate")]
+            if draft.get("answers") and not recipe.answers.base_url:
+                problems.append(f"{draft.target} does not fit as a whole, and cannot answer here.")
+                advice.append("Name an engine that serves it: answers.base_url.")
+            if needing:
+                problems.append(
+                    f"{draft.label}: the target does not fit as a whole, and its draft is not measured here."
+                )
+                advice.append("End with --until train, and measure where an engine serves both: nds eval --engine.")
         if column.problems and found.recommended:
             advice.append(f"mode: {found.recommended} fits {draft.target}.")
         for stage in draft.stages:
@@ -164,13 +173,6 @@ def dry_run(recipe: Recipe) -> RecipePlan:
     )
 
 
-def size_of(place: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    if place.is_file():
-        return place.stat().st_size
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file() and not path.is_symlink())
-
-
 def _machine(recipe: Recipe) -> Machine:
     """The one the plan is for; fewer of its GPUs where the recipe says so."""
     folder = next(folder for folder in (recipe.out, *recipe.out.absolute().parents) if folder.is_dir())
@@ -191,7 +193,7 @@ def _workload(recipe: Recipe, draft: Draft) -> Workload:
     """From the answers where they are there, else from the prompts."""
     config, checkpoint = draft.config, Checkpoint.of(draft.config.target)
     positions = checkpoint.read_spec().max_position_embeddings
-    answers = draft.of("answers")
+    answers = draft.get("answers")
     file = answers.place if answers else one_file(recipe.asked)
     share = recipe.held_out if isinstance(recipe.held_out, float) else 0.0
     if answers is None or (file.is_file() and Ledger(recipe.out).statuses([answers])[answers.name].state == "done"):
@@ -222,6 +224,8 @@ def _hours(stage: Stage, column: Column, shape: Shape, recipe: Recipe, machine: 
     share = (recipe.eval_prompts or ASSUMED.eval_prompts) / ASSUMED.eval_prompts
     if stage.kind == "calibrate":
         return share * needs.calibration_seconds(shape, stage.config.eval, machine) / 3600
+    if stage.kind == "train" and recipe.train_hours:
+        return min(recipe.train_hours, column.hours["train"])
     return column.hours.get(stage.kind, 0.0) * (share if stage.kind == "eval" else 1.0)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from nemotron_dspark import stages
 from nemotron_dspark.cache.build import weights_identity
 from nemotron_dspark.config import RunConfig
@@ -56,7 +58,7 @@ class Stage:
         text = json.dumps([self.kind, self.format, self.depends_on], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def of(self, kind: Kind) -> "Stage | None":
+    def get(self, kind: Kind) -> "Stage | None":
         """The stage of ``kind`` that this one takes something from."""
         return next((stage for stage in self.before if stage.kind == kind), None)
 
@@ -70,12 +72,23 @@ class Draft:
     config: RunConfig
     stages: tuple[Stage, ...]
 
-    def of(self, kind: Kind) -> Stage | None:
+    def get(self, kind: Kind) -> Stage | None:
         return next((stage for stage in self.stages if stage.kind == kind), None)
 
     @property
+    def run(self) -> Stage:
+        """Its training, the one stage that every draft has."""
+        return next(stage for stage in self.stages if stage.kind == "train")
+
+    @property
+    def folder(self) -> Path:
+        """Where the trained draft lies."""
+        return self.run.place / "draft"
+
+    @property
     def label(self) -> str:
-        return _joined(stages.target_folder_name(self.config), self.variant)
+        """Unique in a recipe."""
+        return self.run.label
 
 
 def drafts_of(recipe: Recipe) -> tuple[Draft, ...]:
@@ -133,7 +146,7 @@ def _split(recipe: Recipe) -> Stage | None:
 
 
 def _answers(recipe: Recipe, config: RunConfig, place: Path, name: str, split: Stage | None) -> Stage:
-    settings = recipe.answers.model_dump(exclude={"base_url", "concurrency", "expected_tokens"})
+    settings = _set(recipe.answers, without={"base_url", "concurrency", "expected_tokens"})
     inputs = {"target": _target(config), "answers": settings, "thinking": config.data.thinking}
     return Stage("answers", name, place, config, inputs | _given(recipe, split), _present(split), _files(recipe, split))
 
@@ -142,9 +155,9 @@ def _cache(recipe: Recipe, config: RunConfig, place: Path, data: Stage | None) -
     inputs = {
         "target": _target(config),
         "dtype": config.target.dtype,
-        "draft": config.draft.model_dump(include={"taps", "num_taps", "mask_token_id"}),
-        "data": config.data.model_dump(),
-        "cache": config.cache.model_dump(include={"format", "shard_bytes", "batch_tokens"}),
+        "draft": _set(config.draft, only={"taps", "num_taps", "mask_token_id"}),
+        "data": _set(config.data),
+        "cache": _set(config.cache, only={"format", "shard_bytes", "batch_tokens"}),
     }
     inputs |= _given(recipe, data)
     return Stage("cache", place.name, place, config, inputs, _present(data), _files(recipe, data))
@@ -153,13 +166,15 @@ def _cache(recipe: Recipe, config: RunConfig, place: Path, data: Stage | None) -
 def _train(
     recipe: Recipe, config: RunConfig, place: Path, label: str, cache: Stage | None, data: Stage | None
 ) -> Stage:
-    inputs = {
+    inputs: dict[str, Any] = {
         "target": _target(config),
-        "draft": config.draft.model_dump(),
-        "train": config.train.model_dump(exclude=set(FREE_KEYS)),
+        "draft": _set(config.draft),
+        "train": _set(config.train, without=set(FREE_KEYS)),
     }
     if cache is None:
-        inputs |= {"data": config.data.model_dump(), "cache": config.cache.model_dump()} | _given(recipe, data)
+        inputs |= {"data": _set(config.data), "cache": _set(config.cache)} | _given(recipe, data)
+    if recipe.train_hours:
+        inputs["train_hours"] = recipe.train_hours
     before = _present(cache or data)
     return Stage("train", label, place, config, inputs, before, () if cache else _files(recipe, data))
 
@@ -169,7 +184,7 @@ def _measured(
 ) -> Stage:
     """Evaluation or calibration on the held-out prompts."""
     config = train.config
-    inputs: dict[str, Any] = {"eval": config.eval.model_dump(), "prompts": recipe.eval_prompts}
+    inputs: dict[str, Any] = {"eval": _set(config.eval), "prompts": recipe.eval_prompts}
     inputs |= {"thinking": config.data.thinking}
     if files:
         inputs["held_out"] = _digest(files)
@@ -187,6 +202,11 @@ def _files(recipe: Recipe, before: Stage | None) -> tuple[str, ...]:
 
 def _present(*found: Stage | None) -> tuple[Stage, ...]:
     return tuple(stage for stage in found if stage is not None)
+
+
+def _set(section: BaseModel, *, only: set[str] | None = None, without: set[str] | None = None) -> dict[str, Any]:
+    """Keys that differ from their defaults: a key that a later version adds changes no fingerprint."""
+    return section.model_dump(include=only, exclude=without, exclude_defaults=True)
 
 
 def _joined(*parts: str) -> str:

@@ -8,7 +8,7 @@ them, and every step can be repeated, so a kill between two of them does no harm
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ class Record:
     depends_on: dict[str, Any]
     done: bool = False
     seconds: float = 0.0  # of all calls that ended by themselves
-    result: dict[str, Any] = dataclasses.field(default_factory=dict)
+    result: dict[str, Any] = dataclasses.field(default_factory=dict)  # "refused": why it cannot be made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Ledger:
         if record is None:
             return Status("found", "made by another command") if stage.place.exists() else Status("to do")
         if record.done:
-            return Status("done") if made(stage) else Status("to do", f"{stage.place} is gone")
+            return Status("done") if made(stage, record) else Status("to do", f"{stage.place} is gone")
         return Status("begun")
 
     def _set_aside(self, key: str, record: Record) -> None:
@@ -161,8 +161,10 @@ class Ledger:
 _NOT_NEEDED = "all that is made from it is there"
 
 
-def made(stage: Stage) -> bool:
-    """Whether what the stage makes is there."""
+def made(stage: Stage, record: Record) -> bool:
+    """Whether what the stage makes is there, or cannot be."""
+    if "refused" in record.result:
+        return True
     return (stage.place / _MADE[stage.kind] if stage.kind in _MADE else stage.place).exists()
 
 
@@ -185,4 +187,13 @@ def _reason(before: dict[str, Any], now: dict[str, Any]) -> str:
         return "the held-out prompts have changed"
     if key == "target.weights":
         return "the target's weights have changed"
-    return f"{key} was {old!r}, now it is {new!r}"
+    return f"{key} was {_value(before, key)}, now it is {_value(now, key)}"
+
+
+def _value(inputs: Mapping[str, Any], key: str) -> str:
+    """What ``inputs`` have at the dotted ``key``; what is not there has its default."""
+    for part in key.split("."):
+        if part not in inputs:
+            return "the default"
+        inputs = inputs[part]
+    return repr(inputs)

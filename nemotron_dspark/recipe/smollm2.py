@@ -25,16 +25,9 @@ from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.evaluation.picture import draw_run
 from nemotron_dspark.evaluation.report import EvalReport
 from nemotron_dspark.files import read_json
-from nemotron_dspark.recipe.demo import (
-    Clock,
-    DemoResult,
-    Progress,
-    StepProgress,
-    ask_server,
-    build_demo_cache,
-    require_packages,
-)
+from nemotron_dspark.recipe.demo import Clock, DemoResult, ask_server, build_demo_cache, require_packages
 from nemotron_dspark.recipe.instructions import instructions
+from nemotron_dspark.recipe.progress import Progress, StepProgress
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.target import keep_dtype

@@ -129,7 +129,7 @@ def test_the_command_prints_and_writes_what_was_measured(prompts, tiny_hybrid, t
 @pytest.mark.parametrize(
     ("given", "what"),
     [
-        ((), "No draft is given"),
+        ((), "There is no trained draft"),
         (("--draft", "d", "--plain-engine", "http://127.0.0.1:1"), "without --engine"),
         (("--draft", "d", "--engine", "http://127.0.0.1:1"), "Both --draft and --engine"),
         (("--confidence-threshold", "0.5", "--engine", "http://127.0.0.1:1"), "Both --confidence-threshold and"),

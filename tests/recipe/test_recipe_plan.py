@@ -53,9 +53,9 @@ def test_drafts_of_the_same_hidden_states_share_a_cache(folder):
         "taps": {"draft": {"num_taps": 1}},
     }
     found = drafts_of(load_recipe(folder / "recipe.yaml", drafts=drafts))
-    caches = [draft.of("cache").place.name for draft in found]
+    caches = [draft.get("cache").place.name for draft in found]
     assert caches == ["target", "target", "target-taps"]
-    assert [draft.of("train").place.name for draft in found] == ["target-one", "target-two", "target-taps"]
+    assert [draft.get("train").place.name for draft in found] == ["target-one", "target-two", "target-taps"]
     assert len(kinds(found)) == len(set(kinds(found))) == 2 + 2 + 3 * 4
 
 
@@ -133,6 +133,7 @@ def test_what_drafts_share_is_counted_once(folder):
         ("target: x\nprompts: p\ndrafts: {a/b: {}}", "drafts", "Correct"),
         ("target: x\nprompts: p\nexport: onnx", "export", "Correct"),
         ("prompts: p", "has no target", "Correct"),
+        ("target: x\nprompts: p\ntrain_hours: 2\nset: {train: {max_steps: 2}}", "both train_hours and", "one of them"),
     ],
 )
 def test_bad_recipes_are_refused_in_two_sentences(folder, text, what, do):
