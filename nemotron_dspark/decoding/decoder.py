@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from nemotron_dspark.decoding.accept import accept_greedy, accept_sampled
+from nemotron_dspark.decoding.constraint import Constraint, Likelihood, forbid, likelihoods
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets import State, Target
+from nemotron_dspark.targets import State, Target, Verified
 from nemotron_dspark.targets.kv import take_out
 
 
@@ -31,13 +32,16 @@ class Generation:
     prompt_length: int
     sampling: Sampling
     stop_ids: frozenset[int]
+    constraint: Constraint | None = None  # what the answer must look like
     tokens: list[int] = dataclasses.field(default_factory=list)  # generated so far, a stop token included
     finished: str | None = None  # "stop", "length", or "dropped"
     accepted: list[int] = dataclasses.field(default_factory=list)  # tokens gained per round, the target's own included
     proposed: list[int] = dataclasses.field(default_factory=list)  # tokens drafted per round
+    drafted: list[list[int]] = dataclasses.field(default_factory=list)  # these tokens, of each round that drafted
     survived: list[int] = dataclasses.field(default_factory=list)  # drafted tokens kept per round
     confidence: list[list[float]] = dataclasses.field(default_factory=list)  # logits per round, if they are recorded
     margins: list[list[float]] = dataclasses.field(default_factory=list)  # per round as well, if they are recorded
+    likelihoods: list[Likelihood] = dataclasses.field(default_factory=list)  # per token, if they are asked for
     seconds: float = 0.0  # spent in rounds, prefill not counted; shared rounds count in full
     generator: torch.Generator = dataclasses.field(default_factory=torch.Generator, repr=False)
 
@@ -57,6 +61,7 @@ class Generation:
 
     def receive(self, new: list[int]) -> None:
         """Append ``new`` up to the first stop token and the length limit; sets ``finished`` when one is reached."""
+        before = len(self.tokens)
         for token in new:
             self.tokens.append(token)
             if token in self.stop_ids:
@@ -65,6 +70,17 @@ class Generation:
                 self.finished = "length"
             if self.finished:
                 break
+        if self.constraint is not None:
+            self.constraint.advance(self.tokens[before:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt that was read, to start answers from."""
+
+    ids: tuple[int, ...]
+    state: State
+    verified: Verified  # its logits end with those of the first token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,25 +154,43 @@ class Decoder:
         # Of one row each: generations that took no part in the last round, for as long as somebody holds them.
         self._waiting: weakref.WeakKeyDictionary[Generation, _Memory] = weakref.WeakKeyDictionary()
 
+    def read(self, prompt_ids: Sequence[int]) -> Prompt:
+        """Prefill ``prompt_ids``, for several answers to `start` from."""
+        return Prompt(tuple(prompt_ids), *self.target.prefill(prompt_ids, self._taps))
+
     def start(
-        self, prompt_ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int] | None = None
+        self,
+        prompt: Sequence[int] | Prompt,
+        sampling: Sampling,
+        stop_ids: frozenset[int] | None = None,
+        constraint: Constraint | None = None,
     ) -> Generation:
-        """Prefill ``prompt_ids`` and pick the first token. ``stop_ids`` defaults to the target's."""
+        """Prefill a prompt, unless it was read before, and pick the first token.
+
+        ``stop_ids`` defaults to the target's.
+        """
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        if isinstance(prompt, Prompt):
+            read, state = prompt, prompt.state.select([0])
+        else:
+            read = self.read(prompt)
+            state = read.state
         generation = Generation(
-            prompt_length=len(prompt_ids),
+            prompt_length=len(read.ids),
             sampling=sampling,
             stop_ids=self.target.stop_ids if stop_ids is None else stop_ids,
+            constraint=constraint,
         )
         generation.generator.manual_seed(seed)
-        state, verified = self.target.prefill(prompt_ids, self._taps)
-        first = self._pick([generation], verified.logits[:, -1])
+        logits = read.verified.logits[:, -1:]
+        first = self._pick([generation], forbid(logits, [[]], [constraint])[:, 0])
         context = None
         if self.draft is not None:
             context = self.draft.new_context()
-            following = torch.tensor([[*prompt_ids[1:], *first]], device=self.target.device)
-            self.draft.extend(context, verified.taps, [len(prompt_ids)], following)
+            following = torch.tensor([[*read.ids[1:], *first]], device=self.target.device)
+            self.draft.extend(context, read.verified.taps, [len(read.ids)], following)
         self._waiting[generation] = _Memory(state, context)
+        self._weigh(generation, logits[0], first)
         generation.receive(first)
         return generation
 
@@ -174,7 +208,9 @@ class Decoder:
         else:
             verified = self.target.verify(memory.state, anchors[:, None])
             self.target.commit(memory.state, [1] * len(active))
-            for generation, token in zip(active, self._pick(active, verified.logits[:, 0]), strict=True):
+            logits = forbid(verified.logits, [[]] * len(active), [each.constraint for each in active])[:, 0]
+            for row, (generation, token) in enumerate(zip(active, self._pick(active, logits), strict=True)):
+                self._weigh(generation, verified.logits[row], [token])
                 self._note(generation, 0, [token])
         seconds = time.perf_counter() - began
         for generation in active:
@@ -233,20 +269,20 @@ class Decoder:
         longest = max(proposal.counts)
         drafted = proposal.tokens[:, :longest]
         verified = self.target.verify(state, torch.cat([anchors[:, None], drafted], dim=1))
+        blocks = [row[:count] for row, count in zip(drafted.tolist(), proposal.counts, strict=True)]
+        logits = forbid(verified.logits, blocks, [each.constraint for each in active])
         if proposal.probs is None:
-            target_tokens = verified.logits.argmax(-1).tolist()
-            outcomes = [
-                accept_greedy(tokens, row[:count])
-                for tokens, row, count in zip(target_tokens, drafted.tolist(), proposal.counts, strict=True)
-            ]
+            target_tokens = logits.argmax(-1).tolist()
+            outcomes = [accept_greedy(tokens, block) for tokens, block in zip(target_tokens, blocks, strict=True)]
         else:
-            uniforms = torch.stack([generation.uniforms(longest + 1) for generation in active])
+            # As many as for a whole block: a row's stream must not depend on where the others' blocks are cut.
+            uniforms = torch.stack([generation.uniforms(draft.config.block_size + 1) for generation in active])
             kept, following = accept_sampled(
-                probabilities(verified.logits, [generation.sampling for generation in active]),
+                probabilities(logits, [generation.sampling for generation in active]),
                 proposal.probs[:, :longest],
                 drafted,
                 torch.tensor(proposal.counts, device=drafted.device),
-                uniforms.to(drafted.device),
+                torch.cat([uniforms[:, :longest], uniforms[:, -1:]], 1).to(drafted.device),
             )
             outcomes = list(zip(kept.tolist(), following.tolist(), strict=True))
         # The anchor and the surviving drafts are committed; the token that follows is the next anchor.
@@ -260,6 +296,8 @@ class Decoder:
                 generation.confidence.append(proposal.confidence[row, : proposal.counts[row]].tolist())
             if proposal.margins is not None:
                 generation.margins.append(proposal.margins[row, : proposal.counts[row]].tolist())
+            generation.drafted.append(blocks[row])
+            self._weigh(generation, verified.logits[row], tokens)
             self._note(generation, proposal.counts[row], tokens)
 
     def _propose(self, active: list[Generation], anchors: Tensor, draft: Draft, context: DraftContext) -> _Proposal:
@@ -268,10 +306,12 @@ class Decoder:
         all_greedy = all(generation.greedy for generation in active)
         # All of a block's at once, used or not: a row's stream must not depend on where the others' blocks are cut.
         uniforms = None if all_greedy else torch.stack([generation.uniforms(gamma) for generation in active])
-        block = draft.begin(context, anchors)
-        counts = [gamma] * len(active)
-        tokens = anchors.new_zeros(len(active), gamma)
+        counts = [gamma if each.speculative else 0 for each in samplings]
+        tokens = anchors.new_zeros(len(active), gamma if any(counts) else 0)
         probs = None if all_greedy else torch.zeros(*tokens.shape, draft.config.vocab_size, device=tokens.device)
+        if not any(counts):  # nobody wants drafts
+            return _Proposal(tokens, probs, counts, None, None)
+        block = draft.begin(context, anchors)
         previous, confidence, margins = anchors, [], []
         predicting = self.confidence_threshold > 0 or self.record_confidence
         divisors = draft.temperatures_at([each.temperature for each in samplings]) if predicting else None
@@ -307,6 +347,12 @@ class Decoder:
         for row, value in enumerate(torch.sigmoid(confidence).tolist()):
             if value < self.confidence_threshold and counts[row] > slot:
                 counts[row] = slot
+
+    @staticmethod
+    def _weigh(generation: Generation, logits: Tensor, new: list[int]) -> None:
+        """Record how likely the target held the tokens of a round, each drawn from a row of ``logits`` [n, V]."""
+        if generation.sampling.logprobs is not None:
+            generation.likelihoods += likelihoods(logits, new, generation.sampling.logprobs)
 
     @staticmethod
     def _note(generation: Generation, proposed: int, new: list[int]) -> None:

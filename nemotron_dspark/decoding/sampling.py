@@ -21,6 +21,8 @@ class Sampling:
     top_p: float = 1.0  # smallest set of tokens whose probabilities reach this
     seed: int | None = None  # None = drawn from the operating system
     max_new_tokens: int = 2048
+    speculative: bool = True  # False = no drafts, one token of the target's a round
+    logprobs: int | None = None  # record how likely the target held each token, and this many of the likeliest
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):

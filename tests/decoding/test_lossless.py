@@ -1,6 +1,8 @@
 """Speculative decoding does not change what comes out: token for token when greedy, in distribution when sampled."""
 
 import collections
+import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -160,7 +162,13 @@ def small_target() -> Target:
     return Target(model, None, spec_from_config(config, "small"), ".")
 
 
-def exact_distribution(target: Target, prompt: list[int], sampling: Sampling, length: int) -> dict[tuple, float]:
+def exact_distribution(
+    target: Target,
+    prompt: list[int],
+    sampling: Sampling,
+    length: int,
+    allowed: Callable[[tuple, int], bool] = lambda answer, token: True,
+) -> dict[tuple, float]:
     """Probability of every answer of ``length`` tokens, from whole forwards of the model."""
     answers = {(): 1.0}
     for _ in range(length):
@@ -168,24 +176,25 @@ def exact_distribution(target: Target, prompt: list[int], sampling: Sampling, le
         for answer, mass in answers.items():
             with torch.no_grad():
                 logits = target.model(input_ids=torch.tensor([prompt + list(answer)]), use_cache=False).logits[0, -1]
+            logits[[not allowed(answer, token) for token in range(len(logits))]] = -torch.inf
             for token, p in enumerate(probabilities(logits[None], [sampling])[0].tolist()):
                 longer[(*answer, token)] = mass * p
         answers = longer
     return answers
 
 
-def draw(decoder: Decoder, prompt: list[int], sampling: dict, draws: int) -> collections.Counter:
+def draw(
+    decoder: Decoder, prompt: list[int], sampling: dict, draws: int, constraint: type | None = None
+) -> collections.Counter:
     """Answers to one prompt under ``draws`` seeds. The prompt is prefilled once; every answer starts from a copy."""
-    state, verified = decoder.target.prefill(prompt, decoder._taps)
+    read = decoder.read(prompt)
     counts: collections.Counter = collections.Counter()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder.target, "prefill", lambda *_: (state.select([0]), verified))
-        for first in range(0, draws, 250):
-            settings = [Sampling(seed=seed, **sampling) for seed in range(first, first + 250)]
-            batch = [decoder.start(prompt, each, frozenset()) for each in settings]
-            while any(generation.finished is None for generation in batch):
-                decoder.step(batch)
-            counts.update(tuple(generation.tokens) for generation in batch)
+    for first in range(0, draws, 250):
+        settings = [Sampling(seed=seed, **sampling) for seed in range(first, first + 250)]
+        batch = [decoder.start(read, each, frozenset(), constraint and constraint()) for each in settings]
+        while any(generation.finished is None for generation in batch):
+            decoder.step(batch)
+        counts.update(tuple(generation.tokens) for generation in batch)
     return counts
 
 
@@ -218,6 +227,70 @@ def test_sampled_speculative_output_is_distributed_as_the_target(small_target, t
     table = [[speculative[answer] for answer in pairs], [plain[answer] for answer in pairs]]
     frequent = [column for column in zip(*table, strict=True) if sum(column) >= 10]
     assert stats.chi2_contingency(list(zip(*frequent, strict=True))).pvalue > 1e-3
+
+
+class NoTwice:
+    """A token must not follow itself, and an answer does not begin with 0."""
+
+    def __init__(self):
+        self.answer = ()
+
+    @staticmethod
+    def allowed(answer, token):
+        return token != answer[-1] if answer else token != 0
+
+    def forbidden(self, drafted):
+        rows = []
+        for at in range(len(drafted) + 1):
+            before = (*self.answer, *drafted[:at])
+            rows.append(torch.tensor([not self.allowed(before, token) for token in range(VOCAB)]))
+            if at < len(drafted) and rows[-1][drafted[at]]:
+                break
+        return torch.stack(rows)
+
+    def advance(self, tokens):
+        self.answer += tuple(tokens)
+
+
+def test_a_constrained_answer_is_distributed_as_the_constrained_target(small_target):
+    prompt, sampling = [1, 4, 2], {"temperature": 1.0, "max_new_tokens": 3}
+    expected = exact_distribution(small_target, prompt, Sampling(**sampling), 3, NoTwice.allowed)
+    draft = make_draft(small_target, seed=6, block_size=2, num_taps=1, taps=[0], markov_rank=4)
+    speculative = draw(Decoder(small_target, draft), prompt, sampling, 1000, NoTwice)
+    assert set(speculative) <= {answer for answer, mass in expected.items() if mass > 0}
+    assert p_value(speculative, expected, 1000) > 1e-3
+
+
+def test_logprobs_are_the_targets_own_whatever_the_draft_proposes(target, prompts):
+    decoder = Decoder(target, make_draft(target))
+    settings = [Sampling(temperature=t, seed=3, max_new_tokens=NEW_TOKENS, logprobs=3) for t in (0.0, 1.0)]
+    generations = [decoder.start(prompts[0], each) for each in settings]
+    while any(generation.finished is None for generation in generations):
+        decoder.step(generations)
+    for generation in generations:
+        with torch.no_grad():
+            ids = torch.tensor([prompts[0] + generation.tokens])
+            logits = target.model(input_ids=ids, use_cache=False).logits[0, len(prompts[0]) - 1 : -1]
+        expected = torch.log_softmax(logits, -1)
+        assert len(generation.likelihoods) == len(generation.tokens)
+        for row, token, found in zip(expected, generation.tokens, generation.likelihoods, strict=True):
+            assert found.logprob == pytest.approx(float(row[token]), abs=1e-3)
+            assert [value for _, value in found.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
+            assert generation.sampling.temperature or found.top[0][0] == token
+
+
+def test_a_row_without_drafts_keeps_its_answer_beside_one_with_them(target, prompts, plain):
+    decoder = Decoder(target, make_draft(target))
+    settings = Sampling(temperature=1.0, seed=5, max_new_tokens=NEW_TOKENS, speculative=False)
+    alone = decoder.generate(prompts[1], settings)
+    assert set(alone.accepted) == {1}
+    assert set(alone.proposed) == {0}
+    greedy = decoder.generate(prompts[0], dataclasses.replace(settings, temperature=0.0))
+    assert greedy.tokens == plain[0]
+    batch = [decoder.start(prompts[0], GREEDY), decoder.start(prompts[1], settings)]
+    while any(generation.finished is None for generation in batch):
+        decoder.step(batch)
+    assert [generation.tokens for generation in batch] == [plain[0], alone.tokens]
 
 
 def test_the_test_would_notice_a_wrong_acceptance_rule(small_target, monkeypatch):
