@@ -165,6 +165,24 @@ THINKING_TOOLS = TOOLS.replace(
     "    {%- if message.content is string",
 ).replace("<|im_start|>assistant\\n' -}}{%- endif", "<|im_start|>assistant\\n<think>\\n' -}}{%- endif")
 
+# Calls as the checkpoints' own templates print them: Qwen 3, Nemotron 3, Nano v2.
+HERMES = TOOLS.replace(
+    "'<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>'",
+    "'<tool_call>\\n' + ({'name': call.function.name, 'arguments': call.function.arguments} | tojson) "
+    "+ '\\n</tool_call>'",
+)
+FUNCTION_TAGS = TOOLS.replace(
+    "{{- '<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>' -}}",
+    "{{- '<tool_call>\\n<function=' + call.function.name + '>\\n' -}}"
+    "{%- for key, value in call.function.arguments.items() -%}"
+    "{{- '<parameter=' + key + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>\\n' -}}"
+    "{%- endfor -%}{{- '</function>\\n</tool_call>' -}}",
+)
+TOOLCALL_LIST = TOOLS.replace(
+    "'<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>'",
+    "'<TOOLCALL>[' + ({'name': call.function.name, 'arguments': call.function.arguments} | tojson) + ']</TOOLCALL>'",
+)
+
 # Contents are trimmed, an answer's role is "model", and the system text goes into the first question.
 GEMMA = """
 {{- bos_token -}}
