@@ -186,12 +186,18 @@ class EvalConfig(Section):
     batch_size: int = Field(1, ge=1, description="prompts decoded together; speed is always measured one by one")
     confidence_threshold: float = Field(0.0, ge=0, le=1, description="cut a block where confidence falls below")
 
+    @property
+    def sampled_temperature(self) -> float:
+        """The first temperature at which tokens are sampled; 1 without one."""
+        return next((temperature for temperature in self.temperatures if temperature > 0), 1.0)
+
 
 class ServeConfig(Section):
     """The OpenAI-compatible server."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = a free one")
+    no_auth: bool = Field(False, description="answer other machines without an API key")
     max_batch_size: int = Field(8, ge=1, description="requests decoded together; further ones wait in a queue")
     max_queue: int = Field(256, ge=0, description="waiting requests; beyond that the answer is 503")
     max_new_tokens: int = Field(2048, ge=1, description="default and upper limit of max_tokens")

@@ -1,4 +1,4 @@
-"""Ask a running vLLM, SGLang or llama.cpp: token ids in, token ids out, and what it counts of its drafts.
+"""Ask a running vLLM, SGLang, llama.cpp or `nds serve`: token ids in, token ids out, and what it counts of its drafts.
 
 Which engine answers is what it says of itself in ``/v1/models``. Prompts go in as token ids, so that every engine reads
 exactly what `nds eval` reads.
@@ -86,6 +86,44 @@ class Engine:
         """Counts of all requests since the engine was started; None where each answer has its own."""
         return None
 
+    def plain(self) -> "Engine | None":
+        """The same engine with its draft left out; None where no request can ask for that."""
+        return None
+
+
+class Nds(Engine):
+    """`nds serve`. ``speculative`` False asks it to leave its draft out."""
+
+    owner = "nemotron-dspark"
+    title = "nds serve"
+
+    def __init__(self, url: str, model: str, speculative: bool = True):
+        super().__init__(url, model)
+        self._speculative = speculative
+
+    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
+        body = {"model": self.model, "prompt": list(ids), "max_tokens": max_tokens, "temperature": temperature}
+        body |= {"seed": seed, "return_token_ids": True, "return_rounds": True, "speculative": self._speculative}
+        found, seconds = _post(f"{self.url}/v1/completions", body)
+        choice = found["choices"][0]
+        rounds = choice["rounds"][1:]  # the first one is the prompt's pass
+        kept = [each["kept"] for each in rounds]
+        drafted = [each["kept"] + len(each["refused"]) for each in rounds]
+        slots = tuple(float(sum(count > slot for count in kept)) for slot in range(max(drafted, default=0)))
+        counts = Counts(len(rounds) if any(drafted) else 0, sum(drafted), sum(kept), slots)
+        tokens = tuple(choice["token_ids"])
+        return Answer(tokens, choice["text"], len(tokens), seconds, counts)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        body = {"model": self.model, "messages": list(messages), "max_tokens": 1, "return_token_ids": True}
+        return _post(f"{self.url}/v1/chat/completions", body)[0]["prompt_token_ids"]
+
+    def totals(self) -> Counts | None:
+        return None  # every answer tells its own
+
+    def plain(self) -> "Engine":
+        return Nds(self.url, self.model, speculative=False)
+
 
 class VLLM(Engine):
     owner = "vllm"
@@ -148,14 +186,14 @@ class LlamaCpp(Engine):
             return None
 
 
-_KINDS: dict[str, type[Engine]] = {kind.owner: kind for kind in (VLLM, SGLang, LlamaCpp)}
+_KINDS: dict[str, type[Engine]] = {kind.owner: kind for kind in (Nds, VLLM, SGLang, LlamaCpp)}
 
 
 def connect(url: str) -> Engine:
     """The engine that listens at ``url``, with or without ``/v1`` at its end.
 
     Raises:
-        InputError: what listens there is none of the three.
+        InputError: what listens there is none of them.
         EnvironmentFault: nothing answers there.
     """
     url = url.rstrip("/").removesuffix("/v1")
@@ -168,7 +206,7 @@ def connect(url: str) -> Engine:
         owner, model = None, ""
     if owner not in _KINDS:
         raise InputError(
-            f"{url} is no vLLM, SGLang or llama.cpp: its /v1/models says {owner!r}.",
+            f"{url} is no vLLM, SGLang, llama.cpp or nds serve: its /v1/models says {owner!r}.",
             "Give the address of one of them; `nds eval` without --engine measures a draft here.",
         )
     return _KINDS[owner](url, model)

@@ -1,7 +1,7 @@
 """Measure the accepted length of a draft in a running engine, from the engine's own counters, beside plain decoding.
 
-Prompts are asked one at a time. Accepted length is 1 + accepted drafts / rounds, the target's own token included. None
-of the three engines leaves its draft out for a single request, so plain answers come from a second one.
+Prompts are asked one at a time. Accepted length is 1 + accepted drafts / rounds, the target's own token included. Only
+`nds serve` leaves its draft out for a single request; plain answers of the other engines come from a second one.
 """
 
 import dataclasses
@@ -16,7 +16,9 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.data.prompts import rendered_turns
 from nemotron_dspark.data.sources import Given, named, one_file
 from nemotron_dspark.engines.clients import Answer, Counts, Engine, connect
-from nemotron_dspark.errors import InputError
+from nemotron_dspark.errors import CheckError, InputError
+from nemotron_dspark.evaluation.lossless import MOST_PROMPTS, TOKENS, SampledLossless, check_count
+from nemotron_dspark.evaluation.lossless import compare as compare_sampled
 from nemotron_dspark.evaluation.measure import ratio_error
 from nemotron_dspark.targets import Checkpoint
 
@@ -60,9 +62,18 @@ class EngineEvaluation:
     prompts_file: str
     measurements: tuple[EngineMeasurement, ...]
     plain: Compared | None
+    sampled: SampledLossless | None = None  # where it was asked for
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"sampled": self.sampled and self.sampled.to_json()}
+
+    def check_lossless(self) -> None:
+        """`CheckError` when the draft was found to change the distribution of sampled answers."""
+        if self.sampled is not None and not self.sampled.equal:
+            raise CheckError(
+                f"Sampled answers of {self.url} are not distributed as plain ones (p = {self.sampled.p_value:.2g}).",
+                "See whether both engines sample alike and compute in float32; half precision rounds blocks otherwise.",
+            )
 
     def save(self, folder: Path) -> Path:
         """Write ``eval.json`` there; returns its path."""
@@ -77,19 +88,28 @@ def evaluate_engine(
     *,
     plain_url: str | None = None,
     limit: int | None = None,
+    lossless: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> EngineEvaluation:
     """Measure the draft of the engine at ``url`` on the (first ``limit``) prompts, rendered as ``config.target`` does.
 
     Without a target the engine renders them. Greedy always, then ``config.eval.temperatures``. With ``plain_url``, an
-    engine that serves the same target without a draft, its greedy answers are compared token for token.
+    engine that serves the same target without a draft, its greedy answers are compared token for token; with
+    ``lossless`` also so many sampled ones to a few prompts, in distribution (`evaluation.lossless`).
 
     Raises:
-        InputError: no prompt fits, no such engine, or it does not draft.
+        InputError: no prompt fits, no such engine, or it does not draft; or there is nothing to compare with.
         EnvironmentFault: it does not answer.
     """
     engine = connect(url)
-    plain = connect(plain_url) if plain_url is not None else None
+    plain = connect(plain_url) if plain_url is not None else engine.plain()
+    if lossless is not None:
+        check_count(lossless)
+        if plain is None:
+            raise InputError(
+                f"{engine.title} does not leave its draft out, so there is nothing to compare with.",
+                "Give an engine that serves the same target without a draft as --plain-engine.",
+            )
     ids = _rendered(config, engine, one_file(prompts), limit)
     _answers(engine, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
     temperatures = [0.0, *(t for t in config.eval.temperatures if t > 0)]
@@ -113,7 +133,33 @@ def evaluate_engine(
         _answers(plain, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
         slow = _answers(plain, ids, config.eval.max_new_tokens, 0.0, config.eval.seed, "plain", progress)
         compared = compare(plain, slow, answers[0.0])
-    return EngineEvaluation(engine.title, engine.url, engine.model, named(prompts), tuple(measurements), compared)
+    sampled = _sampled(engine, plain, ids, lossless, config, progress) if plain and lossless else None
+    return EngineEvaluation(
+        engine.title, engine.url, engine.model, named(prompts), tuple(measurements), compared, sampled
+    )
+
+
+def _sampled(
+    engine: Engine,
+    plain: Engine,
+    prompts: Sequence[Sequence[int]],
+    answers: int,
+    config: RunConfig,
+    progress: Progress,
+) -> SampledLossless:
+    """The first tokens of ``answers`` answers to each prompt, with seeds that differ between the two engines."""
+    temperature, groups = config.eval.sampled_temperature, []
+    for at, ids in enumerate(prompts[:MOST_PROMPTS]):
+        pair = []
+        for kind, asked in enumerate((plain, engine)):
+            seed = config.eval.seed + (2 * at + kind) * answers
+            what = f"sampled answers to prompt {at + 1}, {('plain', 'drafted')[kind]}"
+            found = _answers(asked, [ids] * answers, TOKENS, temperature, seed, what, progress)
+            if not all(answer.tokens for answer in found):
+                raise InputError(f"{asked.title} tells no token ids to compare.", "Use a newer version of it.")
+            pair.append([answer.tokens for answer in found])
+        groups.append((pair[0], pair[1]))
+    return compare_sampled(groups, temperature)
 
 
 def summarise(answers: Sequence[Answer], temperature: float, total: Counts | None) -> EngineMeasurement:

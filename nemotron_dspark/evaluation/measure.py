@@ -61,8 +61,9 @@ class Evaluation:
 
     @property
     def speedup(self) -> float:
-        """Speculative over plain speed, both greedy."""
-        return self.speculative_tokens_per_second / self.plain_tokens_per_second
+        """Speculative over plain speed, both greedy; 0 where every answer was a single token and no round was timed."""
+        plain = self.plain_tokens_per_second
+        return self.speculative_tokens_per_second / plain if plain else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The contents of ``eval.json``."""

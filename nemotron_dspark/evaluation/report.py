@@ -10,6 +10,7 @@ from rich.table import Table
 from nemotron_dspark import files
 from nemotron_dspark.errors import CheckError
 from nemotron_dspark.evaluation import picture
+from nemotron_dspark.evaluation.lossless import SampledLossless
 from nemotron_dspark.evaluation.measure import Evaluation, Measurement
 
 
@@ -23,10 +24,12 @@ class EvalReport:
     prompts: int
     dtype: str  # of the target's weights
     evaluation: Evaluation
+    sampled: SampledLossless | None = None  # where it was asked for
 
     def to_json(self) -> dict[str, Any]:
         names = {"target": self.target, "draft": self.draft, "prompts_file": self.prompts_file}
-        return names | self.evaluation.to_json()
+        sampled = {"sampled_lossless": self.sampled.to_json()} if self.sampled else {}
+        return names | self.evaluation.to_json() | sampled
 
     @property
     def labelled(self) -> dict[str, Measurement]:
@@ -46,6 +49,16 @@ class EvalReport:
             CheckError: they differ in full precision.
         """
         lossless = self.evaluation.lossless
+        if self.sampled is not None and not self.sampled.equal:
+            if self.dtype == "torch.float32":
+                raise CheckError(
+                    f"The draft changes the distribution of sampled answers (p = {self.sampled.p_value:.2g}).",
+                    "Run `nds inspect --probe` on the target; if its proofs pass, report it.",
+                )
+            return (
+                f"sampled answers differ in distribution (p = {self.sampled.p_value:.2g}). In half precision a block "
+                "and a single token round differently; --set target.dtype=float32 decides."
+            )
         if lossless.identical == lossless.prompts:
             return None
         if self.dtype == "torch.float32":
