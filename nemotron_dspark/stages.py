@@ -22,12 +22,14 @@ from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.chat.mask_token import MaskToken, choose_mask_token, reserved_mask_token
 from nemotron_dspark.config import RunConfig, TargetConfig, TrainConfig
 from nemotron_dspark.data.sources import Given, listed, named, one_file
+from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.drafts import temperatures
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation import calibration_report, picture
 from nemotron_dspark.evaluation.calibration_report import CalibrationReport
+from nemotron_dspark.evaluation.lossless import check_count, sampled_lossless
 from nemotron_dspark.evaluation.measure import conversation_ids, prompt_ids
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
 from nemotron_dspark.evaluation.report import EvalReport
@@ -231,16 +233,22 @@ def evaluate(
     prompts: Given,
     *,
     limit: int | None = None,
+    lossless: int | None = None,
     target: Target | None = None,
     on_loaded: Callable[[], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EvalReport:
     """Measure ``draft`` on the (first ``limit``) prompts: accepted length, speed, and equality with plain decoding.
 
+    With ``lossless`` so many answers to a few of them are sampled with and without the draft, at the first temperature
+    of ``config.eval`` above 0, and their distributions compared (`evaluation.lossless`).
+
     Raises:
-        InputError: no prompt fits, or draft and target do not belong together.
+        InputError: no prompt fits, or draft and target do not belong together; or ``lossless`` could show nothing.
         CheckError: a proof failed.
     """
+    if lossless is not None:
+        check_count(lossless)
     loaded, drafting = _pair(config, draft, target)
     if on_loaded is not None:
         on_loaded()
@@ -248,8 +256,19 @@ def evaluate(
         loaded, one_file(prompts), limit=limit, new_tokens=config.eval.max_new_tokens, thinking=config.data.thinking
     )
     found = measure_all(loaded, drafting, ids, config.eval, on_progress)
+    sampled = None
+    if lossless is not None:
+        sampled = sampled_lossless(
+            Decoder(loaded),
+            Decoder(loaded, drafting, confidence_threshold=config.eval.confidence_threshold),
+            ids,
+            lossless,
+            temperature=config.eval.sampled_temperature,
+            seed=config.eval.seed,
+            progress=on_progress,
+        )
     folder = "" if isinstance(draft, Draft) else str(draft)
-    return EvalReport(config.target.named, folder, named(prompts), len(ids), str(loaded.dtype), found)
+    return EvalReport(config.target.named, folder, named(prompts), len(ids), str(loaded.dtype), found, sampled)
 
 
 def calibrate(
@@ -302,24 +321,33 @@ def calibrate(
     return report, report.save(Path(out)) if out is not None else []
 
 
-def serve(config: RunConfig, draft: Path | str | Draft | None = None, *, target: Target | None = None) -> "Server":
+def serve(
+    config: RunConfig,
+    draft: Path | str | Draft | None = None,
+    *,
+    target: Target | None = None,
+    api_key: str | None = None,
+) -> "Server":
     """A server with OpenAI's API for the target, made faster by ``draft`` if there is one.
 
     ``with serve(config, draft) as server:`` answers at ``server.base_url`` until the block is left; ``serve(config,
-    draft).run()`` until the process is told to stop. The port is taken before the target is loaded.
+    draft).run()`` until the process is told to stop. The port is taken before the target is loaded. With ``api_key``
+    only requests that carry it are answered.
 
     Raises:
-        InputError: draft and target do not belong together.
+        InputError: draft and target do not belong together, or other machines could ask and need no key.
         CheckError: a proof failed.
         EnvironmentFault: the port is in use, or the `serve` extra is missing.
     """
+    from nemotron_dspark.serving.guard import Access
     from nemotron_dspark.serving.listen import Server, bind
 
+    Access(api_key, config.serve.no_auth).check_host(config.serve.host)  # before the target is loaded
     bound = bind(config.serve.host, config.serve.port)
     with contextlib.ExitStack() as failed:
         failed.callback(bound.close)
         loaded, drafting = _pair(config, draft, target)
-        server = Server(loaded, drafting, config.serve, bound)
+        server = Server(loaded, drafting, config.serve, bound, api_key)
         failed.pop_all()
     return server
 

@@ -67,8 +67,9 @@ def environment(wheel, tmp_path_factory):
     return python.parent
 
 
-def test_the_wheel_carries_configs_and_templates(wheel):
+def test_the_wheel_carries_configs_templates_and_the_page(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"nemotron_dspark/serving/page/{name}" for name in ("index.html", "page.css", "page.js")} <= held
     for folder in ("configs", "templates"):
         expected = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert expected

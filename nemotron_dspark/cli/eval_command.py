@@ -36,16 +36,21 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for eval.json and eval.png.")] = None,
     engine: Annotated[
-        str | None, typer.Option(metavar="URL", help="Measure the draft of a running vLLM, SGLang or llama.cpp.")
+        str | None,
+        typer.Option(metavar="URL", help="Measure the draft of a running engine, or of nds serve."),
     ] = None,
     plain_engine: Annotated[
         str | None, typer.Option(metavar="URL", help="With --engine: one that serves the target without a draft.")
+    ] = None,
+    lossless: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Compare N sampled answers to each of 8 prompts, drafted and not."),
     ] = None,
 ) -> None:
     """Measure a draft: accepted length, acceptance by position, speed, equal output."""
     prompts = prompts or shell.held_out_prompts()
     if engine is not None:
-        _in_engine(config, prompts, draft, limit, out, engine, plain_engine)
+        _in_engine(config, prompts, draft, limit, out, engine, plain_engine, lossless)
         return
     if plain_engine is not None:
         raise InputError("--plain-engine is given without --engine.", "Give a running engine with --engine.")
@@ -53,7 +58,15 @@ def evaluate(
     from nemotron_dspark import stages
 
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
-        report = stages.evaluate(config, draft, prompts, limit=limit, on_loaded=status.stop, on_progress=bars.update)
+        report = stages.evaluate(
+            config,
+            draft,
+            prompts,
+            limit=limit,
+            lossless=lossless,
+            on_loaded=status.stop,
+            on_progress=bars.update,
+        )
     written = report.save(out) if out is not None else ()
     if shell.state.json:
         shell.emit(report.to_json())
@@ -68,6 +81,8 @@ def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:
 
     shell.out.print(report.acceptance_table(found.labelled, f"{found.prompts} prompts of {escape(found.prompts_file)}"))
     shell.out.print(report.speed_table(found.evaluation))
+    if found.sampled:
+        shell.out.print(found.sampled.sentence(), soft_wrap=True)
     if written:
         shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
 
@@ -80,6 +95,7 @@ def _in_engine(
     out: Path | None,
     url: str,
     plain_url: str | None,
+    lossless: int | None,
 ) -> None:
     from nemotron_dspark.engines.measure import evaluate_engine
 
@@ -90,14 +106,17 @@ def _in_engine(
             "Leave one of them out.",
         )
     with shell.bars() as bars:
-        found = evaluate_engine(config, url, prompts, plain_url=plain_url, limit=limit, progress=bars.update)
+        found = evaluate_engine(
+            config, url, prompts, plain_url=plain_url, limit=limit, lossless=lossless, progress=bars.update
+        )
     written = found.save(out) if out is not None else None
     if shell.state.json:
         shell.emit(found.to_json())
-        return
-    _show_engine(found)
-    if written:
-        shell.out.print(f"Written: {escape(str(written))}", soft_wrap=True)
+    else:
+        _show_engine(found)
+        if written:
+            shell.out.print(f"Written: {escape(str(written))}", soft_wrap=True)
+    found.check_lossless()
 
 
 def _show_engine(found: "EngineEvaluation") -> None:
@@ -114,3 +133,5 @@ def _show_engine(found: "EngineEvaluation") -> None:
         where = f", first difference at {plain.first_difference}" if plain.first_difference else ""
         rows.append(("identical greedy answers", f"{plain.identical} of {plain.prompts}{where}"))
     shell.show_rows(rows)
+    if found.sampled is not None:
+        shell.out.print(found.sampled.sentence(), soft_wrap=True)

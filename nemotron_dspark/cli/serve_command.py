@@ -1,6 +1,7 @@
 """`nds serve`: the target, with a draft or without, as an OpenAI-compatible server."""
 
 import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _KEYS = [
     shell.KeyOption("--host", "serve.host"),
     shell.KeyOption("--port", "serve.port"),
+    shell.KeyOption("--no-auth", "serve.no_auth"),
     shell.KeyOption("--confidence-threshold", "serve.confidence_threshold"),
 ]
 
@@ -29,24 +31,33 @@ def serve(
     draft: Annotated[
         Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft; without one, plain decoding.")
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="NDS_API_KEY",
+            help="Answer only requests that carry this key. Better in the environment: others see a command line.",
+        ),
+    ] = None,
 ) -> None:
     """Answer OpenAI's API with the target, made faster by a draft."""
     from nemotron_dspark import stages
-    from nemotron_dspark.serving.listen import reachable_by_others
+    from nemotron_dspark.serving.guard import reachable_by_others
 
-    if reachable_by_others(config.serve.host):
+    if reachable_by_others(config.serve.host) and api_key is None and config.serve.no_auth:
         shell.err.print(
-            f"[yellow]warning:[/] {config.serve.host} can be reached by other machines, and this server asks for no "
-            "password.",
+            f"[yellow]warning:[/] {config.serve.host} can be reached by other machines, which need no key.",
             soft_wrap=True,
         )
     with shell.err.status("Loading and proving the target"):
-        server = stages.serve(config, draft)
-    server.run(lambda: _greet(server, draft))
+        server = stages.serve(config, draft, api_key=api_key)
+    server.run(lambda: _greet(server, draft, api_key is not None))
+    for number in (signal.SIGINT, signal.SIGTERM):  # Python still takes its time to end, and would print a traceback
+        signal.signal(number, signal.SIG_IGN)
     shell.err.print("Stopped.")
 
 
-def _greet(server: "Server", draft: Path | None) -> None:
+def _greet(server: "Server", draft: Path | None, keyed: bool) -> None:
     if shell.state.json:
         shell.emit({"url": server.base_url, "model": server.model_id})
         return
@@ -56,6 +67,11 @@ def _greet(server: "Server", draft: Path | None) -> None:
         f"[bold]{escape(server.model_id)}[/] is served at [bold]{server.base_url}[/], decoded {escape(how)}.",
         soft_wrap=True,
     )
-    shell.out.print(f"Health and counters: {server.url}/health, {server.url}/metrics. Ctrl-C stops.\n", soft_wrap=True)
-    example = f"curl {server.base_url}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    shell.out.print(
+        f"A page to look at: {server.url}/. Health and counters: {server.url}/health, /metrics. Ctrl-C stops.\n",
+        soft_wrap=True,
+    )
+    key = ' -H "Authorization: Bearer $NDS_API_KEY"' if keyed else ""
+    sent = f"-H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+    example = f"curl {server.base_url}/chat/completions {sent}"
     shell.out.print(escape(example), soft_wrap=True)

@@ -47,7 +47,9 @@ class Server:
         self._group, self._given_model, self.model = group, model, model
         self._failures = 0  # one after the other, a burst counted once
         self._told = False  # that it does not answer
-        self._optional: dict[str, Any] = {"skip_special_tokens": False, "return_token_ids": True}
+        # Reasoning belongs to what the target wrote, between its tags.
+        self._optional: dict[str, Any] = {"skip_special_tokens": False, "separate_reasoning": False}
+        self._optional["return_token_ids"] = True
         self._client = openai.AsyncOpenAI(
             base_url=url,
             api_key=api_key,

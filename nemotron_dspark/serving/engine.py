@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nemotron_dspark.decoding.constraint import Constraint
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.errors import NdsError
@@ -32,6 +33,13 @@ class GenerationRequest:
     sampling: Sampling
     stops: tuple[str, ...] = ()  # stop strings; the target's stop tokens always hold
     stream: bool = False  # deliver text as it comes
+    constraint: Constraint | None = None  # what the answer must look like
+    rounds: bool = False  # deliver the tokens of every round, too
+
+    @property
+    def by_token(self) -> bool:
+        """Whether more of each token is delivered than the text."""
+        return self.rounds or self.sampling.logprobs is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +54,30 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Token:
+    """A token of an answer, spelled."""
+
+    spelled: str  # by itself: a part of a character is no text
+    text: str | None  # what it adds to the answer; None of a stop token, which is no part of it
+    logprob: float | None = None  # natural logarithm, where it is asked for
+    top: tuple[tuple[str, float], ...] = ()  # the likeliest tokens in its place
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What one pass of the target brought a request; the first one is the prompt's."""
+
+    tokens: tuple[Token, ...]
+    kept: int  # of these, from the front, the draft's
+    refused: tuple[str, ...]  # drafts that the target did not keep, spelled
+
+
+@dataclasses.dataclass(frozen=True)
 class TextDelta:
-    """Further text of a streamed answer; never empty."""
+    """Further text of a streamed answer; empty only with a round."""
 
     text: str
+    rounds: tuple[Round, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +88,7 @@ class Finished:
     token_ids: tuple[int, ...]  # the whole answer, a stop token included
     reason: str  # "stop" or "length"
     usage: Usage
+    rounds: tuple[Round, ...] = ()  # those that were not delivered before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +124,7 @@ class Ticket:
         self.arrived = time.perf_counter()
         self.generation: Generation | None = None  # once it is in the batch
         self.collected: list[str] = []  # text of an answer that is not streamed
+        self.rounds: list[Round] = []  # that were not delivered yet
         self.tokens_read = 0
         self.rounds_read = 0
 
@@ -193,9 +223,7 @@ class Engine:
                 for _ in range(self._max_batch_size):
                     if not self._admit():
                         break
-                for ticket in list(self._active):
-                    if ticket.cancelled:
-                        self._release(ticket)
+                self._release_cancelled()
                 if self._active:
                     self._round()
         except BaseException:
@@ -208,6 +236,11 @@ class Engine:
                 self._waiting.clear()
             for ticket in left:
                 ticket.deliver(Failed(503, _STOPPING))
+
+    def _release_cancelled(self) -> None:
+        for ticket in list(self._active):
+            if ticket.cancelled:
+                self._release(ticket)
 
     def _wait(self) -> bool:
         """Wait for something to do; false when it is time to end."""
@@ -238,7 +271,9 @@ class Engine:
             return
         request = ticket.request
         try:
-            generation = ticket.generation = self._decoder.start(request.prompt_ids, request.sampling)
+            generation = ticket.generation = self._decoder.start(
+                request.prompt_ids, request.sampling, constraint=request.constraint
+            )
         except NdsError as error:  # such as a prompt the target cannot read: the sender's fault
             self._release(ticket, Failed(400, str(error)))
             return
@@ -274,27 +309,47 @@ class Engine:
     def _collect(self, ticket: Ticket, generation: Generation) -> None:
         """Hand on what the last round brought; release the request when the answer is complete."""
         request, text = ticket.request, ticket.text
-        new = generation.tokens[ticket.tokens_read :]
+        before, new = ticket.tokens_read, generation.tokens[ticket.tokens_read :]
         ticket.tokens_read += len(new)
         self._metrics.generated_tokens.inc(len(new))
         for gained in generation.accepted[ticket.rounds_read :]:
             self._metrics.accepted_length.observe(gained)
         ticket.rounds_read = len(generation.accepted)
         ended_by_token = generation.finished == "stop"
-        if request.stream or request.stops:
-            shown = text.push(new[:-1] if ended_by_token else new)  # a stop token is not part of the text
+        said = new[:-1] if ended_by_token else new  # a stop token is not part of the text
+        pieces: list[str] = []
+        if request.by_token:
+            pieces = text.pieces(said)
+        elif request.stream or request.stops:
+            pieces = [text.push(said)]
         elif generation.finished:  # nobody reads along: decode once
-            shown = text.push(generation.tokens[:-1] if ended_by_token else generation.tokens)
+            pieces = [text.push(generation.tokens[:-1] if ended_by_token else generation.tokens)]
         else:
             return
         if generation.finished and not text.stopped:
-            shown += text.finish()
+            pieces = [*pieces[:-1], "".join([*pieces[-1:], text.finish()])]
+        if request.by_token:
+            ticket.rounds.append(self._told(generation, before, new, pieces, ended_by_token and not text.stopped))
+        shown = "".join(pieces)
         if text.stopped or generation.finished:
             self._finish(ticket, generation, shown, ended_by_token)
         elif not request.stream:
             ticket.collected.append(shown)
-        elif shown:
-            ticket.deliver(TextDelta(shown))
+        elif shown or ticket.rounds:
+            ticket.deliver(TextDelta(shown, tuple(ticket.rounds)))
+            ticket.rounds.clear()
+
+    def _told(self, generation: Generation, before: int, new: list[int], pieces: list[str], ended: bool) -> Round:
+        """The round that brought the tokens ``new``; ``pieces`` is what each adds to the text up to its end."""
+        spell = self._spelling.token
+        texts: list[str | None] = [*pieces, *[None] * (ended and len(pieces) < len(new))]
+        tokens = [Token(spell(id_), text) for id_, text in zip(new, texts, strict=False)]
+        for at, held in enumerate(generation.likelihoods[before : before + len(tokens)]):
+            top = tuple((spell(id_), logprob) for id_, logprob in held.top)
+            tokens[at] = dataclasses.replace(tokens[at], logprob=held.logprob, top=top)
+        drafted = generation.drafted[-1] if before and generation.drafted else []
+        kept = generation.survived[-1] if drafted else 0
+        return Round(tuple(tokens), min(kept, len(tokens)), tuple(map(spell, drafted[kept:])))
 
     def _finish(self, ticket: Ticket, generation: Generation, shown: str, ended_by_token: bool) -> None:
         stopped = ticket.text.stopped
@@ -308,7 +363,8 @@ class Engine:
         )
         self._metrics.request_seconds.observe(time.perf_counter() - ticket.arrived)
         reason = "stop" if stopped or ended_by_token else "length"
-        self._release(ticket, Finished("".join([*ticket.collected, shown]), tokens, reason, usage))
+        text = "".join([*ticket.collected, shown])
+        self._release(ticket, Finished(text, tokens, reason, usage, tuple(ticket.rounds)))
 
     def _release(self, ticket: Ticket, event: Event | None = None) -> None:
         """Take a request out of the batch, then deliver ``event``: whoever hears of the end may count on the place."""

@@ -1,12 +1,11 @@
 """A server as an object: in the foreground by `nds serve`, or inside another program that talks to it over HTTP.
 
 Its port is taken before the model is loaded, and it ends its answers before it ends.
-There is no authentication: it listens on 127.0.0.1 unless told.
+It listens on 127.0.0.1 unless told, and for other machines only with an API key or when nobody is to need one.
 """
 
 import asyncio
 import errno
-import ipaddress
 import signal
 import socket
 import threading
@@ -19,7 +18,9 @@ from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.serving import needs_extra
 from nemotron_dspark.serving.engine import Engine
-from nemotron_dspark.serving.server import Served, make_app
+from nemotron_dspark.serving.guard import Access
+from nemotron_dspark.serving.server import make_app
+from nemotron_dspark.serving.service import Served
 from nemotron_dspark.targets import Target
 
 with needs_extra():
@@ -65,14 +66,6 @@ def _port_in_use(host: str, port: int) -> EnvironmentFault:
         f"Port {port} on {host} is in use.",
         "Stop what listens there, or choose another port with --port (0 takes a free one).",
     )
-
-
-def reachable_by_others(host: str) -> bool:
-    """Whether other machines can reach ``host``, as an address to listen on."""
-    try:
-        return not ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:  # a name
-        return host != "localhost"
 
 
 def url_of(bound: socket.socket) -> str:
@@ -127,6 +120,7 @@ class Server:
         draft: Draft | None = None,
         config: ServeConfig | None = None,
         bound: socket.socket | None = None,
+        api_key: str | None = None,
     ):
         """
         Args:
@@ -134,11 +128,17 @@ class Server:
             draft: a draft that fits it; None decodes plainly.
             config: the `serve` section; None takes its defaults on a free port.
             bound: a socket of `bind`; None binds what ``config`` says.
+            api_key: what a request must carry; None asks for none.
+
+        Raises:
+            InputError: other machines could reach it without a key, and ``config.no_auth`` does not say that they may.
         """
         config = config or ServeConfig(port=0)
+        access = Access(api_key, config.no_auth)
+        access.check_host(bound.getsockname()[0] if bound else config.host)
         served = target if isinstance(target, Served) else Served.of(target, draft, config)
         self._socket = bound or bind(config.host, config.port)
-        self._app = make_app(served, config)
+        self._app = make_app(served, config, access)
         self.engine: Engine = self._app.state.engine
         self.model_id = served.model_id
         self.url = url_of(self._socket)

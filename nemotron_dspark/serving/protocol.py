@@ -1,39 +1,36 @@
-"""OpenAI's request and response bodies: what is understood, what is refused, what is ignored.
+"""OpenAI's request bodies and errors: what is understood, what is refused, what is ignored.
 
 A field that would change the answer and is not implemented is refused, so that nobody mistakes the answer for what was
 asked; a field that cannot change it (user, metadata, penalties of 0) is ignored.
 """
 
-import time
-import uuid
-from collections.abc import Sequence
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemotron_dspark.chat.format import Message
+from nemotron_dspark.data.conversations import RowError, parse_messages
 from nemotron_dspark.serving import needs_extra
-from nemotron_dspark.serving.engine import Finished, Usage
 
 with needs_extra():
     from starlette.exceptions import HTTPException
 
-MAX_STOPS = 4  # as OpenAI's
+MAX_STOPS = 4  # as OpenAI's, and so are the next three
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_COMPLETION_LOGPROBS = 5
+_MAX_LEVELS = 64  # of what is nested in a field: tools, a schema
 
 # Fields that would change the answer, each with the values beside null that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "echo": (False,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
@@ -89,6 +86,15 @@ class CommonRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    response_format: Any = None
+    speculative: bool | None = None
+    return_rounds: bool | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell beside each token's own log-probability; None for neither."""
+        return None
 
     @property
     def asked_tokens(self) -> int | None:
@@ -114,6 +120,25 @@ class CommonRequest(BaseModel):
                     code="unsupported",
                 )
 
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer is to keep, if any; `ApiError` for a response_format that asks otherwise."""
+        given = self.response_format if self.response_format is not None else {"type": "text"}
+        kind = given.get("type") if isinstance(given, dict) else None
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return {"type": "object"}
+        outer = given.get("json_schema") if kind == "json_schema" else None
+        schema = outer.get("schema") if isinstance(outer, dict) else None
+        if not isinstance(schema, dict):
+            raise ApiError(
+                400,
+                "response_format is none that this server knows.",
+                'Send {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}, or type json_object or text.',
+                param="response_format",
+            )
+        return _checked_value(schema, "response_format")
+
     def stops(self) -> tuple[str, ...]:
         """The stop strings; `ApiError` when there are too many or they are none."""
         stops = [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
@@ -137,14 +162,29 @@ def _checked_text(text: str, where: str, param: str) -> str:
     return text
 
 
+def _checked_value(value: Any, field: str) -> Any:
+    """``value``; `ApiError` when it is nested too deep for templates and grammars, or holds half a character."""
+    if _deeper(value, _MAX_LEVELS):
+        raise ApiError(400, f"{field} is nested more than {_MAX_LEVELS} deep.", "Make it flatter.", param=field)
+    _checked_text(json.dumps(value, ensure_ascii=False), field, field)
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(each, levels - 1) for each in inside)
+
+
 def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
 class ChatMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
     tool_calls: Any = None
+    tool_call_id: Any = None
+    reasoning_content: Any = None
 
 
 class TemplateSwitches(BaseModel):
@@ -159,26 +199,70 @@ class ChatRequest(CommonRequest):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: TemplateSwitches | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    separate_reasoning: bool | None = None
 
     @property
     def asked_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def asked_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
     def thinking(self) -> bool | None:
         return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
 
+    def offered(self) -> tuple[Any, ...]:
+        """The functions that the target may call; `ApiError` when they are none or it is to be made to call one."""
+        if self.tool_choice not in (None, "auto", "none"):
+            what = "tool_choice is not supported by this server with this value."
+            raise ApiError(400, what, 'Send "auto" or "none".', param="tool_choice", code="unsupported")
+        for index, tool in enumerate(self.tools or ()):
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
+                raise ApiError(
+                    400,
+                    f"tools.{index} is no function with a name.",
+                    'Send {"type": "function", "function": {"name": …, "parameters": {…}}}.',
+                    param="tools",
+                )
+        tools = () if self.tool_choice == "none" else tuple(self.tools or ())
+        if tools and self.answer_schema() is not None:
+            what = "A response_format leaves the target no way to call tools."
+            raise ApiError(400, what, 'Leave one of the two out, or send tool_choice "none".', param="response_format")
+        return _checked_value(tools, "tools")
+
+    @property
+    def speaks_of_tools(self) -> bool:
+        """Whether the messages hold calls or results."""
+        return any(message.role == "tool" or message.tool_calls for message in self.messages)
+
     def conversation(self) -> list[Message]:
-        """The messages as text; `ApiError` for contents that are not."""
-        return [
-            Message("system" if message.role == "developer" else message.role, _text(message, f"messages.{index}"))
-            for index, message in enumerate(self.messages)
-        ]
+        """The messages as text, and the calls and reasoning beside it; `ApiError` for contents that are not."""
+        return [_message(message, f"messages.{index}") for index, message in enumerate(self.messages)]
+
+
+def _message(message: ChatMessage, where: str) -> Message:
+    role = "system" if message.role == "developer" else message.role
+    given = {
+        key: value for key, value in message if key in ("tool_calls", "tool_call_id", "reasoning_content") and value
+    }
+    try:  # as a conversation that trains is read
+        more = parse_messages({"messages": [{"role": role, "content": "", **given}]})[0].more if given else {}
+    except RowError as error:
+        what = f"{where} cannot be used: {error}."
+        raise ApiError(400, what, "Send it as OpenAI's API describes it.", param=where) from None
+    _checked_value(dict(more), where)
+    calls_only = message.content is None and "tool_calls" in more
+    return Message(role, "" if calls_only else _text(message, where), more=more)
 
 
 def _text(message: ChatMessage, where: str) -> str:
-    if message.tool_calls:
-        raise ApiError(400, f"{where} has tool calls.", "Send their text as content instead.", param="messages")
     content = message.content
     if isinstance(content, str):
         return _checked_text(content, where, "messages")
@@ -197,6 +281,16 @@ def _text(message: ChatMessage, where: str) -> str:
 
 class CompletionRequest(CommonRequest):
     prompt: Any
+    logprobs: int | bool | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        if isinstance(self.logprobs, bool) or not 0 <= (self.logprobs or 0) <= MAX_COMPLETION_LOGPROBS:
+            if self.logprobs is False:
+                return None
+            do = f"Send a number from 0 to {MAX_COMPLETION_LOGPROBS}."
+            raise ApiError(400, f"logprobs = {self.logprobs} is not accepted.", do, param="logprobs")
+        return self.logprobs
 
     def text_or_ids(self, vocab_size: int) -> str | list[int]:
         """The one prompt; `ApiError` when it is several, empty, or holds ids that the target does not have."""
@@ -218,58 +312,3 @@ class CompletionRequest(CommonRequest):
                 param="prompt",
             )
         return ids
-
-
-def usage_json(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage, and beside it how the answer was decoded when a draft took part."""
-    value: dict[str, Any] = {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
-    if usage.proposed:
-        value["speculative"] = {"rounds": usage.rounds, "accepted_length": round(usage.accepted / usage.rounds, 4)}
-    return value
-
-
-class Answer:
-    """Bodies of one answer: whole, or as chunks. The two endpoints differ only in names and where the text goes."""
-
-    def __init__(self, chat: bool, model_id: str):
-        self._chat = chat
-        self._fixed = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model_id,
-        }
-
-    def whole(self, end: Finished, prompt_ids: Sequence[int] | None = None) -> dict[str, Any]:
-        """The body of an answer that is not streamed; with token ids, placed as vLLM's, if the prompt's are given."""
-        text = {"message": {"role": "assistant", "content": end.text}} if self._chat else {"text": end.text}
-        body: dict[str, Any] = {**self._body("chat.completion", text, end.reason), "usage": usage_json(end.usage)}
-        if prompt_ids is not None:
-            choice = body["choices"][0]
-            choice["token_ids"] = list(end.token_ids)
-            (body if self._chat else choice)["prompt_token_ids"] = list(prompt_ids)
-        return body
-
-    def opening(self) -> dict[str, Any] | None:
-        """The chunk that names the role; only chats have one."""
-        return self._chunk({"delta": {"role": "assistant", "content": ""}}) if self._chat else None
-
-    def text_chunk(self, text: str, reason: str | None = None) -> dict[str, Any]:
-        """A chunk of text; the last one has a ``reason``."""
-        if self._chat:
-            return self._chunk({"delta": {"content": text} if text else {}}, reason)
-        return self._chunk({"text": text}, reason)
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """The chunk after the last one, for who asked for it."""
-        return {**self._chunk({}), "choices": [], "usage": usage_json(usage)}
-
-    def _chunk(self, text: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        return self._body("chat.completion.chunk", text, reason)
-
-    def _body(self, chat_object: str, text: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **text, "logprobs": None, "finish_reason": reason}
-        return {**self._fixed, "object": chat_object if self._chat else "text_completion", "choices": [choice]}

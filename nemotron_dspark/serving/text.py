@@ -16,6 +16,7 @@ _OVERLAP = 4  # tokens that stay when the window is cut
 # Nemotron 3 marks these as special. They are part of what the model says: without them nobody could tell its reasoning
 # from its answer, and answers regenerated for training would lack tokens that the target wrote.
 _SPOKEN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+_SPOKEN += ("<TOOLCALL>", "</TOOLCALL>")  # Nemotron Nano v2
 
 
 class Spelling:
@@ -23,6 +24,7 @@ class Spelling:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer = tokenizer
+        self._tokens: dict[int, str] = {}
         special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         vocabulary = tokenizer.get_vocab()
         self.silent = frozenset(special - {vocabulary.get(tag) for tag in _SPOKEN})  # ids that are not written out
@@ -36,6 +38,16 @@ class Spelling:
         spoken = [id_ for id_ in ids if id_ not in self.silent]
         text = self._tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cast("str", text)  # of one text's ids
+
+    def token(self, id_: int) -> str:
+        """How one token is spelled within a text; a special one by its name."""
+        if id_ not in self._tokens:
+            if id_ in self.silent or id_ >= len(self._tokenizer):
+                self._tokens[id_] = str(self._tokenizer.convert_ids_to_tokens(id_) or "")
+            else:  # behind another one: at the beginning of a text some tokenizers leave a space out
+                before = self._tokenizer.encode("a", add_special_tokens=False)
+                self._tokens[id_] = self.decode([*before, id_])[len(self.decode(before)) :]
+        return self._tokens[id_]
 
 
 class Detokeniser:
@@ -101,7 +113,7 @@ class StopScanner:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
-        held = max(_overlap(text, stop) for stop in self._stops)
+        held = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -111,7 +123,7 @@ class StopScanner:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
@@ -138,13 +150,17 @@ class TextStream:
         if not self._one_by_one:
             self.used += len(ids)
             return self._detokeniser.push(ids)
+        return "".join(self.pieces(ids))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """As `push`, what each token adds, up to the one that ends the answer."""
         shown = []
         for token in ids:
             if self.stopped:
                 break
             self.used += 1
             shown.append(self._scanner.push(self._detokeniser.push((token,))))
-        return "".join(shown)
+        return shown
 
     def finish(self) -> str:
         """The rest of the text, once no further token comes."""

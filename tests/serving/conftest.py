@@ -5,7 +5,7 @@ import pytest
 from nemotron_dspark.config.run import ServeConfig
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.serving.listen import Server
-from nemotron_dspark.serving.server import Served
+from nemotron_dspark.serving.service import Served
 from nemotron_dspark.targets import Target
 from tests.serving.fake_decoder import SCRIPT, FakeDecoder
 

@@ -4,6 +4,8 @@ import dataclasses
 import threading
 import time
 
+from nemotron_dspark.decoding.constraint import Likelihood
+
 SCRIPT = "Once upon a time there was a state, naïve and 🙂; it kept what was accepted.\nThen it went on. "
 
 
@@ -11,10 +13,15 @@ SCRIPT = "Once upon a time there was a state, naïve and 🙂; it kept what was 
 class FakeGeneration:
     script: list[int]
     limit: int
+    stop: int | None = None  # ends the answer behind the script, which is repeated without one
     tokens: list[int] = dataclasses.field(default_factory=list)
     finished: str | None = None
     accepted: list[int] = dataclasses.field(default_factory=list)
     proposed: list[int] = dataclasses.field(default_factory=list)
+    drafted: list[list[int]] = dataclasses.field(default_factory=list)
+    survived: list[int] = dataclasses.field(default_factory=list)
+    likelihoods: list[Likelihood] = dataclasses.field(default_factory=list)
+    logprobs: int | None = None
 
 
 class FakeDecoder:
@@ -24,17 +31,18 @@ class FakeDecoder:
         self.script = tokenizer.encode(SCRIPT)
         self.go = threading.Event()
         self.go.set()
+        self.stop: int | None = None
         self.pause = 0.0  # seconds of a round
         self.together: list[int] = []  # generations of each round
         self.alive: set[int] = set()
         self.fail_start: BaseException | None = None
         self.fail_step: BaseException | None = None
 
-    def start(self, prompt_ids, sampling, stop_ids=None):
+    def start(self, prompt_ids, sampling, stop_ids=None, constraint=None):
         if self.fail_start is not None:
             error, self.fail_start = self.fail_start, None
             raise error
-        generation = FakeGeneration(self.script, sampling.max_new_tokens)
+        generation = FakeGeneration(self.script, sampling.max_new_tokens, self.stop, logprobs=sampling.logprobs)
         self.alive.add(id(generation))
         self._write(generation, 1)
         return generation
@@ -50,12 +58,21 @@ class FakeDecoder:
             self._write(generation, 3)
             generation.accepted.append(3)
             generation.proposed.append(4)
+            generation.drafted.append([*generation.tokens[-3:-1], 7, 7])
+            generation.survived.append(2)
 
     def _write(self, generation, count):
         for _ in range(count):
             if generation.finished is None:
-                generation.tokens.append(generation.script[len(generation.tokens) % len(generation.script)])
-                if len(generation.tokens) == generation.limit:
+                over = generation.stop is not None and len(generation.tokens) == len(generation.script)
+                said = generation.script[len(generation.tokens) % len(generation.script)]
+                generation.tokens.append(generation.stop if over else said)
+                if generation.logprobs is not None:
+                    top = tuple((id_, -2.0) for id_ in range(generation.logprobs))
+                    generation.likelihoods.append(Likelihood(-1.0, top))
+                if over:
+                    generation.finished = "stop"
+                elif len(generation.tokens) == generation.limit:
                     generation.finished = "length"
 
     def drop(self, generation):

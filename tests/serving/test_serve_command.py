@@ -1,12 +1,14 @@
 """`nds serve` as a process: it starts, answers the `openai` client speculatively, and ends with 0 when told to."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import httpx
 import openai
 import pytest
 import typer
@@ -25,6 +27,7 @@ from nemotron_dspark.serving.text import Spelling
 
 HELLO = [{"role": "user", "content": "What does a hybrid model keep?"}]
 WAIT = 60
+KEY = "a-key-of-a-test"
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +41,46 @@ def draft_folder(target, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def process(target, draft_folder):
+def start(target, draft_folder, port=0):
     code = "from nemotron_dspark.cli import main; main()"
-    arguments = ["serve", "-t", str(target.folder), "-d", str(draft_folder), "--port", "0", "--json"]
-    running = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    arguments = ["serve", "-t", str(target.folder), "-d", str(draft_folder), "--port", str(port), "--json"]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"NDS_API_KEY": KEY},
     )
-    yield running
-    running.kill()
-    running.wait()
 
 
-def test_a_running_server_answers_speculatively_and_stops_cleanly(process, target):
+@pytest.fixture(scope="module")
+def processes(target, draft_folder):
+    """One that is killed, and the one that takes its port."""
+    first = start(target, draft_folder)
+    said = json.loads(first.stdout.readline())
+    with openai.OpenAI(base_url=said["url"], api_key=KEY, max_retries=0, timeout=WAIT) as client:
+        stream = client.completions.create(model=said["model"], prompt="The state", max_tokens=2000, stream=True)
+        next(stream)
+        first.kill()
+        with pytest.raises((openai.APIError, httpx.HTTPError)):  # at once, not after a time limit
+            list(stream)
+    first.wait()
+    second = start(target, draft_folder, port=said["url"].rpartition(":")[2].removesuffix("/v1"))
+    yield said, second
+    second.kill()
+    second.wait()
+
+
+def test_a_server_that_was_killed_starts_on_its_port_answers_speculatively_and_stops_cleanly(processes, target):
+    before, process = processes
     said = json.loads(process.stdout.readline())
+    assert said == before
+    health = httpx.get(said["url"].removesuffix("/v1") + "/health").json()
+    assert health == {"status": "ok", "active": 0, "waiting": 0}
     ids = render_prompt(target.tokenizer, [Message(**message) for message in HELLO])
     plain = Decoder(target).generate(ids, Sampling(max_new_tokens=40))
     expected = Spelling(target.tokenizer).decode(plain.tokens)
-    with openai.OpenAI(base_url=said["url"], api_key="-", max_retries=0, timeout=WAIT) as client:
+    with openai.OpenAI(base_url=said["url"], api_key=KEY, max_retries=0, timeout=WAIT) as client:
         asked = {"model": said["model"], "messages": HELLO, "temperature": 0, "max_tokens": 40}
         answer = client.chat.completions.create(**asked)
         assert answer.choices[0].message.content == expected
@@ -70,6 +95,7 @@ def test_a_running_server_answers_speculatively_and_stops_cleanly(process, targe
     assert process.returncode == 0
     assert said == ""  # one JSON object, nothing else
     assert "Traceback" not in complained
+    assert KEY not in complained
 
 
 def invoke(*arguments):
@@ -102,10 +128,18 @@ def test_a_missing_draft_and_a_draft_for_another_target_are_said(target, draft_f
     assert "another target" in error.what
 
 
-def test_listening_for_other_machines_is_warned_of():
-    result = invoke("-t", "/no/such/target", "--host", "0.0.0.0", "--port", 0)
-    assert "no password" in result.stderr
-    assert "no password" not in invoke("-t", "/no/such/target", "--port", 0).stderr
+def test_other_machines_are_answered_only_with_a_key_or_when_it_is_said(monkeypatch):
+    monkeypatch.delenv("NDS_API_KEY", raising=False)
+    everywhere = ("-t", "/no/such/target", "--host", "0.0.0.0", "--port", 0)
+    refused = invoke(*everywhere)
+    assert isinstance(refused.exception, InputError)
+    assert "--no-auth" in refused.exception.do
+    for given, warned in (["--api-key", KEY], False), (["--no-auth"], True):
+        allowed = invoke(*everywhere, *given)
+        assert "/no/such/target" in allowed.exception.what  # it went on to the target
+        assert ("which need no key" in allowed.stderr) == warned
+    monkeypatch.setenv("NDS_API_KEY", KEY)
+    assert "/no/such/target" in invoke(*everywhere).exception.what
 
 
 def test_urls_are_reachable_from_this_machine():

@@ -18,7 +18,7 @@ from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.serving import listen
 from nemotron_dspark.serving.listen import Server
-from nemotron_dspark.serving.server import Served
+from nemotron_dspark.serving.service import Served
 from nemotron_dspark.serving.text import Spelling
 from tests.serving.fake_decoder import FakeDecoder
 
@@ -348,8 +348,9 @@ BAD = {
     "half a character": (b'{"prompt": "x\\ud800"}', "half of a surrogate pair"),
     "a foreign id": (b'{"prompt": [1, 330]}', "0 to 329"),
     "true is no id": (b'{"prompt": [true]}', "prompt"),
-    "n": (b'{"prompt": "x", "n": 2}', "n is not supported"),
-    "logprobs": (b'{"prompt": "x", "logprobs": 0}', "logprobs is not supported"),
+    "n": (b'{"prompt": "x", "n": 0}', "n = 0"),
+    "logprobs": (b'{"prompt": "x", "logprobs": 9}', "logprobs = 9"),
+    "deep": (b'{"prompt": "x", "temperature": ' + b"[" * 800 + b"]" * 800 + b"}", "temperature = [[[...]]] is not"),
     "echo": (b'{"prompt": "x", "echo": true}', "echo is not supported"),
     "top_k": (b'{"prompt": "x", "top_k": 5}', "top_k is not supported"),
     "long": (json.dumps({"prompt": [40] * 4096}).encode(), "4096 tokens"),
@@ -386,10 +387,9 @@ BAD_CHATS = {
     "no messages": ({"messages": []}, "messages"),
     "a role": ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "text parts"),
+    "a nameless tool": ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools.0"),
+    "bad calls": ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "tool_calls is not a list of calls"),
     "no content": ({"messages": [{"role": "user"}]}, "content"),
-    "tools": ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools is not supported"),
-    "json": ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format is not supported"),
-    "logprobs": ({"messages": HELLO, "logprobs": True}, "logprobs is not supported"),
     "switch": ({"messages": HELLO, "chat_template_kwargs": {"colour": 1}}, "colour is not supported"),
 }
 
