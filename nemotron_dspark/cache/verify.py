@@ -103,7 +103,7 @@ def write_missing_checksums(folder: Path | str, *, progress: Callable[[str], Non
     return VerifyReport(folder, len(cache), len(digests), ())
 
 
-def check_mask_token(cache: TargetCache, mask_token_id: int) -> None:
+def check_mask_token(cache: TargetCache, mask_token_id: int | None) -> None:
     """`InputError` naming the sample in which the draft's mask token occurs."""
     check_no_mask_token(cache.all_input_ids(), mask_token_id, cache.folder)
 

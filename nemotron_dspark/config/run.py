@@ -23,6 +23,7 @@ class Section(BaseModel):
 
 
 MarkovHead = Literal["vanilla", "gated", "rnn"]
+DraftKind = Literal["dspark", "dflash", "eagle3"]
 AttentionKind = Literal["auto", "flex", "dense"]
 TAP_CHOICES = ("even", "attention")  # names that stand for a list of taps; `targets.taps` knows which
 
@@ -84,15 +85,22 @@ class TargetConfig(Section):
 class DraftSection(Section):
     """The draft's shape. A value left at null follows from the target."""
 
-    num_layers: int = Field(5, ge=1, description="decoder layers of the draft")
+    kind: DraftKind = Field(
+        "dspark",
+        description="dspark; dflash = a block at once without a head that ties its slots; eagle3 = one layer, token by "
+        "token",
+    )
+    num_layers: int = Field(5, ge=1, description="decoder layers of the draft; EAGLE-3 always has one")
     block_size: int = Field(7, ge=1, le=64, description="γ, tokens drafted per round")
     taps: Annotated[list[int] | Literal["even", "attention"] | None, BeforeValidator(read_taps)] = Field(
         None, description="layers the draft reads (DeepSpec ids), or even, or attention; null = the default choice"
     )
     num_taps: int = Field(5, ge=1, description="how many taps a choice takes that is not a list")
-    markov_rank: int = Field(256, ge=0, description="rank of the sequential head; 0 = DeepSpec's DFlash")
+    markov_rank: int = Field(256, ge=0, description="rank of DSpark's sequential head; 0 = DeepSpec's DFlash")
     markov_head: MarkovHead = Field("vanilla", description="kind of sequential head")
-    confidence_head: bool = Field(True, description="predict each slot's acceptance rate")
+    confidence_head: bool = Field(
+        True, description="predict each slot's acceptance rate; left out where train.confidence_alpha is 0"
+    )
     confidence_with_markov: bool = Field(True, description="the confidence head sees the previous token's embedding")
     intermediate_size: int | None = Field(None, description="SwiGLU width; null = from the target's MLP")
     rope_theta: float | None = Field(None, description="rotary base; null = the target's, else 10000")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from nemotron_dspark.config import TargetConfig
-from nemotron_dspark.drafts.config import Eagle3Config, read_draft_config
-from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
-from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.drafts import kinds
+from nemotron_dspark.drafts.config import read_draft_config
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.temperatures import read_temperatures
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.proofs import prove
@@ -19,8 +19,7 @@ def load_draft(folder: Path, target: Target) -> Draft:
     Raises:
         InputError: no whole draft there, one for another target, or one with temperatures of other weights.
     """
-    kind = Eagle3Draft if isinstance(read_draft_config(folder), Eagle3Config) else DSparkDraft
-    draft = kind.load(folder, device=target.device, dtype=target.dtype)
+    draft = kinds.load(folder, device=target.device, dtype=target.dtype)
     draft.config.check_target(target.spec)
     draft.temperatures = read_temperatures(folder, draft.config.block_size)
     if not draft.has_embeddings:

@@ -4,7 +4,7 @@ target: with a sentence on every value that had to be assumed.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,7 @@ from nemotron_dspark.targets.taps import chosen_taps
 ASSUMED_ROPE_THETA = 10_000.0
 EAGLE3_TAPS = 5  # DeepSpec's class takes exactly these
 EvenInt = Annotated[PositiveInt, Field(multiple_of=2)]  # rotary embedding pairs the halves
+_NESTED = ("block_size", "mask_token_id", "target_layer_ids")  # of `dflash_config`
 _RESTORE = "Use the config.json that was saved with the draft."
 
 
@@ -159,6 +160,7 @@ class DraftConfig(SavedConfig):
     block_size: PositiveInt  # γ, tokens drafted per round
     mask_token_id: int  # fills the slots after the anchor
     num_anchors: PositiveInt = 512  # blocks drawn per sample in training
+    sample_from_anchor: bool = True  # the anchor's own slot predicts; False: the γ slots behind it do
     markov_rank: int = Field(256, ge=0)  # r; 0 = no sequential head (DeepSpec's DFlash)
     markov_head_type: MarkovHead = "vanilla"
     enable_confidence_head: bool = True
@@ -187,6 +189,17 @@ class DraftConfig(SavedConfig):
         if self.confidence_head_with_markov and not self.markov_rank:
             yield "confidence_head_with_markov", "with markov_rank 0 no token is embedded"
 
+    @property
+    def block_width(self) -> int:
+        """Positions that pass through the layers for a block, the anchor among them."""
+        return self.block_size + (not self.sample_from_anchor)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], origin: str = "config.json") -> Self:
+        if cls is DraftConfig and DFlashConfig.describes(values):
+            return cast("Self", DFlashConfig.from_json(values, origin))
+        return super().from_json(values, origin)
+
     @classmethod
     def _needed(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
         rank = ("markov_head_type",) if values.get("markov_rank") else ()
@@ -195,11 +208,56 @@ class DraftConfig(SavedConfig):
 
     def to_json(self) -> dict[str, Any]:
         values = super().to_json()
+        if self.sample_from_anchor:  # DeepSpec does not know another
+            del values["sample_from_anchor"]
         if not self.markov_rank:
             del values["markov_head_type"]
         if not self.enable_confidence_head:
             del values["confidence_head_with_markov"]
         return values
+
+
+class DFlashConfig(DraftConfig):
+    """Shape of a DFlash draft as its authors and the engines have it: the anchor's slot predicts nothing.
+
+    On disk ``block_size`` counts the anchor, so it is γ + 1, and mask token and taps also lie in ``dflash_config``.
+    """
+
+    architecture = "DFlashDraftModel"
+    kind = "DFlash"
+
+    sample_from_anchor: Literal[False] = False
+    markov_rank: Literal[0] = 0
+    enable_confidence_head: Literal[False] = False
+    confidence_head_with_markov: Literal[False] = False
+
+    @classmethod
+    def describes(cls, values: Mapping[str, Any]) -> bool:
+        """Whether a ``config.json`` is of this kind; ModelOpt's DSpark drafts have its architecture too."""
+        nested = values.get("dflash_config") or {}
+        return values.get("architectures") == [cls.architecture] and "projector_type" not in nested
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], origin: str = "config.json") -> Self:
+        nested = values.get("dflash_config") or {}
+        flat = {**values, **{key: nested[key] for key in _NESTED if nested.get(key) is not None}}
+        size = flat.get("block_size")
+        if not isinstance(size, int) or size < 2:
+            raise InputError(f"{origin}: block_size is {size!r}, and it counts the anchor and γ more.", _RESTORE)
+        return super().from_json(flat | {"block_size": size - 1}, origin)
+
+    @classmethod
+    def _needed(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("mask_token_id", "target_layer_ids")
+
+    def to_json(self) -> dict[str, Any]:
+        values = super().to_json()
+        for key in ("sample_from_anchor", "markov_rank", "enable_confidence_head"):
+            del values[key]
+        return values | {
+            "block_size": self.block_width,
+            "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)},
+        }
 
 
 class Eagle3Config(SavedConfig):
@@ -221,6 +279,11 @@ class Eagle3Config(SavedConfig):
     def block_size(self) -> int:
         """γ, tokens drafted per round."""
         return self.ttt_length
+
+    @property
+    def mask_token_id(self) -> None:
+        """There is none: no slot is read before it is drafted."""
+        return None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], origin: str = "config.json") -> Self:
@@ -258,7 +321,7 @@ def _refuse_unlike_qwen3(values: Mapping[str, Any], origin: str) -> None:
 def build_draft_config(
     spec: TargetSpec, section: DraftSection, *, mask_token_id: int, num_anchors: int = 512
 ) -> tuple[DraftConfig, tuple[str, ...]]:
-    """The config of a DSpark draft for ``spec`` and the notes on what was assumed.
+    """The config of a DSpark or DFlash draft for ``spec`` and the notes on what was assumed.
 
     Hidden size, vocabulary, heads, head_dim and eps are the target's; the rest follows ``section``, and what it leaves
     open follows the target.
@@ -267,6 +330,14 @@ def build_draft_config(
         InputError: taps out of range, or a combination of keys no draft can have.
     """
     shape, notes = _shape_for(spec, section)
+    if section.kind == "dflash":
+        return DFlashConfig(
+            **shape,
+            num_hidden_layers=section.num_layers,
+            block_size=section.block_size,
+            mask_token_id=mask_token_id,
+            num_anchors=num_anchors,
+        ), notes
     with_markov = section.confidence_with_markov
     if section.confidence_head and with_markov and not section.markov_rank:
         with_markov = False

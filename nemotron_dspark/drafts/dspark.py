@@ -5,6 +5,7 @@ What is notable in it:
   All slots pass through the layers together, without a causal mask inside the block.
 - The context is RMSNorm(fc(taps)) at every position before the anchor: hidden states of some layers of the target, side
   by side. Each layer makes keys and values of it with the weights it has for the block itself.
+- In DFlash the anchor's slot predicts nothing: γ mask tokens follow it, and each predicts the token of its own place.
 - A sequential head (heads.py) ties the slots together afterwards, token by token, at the price of a table lookup.
 - Embedding and LM head are the target's, frozen. The type that they are held in is the type of the arithmetic.
 - Training runs many blocks of a sample at once; decoding runs one block per row over stored keys and values. Both give
@@ -79,9 +80,23 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
     # What divides the confidence head's logits, by slot, for each temperature of sampling that it was calibrated at.
     temperatures: Mapping[float, tuple[float, ...]] | None = None
 
-    def __init__(self, config: ConfigT, seed: int | None = 0):
+    def __init__(
+        self,
+        config: ConfigT,
+        seed: int | None = 0,
+        *,
+        attention: AttentionKind = "auto",
+        recompute_layers: bool = False,
+    ):
+        """
+        Args:
+            attention: kind of training attention; auto: FlexAttention on CUDA, dense masks elsewhere.
+            recompute_layers: compute the layers again in the backward instead of keeping their activations.
+        """
         super().__init__()
         self.config: ConfigT = config
+        self.attention: AttentionKind = attention
+        self.recompute_layers = recompute_layers
         with torch.device("meta"):
             # From an empty tensor: nn.Embedding would draw numbers, which on "meta" imports torch's compiler (seconds).
             self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
@@ -249,27 +264,11 @@ class DSparkContext(DraftContext):
 
 
 class DSparkDraft(Draft[DraftConfig, DSparkContext]):
-    """A DSpark draft; see `Draft` for its weights."""
+    """A DSpark draft, or with a `DFlashConfig` a DFlash draft; see `Draft` for its weights."""
 
     Config = DraftConfig
 
-    def __init__(
-        self,
-        config: DraftConfig,
-        seed: int | None = 0,
-        *,
-        attention: AttentionKind = "auto",
-        recompute_layers: bool = False,
-    ):
-        """
-        Args:
-            attention: kind of training attention; auto: FlexAttention on CUDA, dense masks elsewhere.
-            recompute_layers: compute the layers again in the backward instead of keeping their activations.
-        """
-        super().__init__(config, seed)
-        self._fused: tuple[tuple, Tensor, Tensor] | None = None
-        self.attention: AttentionKind = attention
-        self.recompute_layers = recompute_layers
+    _fused: tuple[tuple, Tensor, Tensor] | None = None
 
     def _build(self, config: DraftConfig) -> None:
         self.fc = Linear(config.num_taps * config.hidden_size, config.hidden_size, bias=False)
@@ -294,8 +293,9 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         without meaning.
         """
         self._require_embeddings()
-        length, slots = input_ids.shape[1], self.config.block_size
-        # The blocks of a row lie one after the other: A·γ positions that count from their anchors on.
+        length, slots = input_ids.shape[1], self.config.block_width
+        # The blocks of a row lie one after the other: A·γ positions that count from their anchors on. (A·(γ + 1) where
+        # the anchor's own slot predicts nothing; it is left out at the end.)
         tokens = input_ids.gather(1, anchors).masked_fill(~valid, self.config.mask_token_id)
         hidden = self._block_embeddings(tokens).flatten(1, 2)  # [B, A·γ, H]
         context = self.hidden_norm(self.fc(taps.to(self.compute_dtype)))  # [B, S, H]
@@ -314,7 +314,7 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
                 hidden = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = layer(*inputs)
-        return self.norm(hidden).unflatten(1, (-1, slots))
+        return self.norm(hidden).unflatten(1, (-1, slots))[:, :, -self.config.block_size :]
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., V], before the sequential head."""
@@ -381,7 +381,7 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         anchor_tokens: Tensor,  # [B] the last accepted token of each row, not yet in the context
     ) -> Tensor:
         """Hidden states of the next block of each row, after the final norm: [B, γ, H]."""
-        slots, lengths = self.config.block_size, context.lengths
+        slots, lengths = self.config.block_width, context.lengths
         rotation = self._rotation(lengths, slots)
         mask = None
         if min(lengths) != max(lengths):
@@ -390,7 +390,7 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         hidden = self._block_embeddings(anchor_tokens)
         for layer, weight, stored in zip(self._each_layer(), context.key_value_weights, context.layers, strict=True):
             hidden = layer.decode(hidden, rotation, weight, stored, lengths, mask)
-        return self.norm(hidden)
+        return self.norm(hidden[:, -self.config.block_size :])
 
     def begin(self, context: DSparkContext, anchor_tokens: Tensor) -> "DSparkBlock":
         """The next block of each row, to be drafted slot by slot; ``anchor_tokens`` [B] as for `block_hidden`."""
@@ -403,10 +403,10 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         return cast("Iterable[Layer]", self.layers)  # nn.ModuleList does not say of what
 
     def _block_embeddings(self, anchor_tokens: Tensor) -> Tensor:
-        """[...] to [..., γ, H]: the anchor's embedding, then mask tokens'."""
+        """[...] to [..., width of a block, H]: the anchor's embedding, then mask tokens'."""
         mask = self.embed_tokens.weight[self.config.mask_token_id]
         anchor = self.embed_tokens(anchor_tokens).unsqueeze(-2)
-        filler = mask.expand(*anchor_tokens.shape, self.config.block_size - 1, -1)
+        filler = mask.expand(*anchor_tokens.shape, self.config.block_width - 1, -1)
         return torch.cat((anchor, filler), dim=-2)
 
 

@@ -12,6 +12,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from nemotron_dspark.drafts.config import Eagle3Config
 from nemotron_dspark.drafts.dspark import Draft
@@ -30,6 +31,26 @@ class Eagle3Layer(nn.Module):
         self.self_attn = Attention(config, 2 * config.hidden_size)  # embedding and hidden state side by side
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+
+    def forward(
+        self,
+        embedded: Tensor,  # [B, S, H] of the token each position reads
+        hidden: Tensor,  # [B, S, H]
+        rotation: Rotation,
+        causal: Tensor,  # bool [S, S]
+        keys: Sequence[Tensor],  # [B, heads, S, d] of every step before
+        values: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """One unrolled step of training: its output [B, S, H], and keys and values with its own behind them."""
+        source = self.read(embedded, hidden)
+        groups = self.self_attn.heads // self.self_attn.kv_heads
+        new = [part.repeat_interleave(groups, dim=1) for part in self.keys_values(source, rotation)]
+        keys, values = [*keys, new[0]], [*values, new[1]]
+        return (
+            self.finish(hidden, _attend(self.self_attn.queries(source, rotation), keys, values, causal)),
+            keys,
+            values,
+        )
 
     def read(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         """What attention projects: [..., 2H] from two [..., H]."""
@@ -100,7 +121,7 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
         that are not there; their numbers mean nothing.
         """
         self._require_embeddings()
-        layer, length = self._layer, input_ids.shape[1]
+        layer, length = self.layers[0], input_ids.shape[1]
         cosines, sines = self._rotary.tables(length + self.config.ttt_length, self.device, self.compute_dtype)
         hidden = self.fc(taps.to(self.compute_dtype))
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
@@ -109,13 +130,13 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
         outputs = []
         for step in range(self.config.ttt_length):
             tokens = functional.pad(input_ids[:, 1 + step :], (0, min(1 + step, length)))
-            source = layer.read(self.embed_tokens(tokens), hidden)
             rotation = (cosines[step : step + length], sines[step : step + length])
-            groups = layer.self_attn.heads // layer.self_attn.kv_heads
-            new = [part.repeat_interleave(groups, dim=1) for part in layer.keys_values(source, rotation)]
-            keys.append(new[0])
-            values.append(new[1])
-            hidden = layer.finish(hidden, _attend(layer.self_attn.queries(source, rotation), keys, values, causal))
+            inputs = (self.embed_tokens(tokens), hidden, rotation, causal, keys, values)
+            if self.recompute_layers:
+                found = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                found = layer(*inputs)
+            hidden, keys, values = found
             outputs.append(hidden)
         return outputs
 

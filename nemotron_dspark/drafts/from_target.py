@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.weights import open_tensors
@@ -26,12 +26,17 @@ _HEAD_NORMS = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}  # Qwen3's
 _OTHER_TAPS_STD = 0.005  # of the weights that add the other taps to the last one
 
 
-def start_from_target(draft: DSparkDraft, folder: Path, spec: TargetSpec) -> None:
+def start_from_target(draft: Draft, folder: Path, spec: TargetSpec) -> None:
     """Copy the last layers of the checkpoint in ``folder`` into ``draft``, whose embeddings it has.
 
     Raises:
         InputError: these layers are not like Llama's or Qwen3's, or have another shape than the draft's.
     """
+    if not isinstance(draft, DSparkDraft):
+        raise InputError(
+            f"The layer of an {draft.config.kind} draft is twice as wide as its target, and none of the target's fits.",
+            "Set train.init=random.",
+        )
     count = draft.config.num_hidden_layers
     layers = [_layer(folder, index) for index in range(max(0, spec.num_layers - count), spec.num_layers)]
     own, tensors = dict(draft.named_parameters()), open_tensors(folder)

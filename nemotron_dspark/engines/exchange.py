@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from nemotron_dspark import files
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, SavedConfig, read_draft_config
-from nemotron_dspark.drafts.dspark import SHARED, WEIGHTS_FILE, Draft, DSparkDraft
-from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.drafts.dspark import SHARED, WEIGHTS_FILE
+from nemotron_dspark.drafts.kinds import draft_class
 from nemotron_dspark.engines.draft_formats import EAGLE3_FORMATS, FORMATS, Format, Verifier, recognise
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.folders import check_claim
@@ -30,7 +30,6 @@ from nemotron_dspark.targets.weights import open_tensors, read_embedding_and_hea
 ADDED_RANK = 32  # of a Markov head of zeros
 _NOTED = "nds"  # key of config.json
 _CONFIDENCE = "confidence_head.proj.weight"
-_KINDS: dict[type[SavedConfig], type[Draft]] = {DraftConfig: DSparkDraft, Eagle3Config: Eagle3Draft}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +184,7 @@ def write_imported(
     config = kind.from_json(flat, str(source))
     if target is not None:
         config.check_target(target.read_spec())
-    expected = _KINDS[kind](config, seed=None).state_dict()
+    expected = draft_class(config)(config, seed=None).state_dict()
     unknown, missing = sorted(named.keys() - expected), sorted(expected.keys() - named.keys() - set(SHARED))
     wrong = [name for name in named.keys() & expected.keys() if named[name].shape != expected[name].shape]
     if unknown or missing or wrong:
@@ -198,7 +197,7 @@ def write_imported(
 
 
 def _read(folder: Path, config: SavedConfig) -> dict[str, Tensor]:
-    draft = _KINDS[type(config)].load(folder)  # checks names and shapes
+    draft = draft_class(config).load(folder)  # checks names and shapes
     held = open_tensors(folder)
     return {name: tensor for name, tensor in draft.state_dict().items() if name in held}
 

@@ -104,6 +104,8 @@ class _Inspection:
         draft, notes = build_draft_config(
             spec, self.config.draft, mask_token_id=mask_token or 0, num_anchors=self.config.train.num_anchors
         )
+        if self.config.draft.kind == "eagle3":
+            self.warnings.append("what is said of the draft holds for DSpark: EAGLE-3's needs are not estimated.")
         quantised = self.quantised(known)
         has_template, chat_format, chat_reason = self.chat(tokenizer, known)
         self.warn_of_limits(tokenizer, known, quantised)

@@ -27,14 +27,13 @@ from nemotron_dspark.training.tiling import Tiling, choose_tiling
 class Eagle3Objective(Objective[Eagle3Draft]):
     """The objective of an EAGLE-3 draft."""
 
-    unrolled = True
+    unrolled, num_anchors = True, 0
+    needs_target, measured = True, frozenset({"acceptance"})
 
     def __init__(self, draft: Eagle3Draft, tiling: Tiling | None = None):
         super().__init__()
         self.draft = draft
         self.tiling = tiling or choose_tiling(draft.lm_head.weight)
-        self.needs_target = True
-        self.measures_confidence = False
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of one micro-batch, whose blocks are all positions (`collate_unrolled`).

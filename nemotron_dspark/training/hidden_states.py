@@ -20,7 +20,8 @@ from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.config import DraftSection, RunConfig, TargetConfig
 from nemotron_dspark.data.tokens import TokenStore, read_report, samples_in, tokenise
-from nemotron_dspark.drafts.config import DraftConfig, build_draft_config
+from nemotron_dspark.drafts import kinds
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
@@ -55,14 +56,19 @@ class Setup:
 
     def draft_config(
         self, section: DraftSection, samples: Iterable[np.ndarray | torch.Tensor]
-    ) -> tuple[DraftConfig, list[str]]:
+    ) -> tuple[DraftConfig | Eagle3Config, list[str]]:
         """The draft's config, and notes on what was assumed; ids of ``samples`` are read if they must be counted."""
-        mask = choose_mask_token(self.tokenizer, self.spec, override=section.mask_token_id, samples=samples)
-        anchors = self.config.train.num_anchors
-        draft, notes = build_draft_config(self.spec, section, mask_token_id=mask.id, num_anchors=anchors)
-        return draft, [*notes, f"mask token {mask.id}: {mask.reason} (draft.mask_token_id sets it)."]
+        train, mask, more = self.config.train, None, []
+        if kinds.has_mask_token(section):
+            found = choose_mask_token(self.tokenizer, self.spec, override=section.mask_token_id, samples=samples)
+            mask, more = found.id, [f"mask token {found.id}: {found.reason} (draft.mask_token_id sets it)."]
+        if section.kind == "dspark" and section.confidence_head and not train.confidence_alpha:
+            section = section.model_copy(update={"confidence_head": False})
+            more.append("no confidence head: train.confidence_alpha is 0, and untrained it would predict nothing.")
+        draft, notes = kinds.config_for(self.spec, section, mask_token_id=mask, num_anchors=train.num_anchors)
+        return draft, [*notes, *more]
 
-    def lock(self, mode: str, draft: DraftConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
+    def lock(self, mode: str, draft: DraftConfig | Eagle3Config, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Take the folder for the run of these settings, which are returned; ``identity`` tells its data.
 
         Raises:
@@ -86,7 +92,7 @@ class HiddenStates:
     mode: str
     source: Source
     size: int  # bytes of all of them
-    draft: DraftConfig
+    draft: DraftConfig | Eagle3Config
     settings: dict[str, Any]  # what the folder's run must have been begun with
     notes: list[str]
 
@@ -190,7 +196,9 @@ def _beside_target(
     return HiddenStates(mode, source, int(sizes.sum()), draft, settings, notes + _notes_on_data(setup.out))
 
 
-def _check_cache(cache: TargetCache, spec: TargetSpec, draft: DraftConfig, target_name: str) -> list[str]:
+def _check_cache(
+    cache: TargetCache, spec: TargetSpec, draft: DraftConfig | Eagle3Config, target_name: str
+) -> list[str]:
     """Refuse a cache that does not fit; returns notes on what is merely odd."""
     if cache.hidden_size != spec.hidden_size:
         raise InputError(

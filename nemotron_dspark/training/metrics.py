@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,8 @@ class MetricAccumulator:
         self.sums = self.sums + sums
         self._tokens += float(sums.tokens)
 
-    def summary(
-        self, *, acceptance: bool, confidence: bool, step: int, epoch: int, lr: float, grad_norm: float
-    ) -> StepMetrics:
-        """The averages; ``acceptance`` and ``confidence`` say whether the objective measures them."""
+    def summary(self, *, measured: Collection[str], step: int, epoch: int, lr: float, grad_norm: float) -> StepMetrics:
+        """The averages; of l1, confidence and acceptance those that the objective has ``measured``."""
         sums = {name: getattr(self.sums, name).tolist() for name in vars(self.sums)}
         loss, ce, l1, bce = (_ratio(sums[name], sums["weight"]) for name in ("loss", "ce", "l1", "confidence"))
         rates = [_ratio(*pair) for pair in zip(sums["accepted"], sums["slots"], strict=True)]
@@ -99,10 +97,10 @@ class MetricAccumulator:
             epoch,
             loss,
             ce,
-            l1 if acceptance else None,
-            bce if confidence else None,
-            rates if acceptance else None,
-            _ratio(sums["tau"], sums["blocks"]) if acceptance else None,
+            l1 if "l1" in measured else None,
+            bce if "confidence" in measured else None,
+            rates if "acceptance" in measured else None,
+            _ratio(sums["tau"], sums["blocks"]) if "acceptance" in measured else None,
             lr,
             grad_norm,
             self._tokens / max(time.monotonic() - self._started, 1e-9),

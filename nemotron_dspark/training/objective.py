@@ -72,7 +72,8 @@ class Objective(nn.Module, Generic[_Draft]):
 
     draft: _Draft
     needs_target: bool  # the loss reads the target's last hidden states, and so measures acceptance
-    measures_confidence: bool
+    measured: frozenset[str]  # of "l1", "confidence" and "acceptance"
+    num_anchors: int  # blocks drawn per sample
     unrolled = False  # every position is trained for some steps, and no anchors are drawn
 
     def forward(self, batch: Batch) -> Loss:
@@ -89,7 +90,9 @@ class DSparkObjective(Objective[DSparkDraft]):
         self.weights = weights
         self.tiling = tiling or choose_tiling(draft.lm_head.weight)
         self.needs_target = weights.needs_target
-        self.measures_confidence = weights.confidence > 0
+        found = {"confidence": weights.confidence > 0, "l1": self.needs_target, "acceptance": self.needs_target}
+        self.measured = frozenset(name for name, yes in found.items() if yes)
+        self.num_anchors = draft.config.num_anchors
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of one micro-batch.

@@ -15,9 +15,10 @@ import torch
 
 from nemotron_dspark import files
 from nemotron_dspark.config import RunConfig, TrainConfig
-from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
+from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.from_target import start_from_target
+from nemotron_dspark.drafts.kinds import draft_class
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
@@ -99,7 +100,7 @@ def train(
         if read_from is None:
             raise TypeError("train() takes a cache or data")
         states = SOURCES[mode](setup, Path(read_from))
-        notes = [*measured, *states.notes, *_notes_on_settings(config)]
+        notes = [*measured, *states.notes]
         draft = _new_draft(setup, states.draft, device)
         tilings = before.get("tilings", {})
         if device.type not in tilings:
@@ -151,10 +152,10 @@ def _read_target(
     return setup, [reason] if reason else []
 
 
-def _new_draft(setup: Setup, draft_config: DraftConfig, device: torch.device) -> DSparkDraft:
+def _new_draft(setup: Setup, draft_config: DraftConfig | Eagle3Config, device: torch.device) -> Draft:
     """A draft with the target's embeddings, in the type to compute in, on the device to train on."""
     config = setup.config.train
-    draft = DSparkDraft(
+    draft = draft_class(draft_config)(
         draft_config,
         seed=config.seed,
         attention=config.attention,
@@ -170,13 +171,7 @@ def _new_draft(setup: Setup, draft_config: DraftConfig, device: torch.device) ->
     return draft
 
 
-def _notes_on_settings(config: RunConfig) -> list[str]:
-    if config.draft.confidence_head and not config.train.confidence_alpha:
-        return ["the confidence head is not trained: train.confidence_alpha is 0."]
-    return []
-
-
-def _summary(states: HiddenStates, draft: DSparkDraft, config: RunConfig, out: Path) -> str:
+def _summary(states: HiddenStates, draft: Draft, config: RunConfig, out: Path) -> str:
     """What is about to run, and what it takes on the disk."""
     tokens = int(states.source.lengths.sum())
     budget = min(states.size, int(config.cache.budget_gb * 1e9))

@@ -232,7 +232,7 @@ class Trainer:
             self.source,
             self.schedule,
             config.seed,
-            draft.config.num_anchors if isinstance(draft, DSparkDraft) else 0,
+            self.objective.num_anchors,
             draft.config.block_size,
             with_last=self.objective.needs_target,
             device=self.device,
@@ -279,8 +279,7 @@ class Trainer:
         if self.step % self.config.log_every and self.step != self.schedule.total_steps:
             return None
         metrics = self.metrics.summary(
-            acceptance=self.objective.needs_target,
-            confidence=self.objective.measures_confidence,
+            measured=self.objective.measured,
             step=self.step,
             epoch=self.schedule.epoch(self.step - 1),
             lr=done.lr,

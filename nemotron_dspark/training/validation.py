@@ -121,8 +121,7 @@ class Validation:
                 found = objective(load(0, ids if len(ids) else self.ids[-1:]).to(device)).sums
                 sums = sums + found if len(ids) else sums
         metrics = MetricAccumulator(StepSums.from_tensor(context.all_reduce_sum(sums.to_tensor()))).summary(
-            acceptance=objective.needs_target,
-            confidence=objective.measures_confidence,
+            measured=objective.measured,
             step=step,
             epoch=load.schedule.epoch(step - 1),
             lr=0.0,
