@@ -15,6 +15,7 @@ import yaml
 
 from nemotron_dspark.cli import app
 from nemotron_dspark.config import RunConfig, load_config
+from nemotron_dspark.config.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -221,3 +222,12 @@ def test_commands_in_messages_and_presets_exist():
             assert options <= options_of(command), f"{file.relative_to(ROOT)}: nds {code}"
             seen += 1
     assert seen > 50
+
+
+@each_page
+def test_every_recipe_loads(page, tmp_path):
+    for number, lines in enumerate(blocks(page.read_text(), "yaml")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text("\n".join(lines))
+        if "target" in yaml.safe_load(file.read_text()):
+            assert load_recipe(file).asked
