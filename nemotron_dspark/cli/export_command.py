@@ -26,7 +26,11 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder, or new file of --to gguf.")],
     draft: Annotated[
         Path | None,
-        typer.Option("--draft", "-d", help="Folder of a trained draft; without one, --to gguf writes the target."),
+        typer.Option(
+            "--draft",
+            "-d",
+            help="Folder of a trained draft; the target's newest here, but --to gguf then writes the target.",
+        ),
     ] = None,
     slim: Annotated[
         bool, typer.Option("--slim", help="Leave out the target's embedding and LM head, which engines share.")
@@ -40,6 +44,8 @@ def export(
     from nemotron_dspark.engines import exchange, gguf_export
     from nemotron_dspark.targets import Checkpoint
 
+    if to != "gguf" and draft is None and config.target.name:
+        draft = shell.newest_draft(config)
     target = Checkpoint.of(config.target, weights=to != "gguf" or draft is None) if config.target.name else None
     if to != "gguf" and draft is not None:
         return exchange.export_draft(draft, to, out, target, slim=slim)

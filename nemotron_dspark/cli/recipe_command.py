@@ -141,29 +141,25 @@ def _show_result(result: "RecipeResult") -> None:
 
 
 def show_plan(planned: "RecipePlan") -> None:
+    from nemotron_dspark.cli.recipe_page import indented, under_headings
     from nemotron_dspark.recipe.plan import hours
 
     machine = planned.machine
     shell.out.print(f"[bold]{escape(', '.join(planned.recipe.target))}[/] on {escape(machine.title)}")
     for text in planned.workloads:
         shell.out.print(escape(text), soft_wrap=True)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("state", no_wrap=True)
     apart = machine.gpus > 0 and not machine.unified
-    for name in ("GPU + main memory" if apart else "memory", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("where", overflow="fold")
-    for each in planned.stages:
-        state = each.status.state
-        colour = _COLOURS.get(state, "")
-        table.add_row(
-            escape(each.stage.name),
-            f"[{colour}]{state}[/]" if colour else state,
-            _memory(each, apart),
-            hours(each.hours) if each.hours else "-",
-            escape(str(each.stage.place)),
-        )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("stage", "state", "GPU + main memory" if apart else "memory", "time"):
+        table.add_column(name, justify="left" if name in ("stage", "state") else "right", no_wrap=True)
+    by_name = {each.stage.name: each for each in planned.stages}
+    for heading, stage in under_headings([each.stage for each in planned.stages]):
+        if heading:
+            table.add_row(f"[bold]{escape(heading)}[/]")
+        each = by_name[stage.name]
+        colour, time = _COLOURS.get(each.status.state), hours(each.hours) if each.hours else "-"
+        state = f"[{colour}]{each.status.state}[/]" if colour else each.status.state
+        table.add_row(indented(stage), state, _memory(each, apart), time)
     shell.out.print(table)
     for each in planned.stages:
         if each.status.why and each.status.state != "not needed":

@@ -21,6 +21,18 @@ from nemotron_dspark.recipe.work import RecipeProgress
 _MARKS = {"done": "[green]✓[/]", "running": "[yellow]▶[/]", "not needed": "[dim]–[/]", "refused": "[red]✗[/]"}
 
 
+def under_headings(found: Sequence[Stage]) -> Iterator[tuple[str, Stage]]:
+    """Each stage with its label where that is another than the one before it, else with an empty text."""
+    label = ""
+    for stage in found:
+        yield stage.label if stage.label != label else "", stage
+        label = stage.label
+
+
+def indented(stage: Stage) -> str:
+    return escape(f"  {stage.short}" if stage.label else stage.short)
+
+
 def stage_table(
     found: Sequence[Stage],
     statuses: dict[str, Status],
@@ -33,16 +45,17 @@ def stage_table(
     for name in ("", "stage", "time"):
         table.add_column(name, no_wrap=True, justify="right" if name == "time" else "left")
     table.add_column("", overflow="fold")
-    for stage in found:
+    for heading, stage in under_headings(found):
+        if heading:
+            table.add_row("", f"[bold]{escape(heading)}[/]")
         status, record = statuses[stage.name], records.get(stage.name)
         mark = "running" if stage.name == running else status.state
         mark = "refused" if mark == "done" and record and "refused" in record.result else mark
-        text = notes.get(stage.name) or (status.why if status.state != "done" else "")
-        text = record.result["refused"] if mark == "refused" and record else text
+        text = notes.get(stage.name) or status.why or (record.said if record and status.state == "done" else "")
         seconds = record.seconds if record and mark in ("done", "begun", "refused") else 0.0
         table.add_row(
             _MARKS.get(mark, " "),
-            escape(stage.name),
+            indented(stage),
             hours(seconds / 3600) if seconds else "",
             escape(text or (status.state if mark not in ("done", "to do", "running") else "")),
         )
@@ -102,7 +115,7 @@ class Page(RecipeProgress):
             shell.err.print(f"    {escape(text)}{share}", soft_wrap=True)
 
     def ended(self, name: str, record: Record) -> None:
-        self._statuses[name], self._records[name] = Status("done"), record
+        self._statuses[name], self._records[name], self._notes[name] = Status("done"), record, record.said
         self._running = ""
 
     @contextlib.contextmanager

@@ -47,6 +47,11 @@ class Stage:
         """Unique in a recipe."""
         return " ".join(filter(None, (self.kind, self.label, self.format)))
 
+    @property
+    def short(self) -> str:
+        """Unique among those of its label."""
+        return " ".join(filter(None, (self.kind, self.format)))
+
     @functools.cached_property
     def depends_on(self) -> dict[str, Any]:
         """``inputs`` with the fingerprints of the stages before, as JSON has it."""

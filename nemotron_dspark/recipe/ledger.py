@@ -41,6 +41,7 @@ class Record:
     depends_on: dict[str, Any]
     done: bool = False
     seconds: float = 0.0  # of all calls that ended by themselves
+    said: str = ""  # the last sentence on it
     result: dict[str, Any] = dataclasses.field(default_factory=dict)  # "refused": why it cannot be made
 
 

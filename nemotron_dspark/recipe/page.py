@@ -174,7 +174,8 @@ def _stages(
             "planned": hours(planned[stage.name]) if stage.name in planned else "-",
             "bytes": size,
             "size": files.size_text(size) if size else "-",
-            "what": str(stage.place),
+            "said": record.said if record else "",
+            "place": str(stage.place),
         }
 
 

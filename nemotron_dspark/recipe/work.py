@@ -45,6 +45,7 @@ class Work:
     def __init__(self, recipe: Recipe, ledger: Ledger, tell: RecipeProgress, lock: int):
         self._recipe, self._ledger, self._tell, self._lock = recipe, ledger, tell, lock
         self._target: tuple[str, Target] | None = None
+        self._said = ""
         self._do: dict[Kind, Callable[[Stage], dict[str, Any]]] = {
             "split": self._split,
             "answers": self._answer,
@@ -60,13 +61,14 @@ class Work:
         record = self._ledger.claim(stage)
         self._tell.stage(stage.name)
         if status.why:
-            self._tell.note(f"{status.why}.")
+            self._note(f"{status.why}.")
+        self._said = record.said
         if not (record.done and made(stage, record)):
             record.done = False
             started = time.monotonic()
             try:
                 record.result = self._do[stage.kind](stage)
-                record.done = True
+                record.done, record.said = True, self._said
             finally:
                 record.seconds += time.monotonic() - started
                 self._ledger.save()
@@ -75,7 +77,7 @@ class Work:
     def _split(self, stage: Stage) -> dict[str, Any]:
         shutil.rmtree(stage.place, ignore_errors=True)  # half of it, from a call that was killed
         report = splitting.split(stage.files, stage.place, float(stage.inputs["held_out"]))
-        self._tell.note(f"{report.train:,} prompts or conversations, {report.held_out:,} held out")
+        self._note(f"{report.train:,} prompts or conversations, {report.held_out:,} held out")
         return {"train": report.train, "held_out": report.held_out}
 
     def _answer(self, stage: Stage) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class Work:
                 raise InputError(f"{stage.place} holds other answers.", "Move it away, and run the recipe again.")
             files.write_whole(stage.place, lambda file: file.write(text))
         answered, cut = sum(report.answered for report in reports), sum(report.cut for report in reports)
-        self._tell.note(f"{answered:,} answers, {cut:,} cut off at {settings.max_tokens:,} tokens")
+        self._note(f"{answered:,} answers, {cut:,} cut off at {settings.max_tokens:,} tokens")
         return {"answered": answered, "cut": cut, "tokens": sum(report.tokens for report in reports)}
 
     def _build(self, stage: Stage) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class Work:
             on_progress=lambda now: self._tell.update(now.stage, now.samples, now.total_samples),
         )
         built = report.build
-        self._tell.note(f"{built.samples:,} samples, {built.tokens:,} tokens, {files.size_text(built.bytes)}")
+        self._note(f"{built.samples:,} samples, {built.tokens:,} tokens, {files.size_text(built.bytes)}")
         return {"samples": built.samples, "tokens": built.tokens, "bytes": built.bytes, "taps": list(report.taps)}
 
     def _train(self, stage: Stage) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class Work:
                 callbacks=[StepProgress(self._tell)],
             )
             report = {key: getattr(trained, key) for key in ("steps", "parameters", "mode")}
-        self._tell.note(f"{report['parameters'] / 1e6:,.1f} M trained parameters, {report['steps']:,} steps")
+        self._note(f"{report['parameters'] / 1e6:,.1f} M trained parameters, {report['steps']:,} steps")
         return {key: report[key] for key in ("steps", "parameters", "mode")} | {"processes": processes}
 
     def _evaluate(self, stage: Stage) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class Work:
         found = report.evaluation
         lengths = {label: measured.accepted_length for label, measured in report.labelled.items()}
         said = ", ".join(f"{label} {length:.2f}" for label, length in lengths.items())
-        self._tell.note(f"accepted length {said}; {found.speedup:.2f} times as fast as plain decoding")
+        self._note(f"accepted length {said}; {found.speedup:.2f} times as fast as plain decoding")
         if remark := report.check_lossless():
             self._tell.note(remark)
         return {"accepted_length": lengths, "speedup": found.speedup, "remark": remark or ""}
@@ -184,7 +186,7 @@ class Work:
         except InputError as error:  # too few prompts: the draft is as good without
             return self._refused(error, "or set calibrate: false")
         for fit in report.fits:
-            self._tell.note(fit.verdict)
+            self._note(fit.verdict)
         return {"verdicts": [fit.verdict for fit in report.fits]}
 
     def _export(self, stage: Stage) -> dict[str, Any]:
@@ -200,12 +202,16 @@ class Work:
                 written = exchange.export_draft(_draft(stage), stage.format, stage.place, target)
         except InputError as error:  # a format that cannot hold this draft
             return self._refused(error, f"or leave {stage.format} out of export")
-        self._tell.note(f"{written.format}: {files.size_text(written.bytes)}")
+        self._note(f"{written.format}: {files.size_text(written.bytes)}")
         return {"bytes": written.bytes, "remarks": list(written.remarks)}
+
+    def _note(self, text: str) -> None:
+        self._said = text
+        self._tell.note(text)
 
     def _refused(self, error: InputError, otherwise: str) -> dict[str, Any]:
         text = f"{error.what} {error.do.rstrip('.')}, {otherwise}."
-        self._tell.note(text)
+        self._note(text)
         return {"refused": text}
 
     def _loaded(self, config: RunConfig) -> Target:

@@ -148,6 +148,15 @@ def test_a_changed_setting_makes_again_what_depends_on_it_and_back_takes_back_wh
     assert draft_bytes() == changed
 
 
+def test_status_tells_what_came_out_of_each_stage(folder):
+    done = CliRunner().invoke(cli.app, ["recipe", "status"], catch_exceptions=False)
+    assert "6 of 6 stages are done. The report is report.html." in done.stdout
+    assert "accepted length greedy" in " ".join(done.stdout.split())
+    listed = json.loads(CliRunner().invoke(cli.app, ["recipe", "status", "--json"]).stdout)
+    assert [row["state"] for row in listed["stages"]] == ["done"] * 6
+    assert listed["running"] is False
+
+
 def test_more_prompts_make_everything_again_and_status_says_why(folder):
     with open("prompts.jsonl", "a") as file:
         file.write('{"prompt": "one more of them ?"}\n')
