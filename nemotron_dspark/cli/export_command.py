@@ -21,7 +21,10 @@ def export(
     config: RunConfig,
     to: Annotated[
         Literal["deepspec", "vllm", "sglang", "speculators", "modelopt", "specforge", "gguf"],
-        typer.Option(help="Who is to read it; gguf is for llama.cpp. An EAGLE-3 draft: deepspec or vllm."),
+        typer.Option(
+            help="Who is to read it; gguf is for llama.cpp. DFlash: all but deepspec; EAGLE-3: deepspec, vllm or "
+            "speculators."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder, or new file of --to gguf.")],
     draft: Annotated[

@@ -160,7 +160,7 @@ def _exported(engine: EngineName, pair: Pair, gguf: Path | None) -> tuple[str, s
         files = [str((gguf or pair.draft_folder / kind) / name) for name in GGUF_FILES]
         made = [*export, "--out", files[0]], [*export, "--draft", draft, "--out", files[1]]
         return files[0], files[1], tuple(map(shlex.join, made))
-    if isinstance(pair.draft, DraftConfig) and pair.draft.markov_rank:
+    if pair.kind == "dflash" or (isinstance(pair.draft, DraftConfig) and pair.draft.markov_rank):
         return target, draft, ()  # these three read DeepSpec's own layout
     folder = str(pair.draft_folder / kind)
     return target, folder, (shlex.join([*export, "--draft", draft, "--out", folder]),)

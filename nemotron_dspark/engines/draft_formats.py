@@ -10,12 +10,19 @@ DSpark:
 - modelopt: flat with a `dflash_config`; heads without `markov_head.`, and `confidence_proj`. ModelOpt and vLLM read it.
 - specforge: flat with a `dflash_config`, architecture `DSparkDraftModel`; DeepSpec's names. SpecForge reads it.
 
+DFlash:
+- vllm, sglang, modelopt, specforge: one layout, that of its authors: flat with a `dflash_config`, architecture
+  `DFlashDraftModel`, never embedding and head. A draft of ours has it too, with both. llama.cpp's converter reads it.
+- speculators: nested as its DSpark.
+
 EAGLE-3:
 - deepspec: flat, architecture `Qwen3Eagle3Model`.
 - vllm: the same as `Eagle3Qwen3ForCausalLM`, whose taps count from the embedding.
+- speculators: nested as its DSpark, with a Qwen3 layer.
 
-Facts are of speculators 0.9.0 (`models/dspark/config.py`), ModelOpt 0.47.0 (`export/plugins/hf_spec_export.py`),
-SpecForge 0.2.0 (`modeling/draft/dspark.py`), vLLM 0.32.0 (`models/qwen3_dspark.py`, `models/qwen3_eagle3.py`).
+Facts are of speculators 0.9.0 (`models/{dspark,dflash,eagle3}/config.py`), ModelOpt 0.47.0
+(`export/plugins/hf_spec_export.py`), SpecForge 0.2.0 (`modeling/draft/{dspark,dflash}.py`), vLLM 0.32.0
+(`models/qwen3_{dspark,dflash,eagle3}.py`).
 Keys that a format has no place for (``num_anchors``) are kept beside its own, which all of these readers ignore.
 """
 
@@ -23,7 +30,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, SavedConfig
+from nemotron_dspark.drafts.config import DFlashConfig, DraftConfig, Eagle3Config, SavedConfig
 from nemotron_dspark.errors import InputError
 
 Json = dict[str, Any]
@@ -82,43 +89,66 @@ def _deepspec(config: SavedConfig, verifier: Verifier) -> Json:
     return config.to_json()
 
 
-def _to_speculators(config: DraftConfig, verifier: Verifier) -> Json:
+def _speculator(algorithm: str, class_name: str, config: SavedConfig, tokens: int, verifier: Verifier) -> Json:
+    """What speculators writes for every kind of draft."""
     flat = config.to_json()
-    proposal = {"proposal_type": "greedy", "speculative_tokens": config.block_size}
     return {
-        "architectures": ["DSparkSpeculator"],
-        "speculators_model_type": "dspark",
+        "architectures": [class_name],
+        "speculators_model_type": algorithm,
         "speculators_version": "0.9.0",
         "speculators_config": {
-            "algorithm": "dspark",
-            "proposal_methods": [proposal],
+            "algorithm": algorithm,
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": verifier.name, "architectures": list(verifier.architectures)},
         },
         "transformer_layer_config": {"model_type": "qwen3"} | {key: flat[key] for key in _LAYERS},
         "draft_vocab_size": config.vocab_size,
         "target_hidden_size": config.hidden_size,
-        "block_size": config.block_size,
-        "aux_hidden_state_layer_ids": [tap + 1 for tap in config.target_layer_ids],
-        "mask_token_id": config.mask_token_id,
-        "sample_from_anchor": True,
-        "sliding_window_non_causal": False,
-        **_present(flat, (*_HEADS, *_KEPT)),
+        **_present(flat, _KEPT),
         "tie_word_embeddings": False,
     }
 
 
+def _to_speculators(config: DraftConfig, verifier: Verifier) -> Json:
+    flat, anchored = config.to_json(), config.sample_from_anchor
+    kind = ("dspark", "DSparkSpeculator") if anchored else ("dflash", "DFlashSpeculator")
+    return {
+        **_speculator(*kind, config, config.block_size, verifier),
+        "block_size": config.block_width,
+        "aux_hidden_state_layer_ids": [tap + 1 for tap in config.target_layer_ids],
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": anchored,
+        "sliding_window_non_causal": False,
+        **_present(flat, _HEADS),
+    }
+
+
 def _from_speculators(values: Json) -> Json:
-    layers = values.get("transformer_layer_config") or {}
     _refuse("sample_from_anchor", values.get("sample_from_anchor", True), True)
+    return _block_of_speculators(values) | _heads(values)
+
+
+def _dflash_from_speculators(values: Json) -> Json:
+    _refuse("sample_from_anchor", values.get("sample_from_anchor", False), False)
+    return _block_of_speculators(values)
+
+
+def _block_of_speculators(values: Json) -> Json:
+    layers = values.get("transformer_layer_config") or {}
     _refuse("draft_vocab_size", values.get("draft_vocab_size"), layers.get("vocab_size"))
-    taps = values.get("aux_hidden_state_layer_ids") or []
     return {
         **_present(layers, (*_LAYERS, "rope_theta")),
         **_present(values, ("block_size", "mask_token_id", *_KEPT)),
-        **_heads(values),
-        "target_layer_ids": [tap - 1 for tap in taps],
+        "target_layer_ids": [tap - 1 for tap in values.get("aux_hidden_state_layer_ids") or []],
     }
+
+
+def _from_dflash(values: Json) -> Json:
+    nested = values.get("dflash_config") or {}
+    _refuse("dflash_config.sample_from_anchor", nested.get("sample_from_anchor", False), False)
+    _refuse_other_blocks(values, nested)
+    return values
 
 
 def _to_modelopt(config: DraftConfig, verifier: Verifier) -> Json:
@@ -150,9 +180,7 @@ def _from_modelopt(values: Json) -> Json:
     nested = values.get("dflash_config") or {}
     _refuse("dflash_config.shift_label", nested.get("shift_label", True), True)
     _refuse("dflash_config.sample_from_anchor", nested.get("sample_from_anchor", True), True)
-    _refuse("dflash_config.causal", nested.get("causal", False), False)
-    _refuse("attention_sink_bias", bool(values.get("attention_sink_bias", nested.get("attention_sink_bias"))), False)
-    _refuse("dflash_config.use_swa", nested.get("use_swa", False), False)
+    _refuse_other_blocks(values, nested)
     confident = nested.get("use_confidence_head", nested.get("enable_confidence_head", False))
     return {
         **_present(values, (*_LAYERS, "rope_theta", "block_size", *_KEPT)),
@@ -161,6 +189,12 @@ def _from_modelopt(values: Json) -> Json:
         "enable_confidence_head": confident,
         "confidence_head_with_markov": confident and nested.get("confidence_head_with_markov", True),
     }
+
+
+def _refuse_other_blocks(values: Json, nested: Json) -> None:
+    _refuse("dflash_config.causal", nested.get("causal", False), False)
+    _refuse("attention_sink_bias", bool(values.get("attention_sink_bias", nested.get("attention_sink_bias"))), False)
+    _refuse("dflash_config.use_swa", nested.get("use_swa", False), False)
 
 
 def _to_specforge(config: DraftConfig, verifier: Verifier) -> Json:
@@ -219,6 +253,29 @@ def _eagle3_from_vllm(values: Json) -> Json:
     return values | {"target_layer_ids": [tap - 1 for tap in taps]}
 
 
+def _eagle3_to_speculators(config: Eagle3Config, verifier: Verifier) -> Json:
+    return {
+        **_speculator("eagle3", "Eagle3Speculator", config, config.ttt_length, verifier),
+        "eagle_aux_hidden_state_layer_ids": [tap + 1 for tap in config.target_layer_ids],
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "ttt_length": config.ttt_length,
+        "step_loss_decay": config.step_loss_decay,
+    }
+
+
+def _eagle3_from_speculators(values: Json) -> Json:
+    layers = values.get("transformer_layer_config") or {}
+    methods = (values.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    flat = {
+        **_present(layers, (*_LAYERS, "rope_theta")),
+        "ttt_length": methods[0].get("speculative_tokens"),
+        **_present(values, ("ttt_length", "step_loss_decay", *_KEPT)),
+    }
+    _refuse("transformer_layer_config.model_type", layers.get("model_type"), "qwen3")
+    return _eagle3_from_vllm({**values, **flat})
+
+
 def _heads(values: Json) -> Json:
     found = _DEFAULTS | _present(values, _HEADS)
     found.setdefault("confidence_head_with_markov", found["enable_confidence_head"] and found["markov_rank"] > 0)
@@ -251,11 +308,19 @@ FORMATS: dict[str, Format] = {
         Format("specforge", False, _to_specforge, _from_specforge),
     )
 }
+DFLASH_FORMATS: dict[str, Format] = {
+    name: Format(name, False, _deepspec, _from_dflash, config=DFlashConfig)
+    for name in ("vllm", "sglang", "modelopt", "specforge")
+}
+DFLASH_FORMATS["speculators"] = Format(
+    "speculators", False, _to_speculators, _dflash_from_speculators, config=DFlashConfig
+)
 EAGLE3_FORMATS: dict[str, Format] = {
     found.name: found
     for found in (
         Format("deepspec", True, _deepspec, dict, config=Eagle3Config),
         Format("vllm", True, _eagle3_to_vllm, _eagle3_from_vllm, config=Eagle3Config),
+        Format("speculators", False, _eagle3_to_speculators, _eagle3_from_speculators, config=Eagle3Config),
     )
 }
 
@@ -267,8 +332,11 @@ def recognise(values: Json, origin: str) -> Format:
         InputError: none of those known.
     """
     architectures = values.get("architectures") or ()
-    if values.get("speculators_model_type") == "dspark":
-        return FORMATS["speculators"]
+    speculator = {"dspark": FORMATS, "dflash": DFLASH_FORMATS, "eagle3": EAGLE3_FORMATS}
+    if values.get("speculators_model_type") in speculator:
+        return speculator[values["speculators_model_type"]]["speculators"]
+    if DFlashConfig.describes(values):
+        return DFLASH_FORMATS["vllm"]
     if (values.get("dflash_config") or {}).get("projector_type") == "dspark":
         return FORMATS["specforge" if _SPECFORGE in architectures else "modelopt"]
     if DraftConfig.architecture in architectures:
@@ -280,5 +348,6 @@ def recognise(values: Json, origin: str) -> Format:
     kind = values.get("speculators_model_type") or (architectures or ["nothing known"])[0]
     raise InputError(
         f"{origin} describes {kind}, not a draft that drafts here can be.",
-        "Give a DSpark draft of DeepSpec, vLLM, speculators, SGLang, ModelOpt or SpecForge, or DeepSpec's EAGLE-3.",
+        "Give a DSpark or DFlash draft of DeepSpec, vLLM, speculators, SGLang, ModelOpt or SpecForge, or an EAGLE-3 of "
+        "DeepSpec or speculators.",
     )

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemotron_dspark import files
-from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, SavedConfig, read_draft_config
+from nemotron_dspark.drafts.config import DFlashConfig, DraftConfig, Eagle3Config, SavedConfig, read_draft_config
 from nemotron_dspark.drafts.dspark import SHARED, WEIGHTS_FILE
 from nemotron_dspark.drafts.kinds import draft_class
-from nemotron_dspark.engines.draft_formats import EAGLE3_FORMATS, FORMATS, Format, Verifier, recognise
+from nemotron_dspark.engines.draft_formats import DFLASH_FORMATS, EAGLE3_FORMATS, FORMATS, Format, Verifier, recognise
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.folders import check_claim
 from nemotron_dspark.targets import Checkpoint
@@ -83,12 +83,13 @@ def export_draft(
 
 def _format(config: DraftConfig | Eagle3Config, name: str) -> Format:
     """The format of that name for a draft of this config; `InputError` when it cannot hold it."""
+    known = EAGLE3_FORMATS if isinstance(config, Eagle3Config) else FORMATS
+    known = DFLASH_FORMATS if isinstance(config, DFlashConfig) else known
+    if name not in known:
+        raise InputError(f"{name} has no {config.kind} draft.", f"Formats that hold one are {', '.join(known)}.")
+    form = known[name]
     if isinstance(config, Eagle3Config):
-        if name not in EAGLE3_FORMATS:
-            formats = " and ".join(EAGLE3_FORMATS)
-            raise InputError(f"An EAGLE-3 draft is not written for {name}.", f"Formats that hold one are {formats}.")
-        return EAGLE3_FORMATS[name]
-    form = FORMATS[name]
+        return form
     if config.markov_head_type not in form.heads:
         raise InputError(
             f"{name} reads no {config.markov_head_type} Markov head, only {', '.join(form.heads)}.",

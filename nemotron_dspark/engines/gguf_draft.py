@@ -1,4 +1,4 @@
-"""A DSpark draft out of a GGUF file, of `gguf_export.export_draft` or of llama.cpp's converter."""
+"""A DSpark or DFlash draft out of a GGUF file, of `gguf_export.export_draft` or of llama.cpp's converter."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DFlashConfig
 from nemotron_dspark.engines.exchange import Exchanged, write_imported
 from nemotron_dspark.engines.gguf_export import DRAFT_NAMES, LAYER_NAMES
 from nemotron_dspark.errors import InputError
@@ -23,22 +23,24 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
     ``target`` as in `exchange.import_draft`; embedding and LM head are never in such a file.
 
     Raises:
-        InputError: a DFlash without a Markov head, one that drafts here cannot be, or for another target.
+        InputError: one that drafts here cannot be, or for another target.
         EnvironmentFault: the disk is full.
     """
     fields = {key: field.contents() for key, field in reader.fields.items()}
     own = {key.removeprefix(f"{ARCHITECTURE}."): value for key, value in fields.items()}
     stored = {_name(tensor.name, file): _tensor(tensor) for tensor in reader.tensors}
-    if "markov_head.markov_w1.weight" not in stored:
-        raise InputError(f"{file} is a DFlash draft without a Markov head.", "Give a DSpark draft.")
-    for key, only in (("sample_from_anchor", True), ("attention.sliding_window", None), ("attention.causal", False)):
+    anchored = "markov_head.markov_w1.weight" in stored
+    for key, only in (
+        ("sample_from_anchor", anchored),
+        ("attention.sliding_window", None),
+        ("attention.causal", False),
+    ):
         if own.get(key, only) != only:
             raise InputError(
                 f"The draft has {key} = {own[key]!r}, and drafts here only {only!r}.", "Serve it with llama.cpp."
             )
     noted = {key.removeprefix("nds."): value for key, value in fields.items() if key.startswith("nds.")}
     flat = {
-        "architectures": [DraftConfig.architecture],
         "hidden_size": own["embedding_length"],
         "intermediate_size": own["feed_forward_length"],
         "num_hidden_layers": own["block_count"],
@@ -52,6 +54,10 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
         "block_size": own["block_size"],
         "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
         "target_layer_ids": [place - 1 for place in own["target_layers"]],
+    }
+    if not anchored:
+        return write_imported(file, "gguf", flat, stored, out, target, kind=DFlashConfig, noted=noted)
+    flat |= {
         "markov_rank": stored["markov_head.markov_w1.weight"].shape[1],
         "markov_head_type": "vanilla",
         "enable_confidence_head": "confidence_head.proj.weight" in stored,

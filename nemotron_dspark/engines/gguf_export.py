@@ -106,7 +106,8 @@ def export(target: Checkpoint, draft: Path | None, out: Path, outtype: Outtype) 
 
 
 def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out: Path, outtype: Outtype) -> None:
-    """Write a DSpark draft, whose tensors have DeepSpec's names, for llama.cpp's ``--spec-type draft-dspark``.
+    """Write a DSpark or DFlash draft, whose tensors have DeepSpec's names, for llama.cpp's ``--spec-type draft-dspark``
+    or ``draft-dflash``.
 
     Raises:
         InputError: a sequential head that llama.cpp does not have, a target whose logits are scaled, a tokenizer that
@@ -124,7 +125,7 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
             "Serve the pair with `nds serve`.",
         )
     own = {name: read() for name, read in tensors.items() if name not in SHARED}
-    _, full, _ = with_markov_head(config, own, reads_token=True)
+    full = with_markov_head(config, own, reads_token=True)[1] if config.sample_from_anchor else own
     written = {_draft_name(name): (lambda tensor=tensor: tensor) for name, tensor in full.items()}
 
     def describe(writer: "GGUFWriter", arch: str) -> None:
@@ -137,17 +138,19 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_rope_freq_base(config.rope_theta)
         writer.add_vocab_size(config.vocab_size)
-        writer.add_uint32(f"{arch}.block_size", config.block_size)
+        writer.add_uint32(f"{arch}.block_size", config.block_width)
         writer.add_array(f"{arch}.target_layers", [tap + 1 for tap in config.target_layer_ids])
-        writer.add_bool(f"{arch}.sample_from_anchor", True)
+        writer.add_bool(f"{arch}.sample_from_anchor", config.sample_from_anchor)
         writer.add_bool(f"{arch}.has_confidence_head", config.enable_confidence_head)
-        for key in ("num_target_layers", "num_anchors", "markov_rank"):  # nobody's but ours: for the way back
+        ours = ("num_target_layers", "num_anchors", "markov_rank")  # nobody's but ours: for the way back
+        for key in ours if config.sample_from_anchor else ours[:2]:
             writer.add_uint32(f"nds.{key}", getattr(config, key))
-        writer.add_bool("nds.confidence_head_with_markov", config.confidence_head_with_markov)
+        if config.sample_from_anchor:
+            writer.add_bool("nds.confidence_head_with_markov", config.confidence_head_with_markov)
         gguf_tokenizer.write(writer, target, config.vocab_size)
         writer.add_uint32("tokenizer.ggml.mask_token_id", config.mask_token_id)
 
-    _write(out, "dflash", f"DSpark draft for {target.name}", describe, written, outtype)
+    _write(out, "dflash", f"{config.kind} draft for {target.name}", describe, written, outtype)
 
 
 def _draft_name(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.config.known import KnownTarget, known_target
-from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, read_draft_config
+from nemotron_dspark.drafts.config import DFlashConfig, DraftConfig, Eagle3Config, read_draft_config
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import LayerKind, TargetSpec
 
@@ -44,10 +44,16 @@ class Pair:
         return any(kind.recurrent for kind in self.spec.layers)
 
     @property
+    def kind(self) -> str:
+        """The draft's, as `draft.kind` names it."""
+        names = {Eagle3Config: "eagle3", DFlashConfig: "dflash", DraftConfig: "dspark"}
+        return names[type(self.draft)]
+
+    @property
     def traits(self) -> frozenset[str]:
         """What flags may depend on: the draft's kind, the target's layers and weights, its way of chatting."""
         found = {
-            "eagle3" if isinstance(self.draft, Eagle3Config) else "dspark",
+            self.kind,
             "hybrid" if self.hybrid else "attention",
         }
         if self.known and self.known.weights == "NVFP4":

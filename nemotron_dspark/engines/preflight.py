@@ -53,6 +53,8 @@ def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
     if isinstance(draft, Eagle3Config):
         yield from _eagle3(engine, pair)
         return
+    if pair.kind == "dflash":
+        yield from _dflash(engine)
     if engine != "sglang" and draft.markov_rank and draft.markov_head_type != "vanilla":
         yield Finding(
             "refuse",
@@ -83,6 +85,15 @@ def _eagle3(engine: EngineName, pair: Pair) -> Iterator[Finding]:
             f"{title} reads EAGLE-3 drafts of Llama's shape with three taps, and this one is DeepSpec's, with five"
             f"{hybrids}.",
             "Serve it with vLLM or `nds serve`, or train a DSpark draft.",
+        )
+
+
+def _dflash(engine: EngineName) -> Iterator[Finding]:
+    if engine == "trtllm":
+        yield Finding(
+            "refuse",
+            "TensorRT-LLM has not been seen to read DFlash drafts.",
+            "Serve it with vLLM, SGLang, llama.cpp or `nds serve`, or train a DSpark draft.",
         )
 
 

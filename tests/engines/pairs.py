@@ -11,10 +11,10 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.targets import Checkpoint, Target
 
 
-def write_draft(folder: Path, target: Path, *, eagle3: bool = False, **changes) -> Path:
+def write_draft(folder: Path, target: Path, *, eagle3: bool = False, kind: str = "dspark", **changes) -> Path:
     """A draft's folder for ``target``, its config.json alone; ``changes`` are of keys of that file."""
     taps = {"taps": [0, 1, 2, 3, 4]} if eagle3 else {"num_taps": 2}
-    config = load_config(str(target), draft={"num_layers": 2, "markov_rank": 16, **taps})
+    config = load_config(str(target), draft={"num_layers": 2, "markov_rank": 16, "kind": kind, **taps})
     spec = Checkpoint.find(target).read_spec()
     if eagle3:
         made, _ = build_eagle3_config(spec, config.draft)

@@ -143,6 +143,23 @@ def test_eagle3_is_for_vllm_and_exported_for_it(tiny_hybrid, tmp_path):
     assert json.loads(command.argv[command.argv.index("--speculative-config") + 1])["model"] in command.prepare[0]
 
 
+def test_dflash_is_started_as_dflash_and_read_as_it_is(tiny_hybrid, tmp_path):
+    pair = pair_of(tiny_hybrid, write_draft(tmp_path / "draft", tiny_hybrid, kind="dflash"))
+    assert any("DFlash" in what for what in refused("trtllm", pair))
+    for engine in ("vllm", "sglang", "llamacpp"):
+        assert not refused(engine, pair)
+        names = [flag.name for flag in commands.engine_command(engine, pair).flags]
+        assert len(names) == len(set(names))
+    vllm, sglang = (commands.engine_command(engine, pair) for engine in ("vllm", "sglang"))
+    method = json.loads(vllm.argv[vllm.argv.index("--speculative-config") + 1])
+    assert (method["method"], method["num_speculative_tokens"]) == ("dflash", 7)
+    assert method["model"] == str(tmp_path / "draft")
+    assert sglang.argv[sglang.argv.index("--speculative-dflash-block-size") + 1] == "8"
+    assert vllm.prepare == sglang.prepare == ()
+    llamacpp = commands.engine_command("llamacpp", pair).argv
+    assert llamacpp[llamacpp.index("--spec-type") + 1] == "draft-dflash"
+
+
 def test_only_llama_cpp_runs_a_draft_on_a_cpu(hybrid):
     for engine in ("vllm", "sglang", "trtllm"):
         assert refused(engine, hybrid, machine="cpu")

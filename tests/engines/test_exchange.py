@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
+from nemotron_dspark.drafts.config import DFlashConfig, DraftConfig, Eagle3Config
 from nemotron_dspark.drafts.dspark import SHARED, DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
-from nemotron_dspark.engines.draft_formats import EAGLE3_FORMATS, FORMATS
+from nemotron_dspark.engines.draft_formats import DFLASH_FORMATS, EAGLE3_FORMATS, FORMATS
 from nemotron_dspark.engines.exchange import export_draft, import_draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Checkpoint
@@ -45,6 +45,14 @@ def saved(folder, target, *, slim=True, **changes):
     if not slim:
         draft.set_embeddings(*(torch.randn(spec.vocab_size, spec.hidden_size) for _ in range(2)))
     draft.save(folder, slim=slim)
+    return folder
+
+
+def saved_dflash(folder, target, **changes):
+    spec = target.read_spec()
+    its = {"hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size, "num_target_layers": spec.num_layers}
+    shape = {key: value for key, value in SHAPE.items() if key != "markov_rank"}
+    DSparkDraft(DFlashConfig(**(shape | its | changes)), seed=3).save(folder, slim=True)
     return folder
 
 
@@ -133,6 +141,30 @@ def test_an_eagle3_draft_comes_back_equal_to_the_bit(target, tmp_path, format_na
     draft = saved_eagle3(tmp_path / "draft", target)
     assert_comes_back(draft, format_name, target, tmp_path)
     assert import_draft(tmp_path / "there", tmp_path / "full", target).embeddings
+
+
+@pytest.mark.parametrize("format_name", list(DFLASH_FORMATS))
+def test_a_dflash_draft_comes_back_equal_to_the_bit(target, tmp_path, format_name):
+    draft = saved_dflash(tmp_path / "draft", target)
+    assert not assert_comes_back(draft, format_name, target, tmp_path).remarks
+    values, tensors = contents(tmp_path / "there")
+    assert values["block_size"] == 6  # the anchor counted
+    assert not any("markov" in name for name in tensors)
+    if format_name == "speculators":
+        assert values["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
+        assert (values["aux_hidden_state_layer_ids"], values["sample_from_anchor"]) == ([2, 5], False)
+    else:
+        assert values["dflash_config"] == {"mask_token_id": 20, "target_layer_ids": [1, 4]}
+
+
+@pytest.mark.parametrize(("key", "value"), [("causal", True), ("use_swa", True), ("sample_from_anchor", True)])
+def test_a_dflash_draft_of_another_block_is_refused(target, tmp_path, key, value):
+    draft = saved_dflash(tmp_path / "draft", target)
+    values = json.loads((draft / "config.json").read_text())
+    values["dflash_config"][key] = value
+    (draft / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"dflash_config.{key} = {value}"):
+        import_draft(draft, tmp_path / "back")
 
 
 def test_vllm_s_eagle3_counts_taps_from_the_embedding(target, tmp_path):
@@ -256,8 +288,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(target, tiny_llama, tm
     with pytest.raises(InputError, match="vllm reads no gated Markov head"):
         export_draft(gated, "vllm", out, target)
     eagle3 = saved_eagle3(tmp_path / "eagle3", target)
-    with pytest.raises(InputError, match="EAGLE-3 draft is not written for sglang"):
+    with pytest.raises(InputError, match="sglang has no EAGLE-3 draft"):
         export_draft(eagle3, "sglang", out, target)
+    with pytest.raises(InputError, match="deepspec has no DFlash draft"):
+        export_draft(saved_dflash(tmp_path / "dflash", target), "deepspec", out, target)
     assert not out.exists()
     with pytest.raises(InputError, match="holds other files"):
         export_draft(draft, "deepspec", draft, target)

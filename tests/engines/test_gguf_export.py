@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DFlashConfig, DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.engines.gguf_checkpoint import import_gguf
 from nemotron_dspark.engines.gguf_export import export_draft, export_target
@@ -151,6 +151,24 @@ def test_an_exported_draft_comes_back_equal_to_the_bit(tiny_hybrid, tmp_path, ch
     export_draft(draft.config, open_tensors(tmp_path / "draft"), target, tmp_path / "half.gguf", "bfloat16")
     found = import_gguf(str(tmp_path / "half.gguf"), tmp_path / "full", target=target)
     assert found.embeddings
+
+
+def test_a_dflash_draft_has_no_markov_head_and_comes_back_equal_to_the_bit(tiny_hybrid, tmp_path):
+    target = Checkpoint.find(tiny_hybrid)
+    values = draft_config(target.read_spec()).model_dump()
+    changed = ("markov_rank", "markov_head_type", "sample_from_anchor", "enable_confidence_head")
+    kept = {key: value for key, value in values.items() if key not in (*changed, "confidence_head_with_markov")}
+    draft = DSparkDraft(DFlashConfig(**kept), seed=1)
+    draft.save(tmp_path / "draft", slim=True)
+    export_draft(draft.config, open_tensors(tmp_path / "draft"), target, tmp_path / "d.gguf", "float32")
+    reader = gguf.GGUFReader(tmp_path / "d.gguf")
+    assert reader.fields["dflash.block_size"].contents() == values["block_size"] + 1
+    assert reader.fields["dflash.sample_from_anchor"].contents() is False
+    assert not any("markov" in tensor.name for tensor in reader.tensors)
+    import_gguf(str(tmp_path / "d.gguf"), tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "draft" / "config.json").read_bytes()
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "draft" / name).read_bytes()
 
 
 def test_what_llama_cpp_cannot_serve_is_refused_and_nothing_is_written(tiny_hybrid, tiny_llama, tmp_path):
