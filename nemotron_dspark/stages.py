@@ -26,6 +26,7 @@ from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.drafts import temperatures
 from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.engines.hidden_states import load_served
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation import calibration_report, picture
 from nemotron_dspark.evaluation.calibration_report import CalibrationReport
@@ -83,6 +84,7 @@ def build_cache(
     out: Path | str,
     *,
     processes: int | None = None,
+    engines: Sequence[str] = (),
     target: Target | None = None,
     masked: bool = True,
     on_progress: Callable[[BuildProgress], None] | None = None,
@@ -92,7 +94,8 @@ def build_cache(
     ``data`` here and ``prompts`` below name one file or several, globs or data sets (`data.sources.one_file`).
     An unfinished cache is continued, a finished one of the same inputs is left as it is. The target is loaded when all
     conversations are tokenised and the disk is known to suffice. ``processes`` share the work, each with the target;
-    None is one a GPU. ``masked`` is False for a kind of draft that has no mask token.
+    None is one a GPU. With ``engines``, addresses of vLLM's servers or a folder of their files, the states are theirs,
+    compared with our own capture on one sample. ``masked`` is False for a kind of draft that has no mask token.
 
     Raises:
         InputError: unusable data, data that contains the draft's mask token, or a folder of other inputs.
@@ -106,6 +109,11 @@ def build_cache(
     override, mask = config.draft.mask_token_id, None
     if masked and (override is not None or reserved_mask_token(facts.tokenizer, facts.spec)):
         mask = choose_mask_token(facts.tokenizer, facts.spec, override=override)
+    load: Callable[[], Target] | None = None
+    if engines:
+        load = functools.partial(load_served, config.target, engines)
+    elif not isinstance(facts, Target):
+        load = functools.partial(load_target, config, load_for_capture)
     report = write_cache(
         facts,
         one_file(data),
@@ -114,8 +122,8 @@ def build_cache(
         data=config.data,
         cache=config.cache,
         mask_token_id=mask.id if mask else None,
-        load=None if isinstance(facts, Target) else functools.partial(load_target, config, load_for_capture),
-        helpers=helper_loads(config.target, device, processes),
+        load=load,
+        helpers=helper_loads(config.target, device, processes) if not engines else [],
         on_progress=on_progress or (lambda progress: None),
     )
     if masked and mask is None:  # one that the samples do not use, and training on them will find the same

@@ -101,7 +101,8 @@ def capture_states(
     ``on_layer`` is called as `Target.captures` does.
     """
     padded = [_padded(samples, target.tokenizer.pad_token_id or 0) for samples in batches]
-    found = target.captures([Sequences(ids) for ids, _ in padded], taps, on_layer)
+    sequences = [Sequences(ids, lengths=tuple(real.sum(1).tolist())) for ids, real in padded]
+    found = target.captures(sequences, taps, on_layer)
     for captured, (_, real) in zip(found, padded, strict=True):
         tapped, last = captured.taps.to(torch.bfloat16), captured.last.to(torch.bfloat16)
         sums = tapped.sum(-1, dtype=torch.float32) + last.sum(-1, dtype=torch.float32)  # one that is not finite shows

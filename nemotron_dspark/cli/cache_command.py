@@ -48,6 +48,14 @@ def build(
         int | None,
         typer.Option(min=1, help="Processes that share the work, each with the target; default: one a GPU."),
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            help="Take the hidden states from a vLLM that `nds engine vllm --hidden-states` started, at this address "
+            "(several: repeat it), or from a folder of its files.",
+        ),
+    ] = None,
 ) -> "CacheReport":
     """Run the target over conversations and keep the hidden states a draft trains on."""
     from nemotron_dspark.recipe import latest
@@ -60,7 +68,14 @@ def build(
         data = [str(found.path)]
     out = out or latest.default_cache(config)
     with shell.bars() as bars:
-        return build_cache(config, data, out, processes=processes, on_progress=lambda now: shell.show_build(bars, now))
+        return build_cache(
+            config,
+            data,
+            out,
+            processes=processes,
+            engines=engine or (),
+            on_progress=lambda now: shell.show_build(bars, now),
+        )
 
 
 def info(folder: FolderArgument) -> "CacheInfo":

@@ -104,7 +104,7 @@ class Nds(Engine):
     def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
         body = {"model": self.model, "prompt": list(ids), "max_tokens": max_tokens, "temperature": temperature}
         body |= {"seed": seed, "return_token_ids": True, "return_rounds": True, "speculative": self._speculative}
-        found, seconds = _post(f"{self.url}/v1/completions", body)
+        found, seconds = post(f"{self.url}/v1/completions", body)
         choice = found["choices"][0]
         rounds = choice["rounds"][1:]  # the first one is the prompt's pass
         kept = [each["kept"] for each in rounds]
@@ -116,7 +116,7 @@ class Nds(Engine):
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         body = {"model": self.model, "messages": list(messages), "max_tokens": 1, "return_token_ids": True}
-        return _post(f"{self.url}/v1/chat/completions", body)[0]["prompt_token_ids"]
+        return post(f"{self.url}/v1/chat/completions", body)[0]["prompt_token_ids"]
 
     def totals(self) -> Counts | None:
         return None  # every answer tells its own
@@ -131,13 +131,13 @@ class VLLM(Engine):
 
     def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
         body = {"model": self.model, "prompt": list(ids), "max_tokens": max_tokens, "temperature": temperature}
-        found, seconds = _post(f"{self.url}/v1/completions", body | {"seed": seed, "return_token_ids": True})
+        found, seconds = post(f"{self.url}/v1/completions", body | {"seed": seed, "return_token_ids": True})
         choice = found["choices"][0]
         tokens = tuple(choice.get("token_ids") or ())
         return Answer(tokens, choice["text"], found["usage"]["completion_tokens"], seconds, None)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return _post(f"{self.url}/tokenize", {"model": self.model, "messages": list(messages)})[0]["tokens"]
+        return post(f"{self.url}/tokenize", {"model": self.model, "messages": list(messages)})[0]["tokens"]
 
     def totals(self) -> Counts:
         return _spec_decode_counts(_get_text(f"{self.url}/metrics"), "vllm:")
@@ -149,7 +149,7 @@ class SGLang(Engine):
 
     def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
         sampling = {"max_new_tokens": max_tokens, "temperature": temperature, "sampling_seed": seed}
-        found, seconds = _post(f"{self.url}/generate", {"input_ids": list(ids), "sampling_params": sampling})
+        found, seconds = post(f"{self.url}/generate", {"input_ids": list(ids), "sampling_params": sampling})
         meta = found["meta_info"]
         length, rounds = meta["completion_tokens"], meta.get("spec_verify_ct") or 0
         # Where accepted drafts are not told: every pass but the prompt's writes them and one more.
@@ -167,7 +167,7 @@ class LlamaCpp(Engine):
         body |= {"return_tokens": True, "cache_prompt": False}
         # Unless told, its samplers cut the distribution that a draft has learned (top-k 40, top-p 0.95, min-p 0.05).
         body |= {"top_k": 0, "top_p": 1.0, "min_p": 0.0} if temperature > 0 else {"top_k": 1}
-        found, seconds = _post(f"{self.url}/completion", body)
+        found, seconds = post(f"{self.url}/completion", body)
         timings = found["timings"]
         length, accepted = timings["predicted_n"], timings.get("draft_n_accepted", 0)
         drafted = timings.get("draft_n", 0)
@@ -176,8 +176,8 @@ class LlamaCpp(Engine):
         return Answer(tuple(found.get("tokens") or ()), found["content"], length, seconds, counts)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        text = _post(f"{self.url}/apply-template", {"messages": list(messages)})[0]["prompt"]
-        return _post(f"{self.url}/tokenize", {"content": text, "parse_special": True})[0]["tokens"]
+        text = post(f"{self.url}/apply-template", {"messages": list(messages)})[0]["prompt"]
+        return post(f"{self.url}/tokenize", {"content": text, "parse_special": True})[0]["tokens"]
 
     def totals(self) -> Counts | None:
         try:
@@ -228,7 +228,8 @@ def _spec_decode_counts(text: str, prefix: str) -> Counts:
     return Counts(rounds, drafted, accepted, tuple(slots[at] for at in sorted(slots)))
 
 
-def _post(url: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+def post(url: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """What ``url`` answers to ``body`` in JSON, and after how many seconds; errors as in `Engine.answer`."""
     began = time.perf_counter()
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     text = _read(request)

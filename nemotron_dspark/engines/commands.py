@@ -2,14 +2,14 @@
 
 A flag is given when all traits under its ``when`` hold: of the pair (`Pair.traits`), the machine's name, and ``gpu``.
 Values may name ``$target``, ``$draft``, ``$tokens`` (drafted a round), ``$slots``,
-``$state``, ``$requests``, ``$context``, ``$host`` and ``$port``.
+``$state``, ``$requests``, ``$context``, ``$host``, ``$port``; for hidden states ``$ids``, ``$folder``, ``$dtype``.
 """
 
 import dataclasses
 import functools
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, Literal, get_args
@@ -17,9 +17,11 @@ from typing import Any, Literal, get_args
 import yaml
 
 from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.engines.hidden_states import layer_ids
 from nemotron_dspark.engines.pair import Pair
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
+from nemotron_dspark.targets import Checkpoint
 
 EngineName = Literal["vllm", "sglang", "trtllm", "llamacpp"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
@@ -50,6 +52,7 @@ class EngineTable:
     shows: str | None = None  # what a version that is new enough prints, where versions are not told
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # name to contents, as YAML
+    hidden_states: tuple[Mapping[str, Any], ...] = ()  # in place of ``flags``, for a server that writes hidden states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +120,7 @@ def engine_command(
     Raises:
         InputError: no such machine.
     """
-    if machine is not None and machine not in MACHINES:
-        raise InputError(f"There are no flags for a machine {machine!r}.", f"Choose one of {', '.join(MACHINES)}.")
+    _check_machine(machine)
     table = engine_table(engine)
     tokens = tokens or pair.draft.block_size
     target, draft, prepare = _exported(engine, pair, gguf)
@@ -134,14 +136,11 @@ def engine_command(
         "host": host,
         "port": port,
     }
-    holds = pair.traits | ({machine} if machine else set()) | (set() if machine == "cpu" else {"gpu"})
-    rows = [row for row in table.flags if _all(row.get("when", []), holds)]
-    flags = tuple(Flag(row["flag"], _text(row.get("value"), values), str(_filled(row["why"], values))) for row in rows)
-    arguments = [part for flag in flags for part in (flag.name, flag.value) if part is not None]
+    flags = _chosen(table.flags, pair.traits, machine, values)
     return EngineCommand(
         engine=engine,
         title=table.title,
-        argv=(*(str(_filled(part, values)) for part in table.command), *arguments),
+        argv=_argv(table, flags, values),
         flags=flags,
         environment=table.environment,
         files={name: yaml.safe_dump(_filled(content, values)) for name, content in table.files.items()},
@@ -149,6 +148,57 @@ def engine_command(
         minimum=minimum_version(engine, pair),
         read_from=table.read_from,
     )
+
+
+def hidden_states_command(
+    checkpoint: Checkpoint,
+    taps: Sequence[int],
+    folder: Path,
+    *,
+    dtype: str,
+    max_length: int,
+    machine: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+) -> EngineCommand:
+    """The command of a vLLM that writes the hidden states of a cache with ``taps`` to ``folder``.
+
+    ``dtype`` is a type's name or "auto"; samples have up to ``max_length`` tokens. `InputError`: no such machine.
+    """
+    _check_machine(machine)
+    spec, table = checkpoint.read_spec(), engine_table("vllm")
+    kind = "hybrid" if any(layer.recurrent for layer in spec.layers) else "attention"
+    values: dict[str, Any] = {
+        "target": spec.name,
+        "ids": layer_ids(taps, spec.num_layers),
+        "folder": str(folder.absolute()),
+        "context": min(max_length + 1, spec.max_position_embeddings),
+        "dtype": dtype,
+        "host": host,
+        "port": port,
+    }
+    flags = _chosen(table.hidden_states, {kind}, machine, values)
+    argv = _argv(table, flags, values)
+    return EngineCommand("vllm", table.title, argv, flags, table.environment, {}, (), "0.32.0", table.read_from)
+
+
+def _check_machine(machine: str | None) -> None:
+    if machine is not None and machine not in MACHINES:
+        raise InputError(f"There are no flags for a machine {machine!r}.", f"Choose one of {', '.join(MACHINES)}.")
+
+
+def _chosen(
+    rows: Sequence[Mapping[str, Any]], traits: Collection[str], machine: str | None, values: Mapping[str, Any]
+) -> tuple[Flag, ...]:
+    """The flags whose conditions hold, filled in."""
+    holds = frozenset(traits) | ({machine} if machine else set()) | (set() if machine == "cpu" else {"gpu"})
+    chosen = [row for row in rows if _all(row.get("when", []), holds)]
+    return tuple(Flag(row["flag"], _text(row.get("value"), values), str(_filled(row["why"], values))) for row in chosen)
+
+
+def _argv(table: EngineTable, flags: Sequence[Flag], values: Mapping[str, Any]) -> tuple[str, ...]:
+    arguments = [part for flag in flags for part in (flag.name, flag.value) if part is not None]
+    return (*(str(_filled(part, values)) for part in table.command), *arguments)
 
 
 def _exported(engine: EngineName, pair: Pair, gguf: Path | None) -> tuple[str, str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -118,15 +118,16 @@ class StreamedTarget(Target):
             layer.register_forward_pre_hook(self._pause, with_kwargs=True)
             layer.register_forward_hook(self._keep(at))
 
-    @staticmethod
+    @classmethod
     def load(
+        cls,
         name: str,
         *,
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
         revision: str | None = None,
-    ) -> "StreamedTarget":
+    ) -> Self:
         """As `Target.load`; of the weights only what belongs to no layer is read.
 
         Raises:
@@ -159,7 +160,7 @@ class StreamedTarget(Target):
             raise EnvironmentFault(
                 f"The embedding of {name} does not fit into the memory of {where}.", "Use a device with more memory."
             ) from None
-        return StreamedTarget(model, checkpoint.load_tokenizer(), spec, folder, weights)
+        return cls(model, checkpoint.load_tokenizer(), spec, folder, weights)
 
     @property
     def device(self) -> torch.device:

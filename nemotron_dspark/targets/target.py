@@ -33,6 +33,7 @@ class Sequences:
 
     ids: Tensor  # [B, S]
     mask: Tensor | None = None  # bool [B, S], true on tokens; None: padding may be taken for tokens, it comes last
+    lengths: tuple[int, ...] | None = None  # of the rows, for who would rather not compute the padding; None: all S
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """What a model's forward is given."""

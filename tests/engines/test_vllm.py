@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.engines import free_port, running
-from nemotron_dspark import Decoder, Sampling, Target, load_config, regenerate
+from nemotron_dspark import Decoder, Sampling, Target, build_cache, load_config, regenerate
+from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.engines.clients import connect
+from nemotron_dspark.engines.commands import hidden_states_command
 from nemotron_dspark.engines.measure import evaluate_engine
 from nemotron_dspark.recipe import tiny
+from nemotron_dspark.targets import Checkpoint
 from tests.engines.pairs import write_random_draft
 
 PYTHON = os.environ.get("NDS_VLLM_PYTHON", "")
@@ -145,3 +148,37 @@ def test_answers_are_regenerated_with_their_token_ids(server, decoder, prompts, 
         ids = render_prompt(tokenizer, [Message("user", asked["content"])])
         assert said["prompt_token_ids"] == ids
         assert said["token_ids"] == list(engine.answer(ids, max_tokens=24, temperature=0.0, seed=0).tokens)
+
+
+def test_a_cache_of_its_hidden_states_is_that_of_our_own_capture(decoder, tmp_path):
+    """`nds engine vllm --hidden-states --machine cpu` starts it, with a connector that needs no CUDA."""
+    config = load_config(
+        {"name": str(decoder), "dtype": "float32"}, draft={"taps": [0, 1]}, data={"min_loss_tokens": 4}
+    )
+    rows = [
+        [{"role": "user", "content": f"What is state {at}?"}, {"role": "assistant", "content": "It is kept. " * at}]
+        for at in range(2, 8)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
+    (tmp_path / "states").mkdir()
+    port, checkpoint = free_port(), Checkpoint.find(decoder)
+    options = {"dtype": "float32", "max_length": 511, "machine": "cpu", "port": port}
+    command = hidden_states_command(checkpoint, (0, 1), tmp_path / "states", **options)
+    argv = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", *command.argv[2:], "--enforce-eager"]
+    home = str(Path(__file__).parents[2])  # where vLLM finds the connector
+    environment = {
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": home,
+    }
+    with running(argv, port, tmp_path / "server.log", environment) as url:
+        build_cache(config, data, tmp_path / "theirs", engines=[url])
+    build_cache(config, data, tmp_path / "own")
+    theirs, own = TargetCache(tmp_path / "theirs"), TargetCache(tmp_path / "own")
+    assert len(theirs) == len(own) == 6
+    for its, ours in zip(theirs, own, strict=True):
+        assert torch.equal(its.input_ids, ours.input_ids)
+        for one, other in ((its.taps, ours.taps), (its.last, ours.last)):
+            torch.testing.assert_close(one.float(), other.float(), rtol=1e-2, atol=1e-2)  # a rounding of bf16
