@@ -11,11 +11,16 @@ import sys
 import pytest
 import torch
 
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.config import DraftSection
+from nemotron_dspark.drafts.config import DraftConfig, build_draft_config, build_eagle3_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.engines.exchange import export_draft, import_draft
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.weights import read_embedding_and_head
+from nemotron_dspark.training.batches import collate
+from nemotron_dspark.training.objective import DSparkObjective, LossWeights
+from tests.training.conftest import Sample
 
 PEERS = os.environ.get("NDS_PEERS", "")
 pytestmark = [
@@ -180,3 +185,125 @@ def one_block(draft, target, generator):
         "logits": draft.base_logits(hidden) + draft.markov_head.markov_w2(latents),
         "confidence": draft.confidence(hidden, previous),
     }
+
+
+# The loss of a sequence with every block that fits behind position 5, in total variation, which is half of our L1.
+SPECULATORS_DFLASH = """
+from speculators import SpeculatorModel
+from speculators.losses.eager import tv_loss
+from torch.nn.attention.flex_attention import create_mask
+model = SpeculatorModel.from_pretrained(folder)
+assert type(model).__name__ == "DFlashDraftModel" and not model.config.sample_from_anchor
+held = model.state_dict()
+different = [name for name, tensor in given["weights"].items() if not torch.equal(held[name], tensor)]
+assert not different, different
+model.embed_tokens.weight.data, model.lm_head.weight.data = given["embedding"], given["head"]
+model.verifier_lm_head.weight.data, model.verifier_norm = given["head"], torch.nn.Identity()
+model.config.transformer_layer_config._attn_implementation, model._create_mask_fn = "sdpa", create_mask
+with torch.enable_grad():
+    _, loss, _ = model(
+        taps, ids, given["mask"], given["last"], torch.zeros_like(ids), loss_config={"tv": (tv_loss, 1.0)},
+        gamma=4.0, max_anchors=given["anchors"],
+    )
+    loss.backward()
+gradient = torch.cat([value.grad.flatten() for name, value in model.named_parameters() if name in given["weights"]])
+order = [name for name, _ in model.named_parameters() if name in given["weights"]]
+torch.save({"loss": loss.detach(), "gradient": gradient, "order": order}, sys.argv[2] + ".theirs")
+model.save_pretrained(f"{folder}-saved")
+"""
+
+
+def test_the_loss_and_the_gradients_of_a_dflash_draft_are_speculators(tiny_llama, tmp_path):
+    if not any(os.path.isdir(os.path.join(folder, "speculators")) for folder in PEERS.split(":")):
+        pytest.skip("needs speculators in a folder of NDS_PEERS")
+    target = Checkpoint.find(tiny_llama)
+    section = DraftSection(kind="dflash", num_layers=2, block_size=4, taps=[0, 1], intermediate_size=96)
+    config, _ = build_draft_config(target.read_spec(), section, mask_token_id=20)
+    draft, generator = DSparkDraft(config, seed=3), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in draft.trainable_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draft.save(tmp_path / "draft", slim=True)
+    export_draft(tmp_path / "draft", "speculators", tmp_path / "out", target)
+    weights = {name: tensor.detach() for name, tensor in draft.trainable_parameters().items()}
+    found = read_embedding_and_head(target.folder, target.read_spec())
+    draft.set_embeddings(found.embedding.float(), found.head.float())
+    length = 24
+    ids = torch.randint(32, config.vocab_size, (1, length), generator=generator)
+    taps, last = (torch.randn(1, length, size * config.hidden_size, generator=generator) for size in (2, 1))
+    mask = torch.arange(length) >= 5
+    anchors = torch.arange(5, length - config.block_width)  # theirs: those whose block fits
+    given = {"ids": ids, "taps": taps, "anchor": 0, "previous": ids, "weights": weights, "last": last}
+    given |= {"mask": mask[None].long(), "anchors": len(anchors)}
+    given |= {"embedding": draft.embed_tokens.weight.detach(), "head": draft.lm_head.weight.detach()}
+    torch.save(given, tmp_path / "ours.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", BEFORE + SPECULATORS_DFLASH, str(tmp_path / "out"), str(tmp_path / "ours.pt")],
+        env={**os.environ, "PYTHONPATH": PEERS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    theirs = torch.load(tmp_path / "ours.pt.theirs", weights_only=True)
+    batch = collate([Sample(ids[0], mask, taps[0], last[0])], [anchors], config.block_size)
+    loss = DSparkObjective(draft, LossWeights(ce=0.0, l1=0.5, confidence=0.0))(batch)
+    value = loss.total / int(loss.sums.slots.sum())  # theirs is a mean over slots, whatever they weigh
+    value.backward()
+    torch.testing.assert_close(value.detach(), theirs["loss"], rtol=1e-5, atol=1e-6)
+    gradient = torch.cat([draft.get_parameter(name).grad.flatten() for name in theirs["order"]])
+    assert len(theirs["order"]) == len(weights)
+    torch.testing.assert_close(gradient, theirs["gradient"], rtol=1e-3, atol=1e-6)
+    import_draft(tmp_path / "out-saved", tmp_path / "back", target)
+    assert DSparkDraft.load(tmp_path / "back").config == config
+
+
+def test_speculators_loads_an_eagle3_draft_every_tensor_in_its_place(tiny_hybrid, tmp_path):
+    if not any(os.path.isdir(os.path.join(folder, "speculators")) for folder in PEERS.split(":")):
+        pytest.skip("needs speculators in a folder of NDS_PEERS")
+    target = Checkpoint.find(tiny_hybrid)
+    section = DraftSection(taps=[0, 1, 2, 4, 6], intermediate_size=96, block_size=3)
+    config, _ = build_eagle3_config(target.read_spec(), section, ttt_length=3)
+    draft = Eagle3Draft(config, seed=3)
+    draft.save(tmp_path / "draft", slim=True)
+    export_draft(tmp_path / "draft", "speculators", tmp_path / "out", target)
+    weights = {name: tensor.detach() for name, tensor in draft.trainable_parameters().items()}
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(2, config.vocab_size, config.hidden_size, generator=generator)
+    draft.set_embeddings(*table)
+    ids = torch.randint(32, config.vocab_size, (1, 12), generator=generator)
+    taps = torch.randn(1, 12, 5 * config.hidden_size, generator=generator)
+    with torch.no_grad():
+        steps = [draft.logits(hidden) for hidden in draft(ids, taps)]
+    given = {"ids": ids, "taps": taps, "anchor": 0, "previous": ids, "weights": weights}
+    torch.save(given | {"embedding": table[0], "head": table[1], "steps": steps}, tmp_path / "ours.pt")
+    code = """
+from speculators import SpeculatorModel
+from torch.nn.attention.flex_attention import create_mask
+model = SpeculatorModel.from_pretrained(folder)
+held = model.state_dict()
+different = [name for name, tensor in given["weights"].items() if not torch.equal(held[name], tensor)]
+assert not different, different
+assert model.config.eagle_aux_hidden_state_layer_ids == [1, 2, 3, 5, 7]
+model.embed_tokens.weight.data, model.lm_head.weight.data = given["embedding"], given["head"]
+model.config.transformer_layer_config._attn_implementation = model._attn_impl = "sdpa"
+model._create_mask_fn = create_mask
+# Position i reads the token after it: their ids come shifted by one.
+shifted = torch.cat((ids[:, 1:], ids.new_zeros(1, 1)), dim=-1)
+kept = []
+model.lm_head.register_forward_hook(lambda module, inputs, output: kept.append(output))
+model(taps, shifted, torch.zeros_like(ids), position_ids=torch.arange(12)[None], ttt_steps=3)
+for step, (theirs, ours) in enumerate(zip(kept, given["steps"], strict=True)):
+    behind = 12 - 1 - step
+    torch.testing.assert_close(theirs[:, :behind], ours[:, :behind], rtol=1e-3, atol=1e-3)
+print("same", len(kept))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", BEFORE + code, str(tmp_path / "out"), str(tmp_path / "ours.pt")],
+        env={**os.environ, "PYTHONPATH": PEERS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "same 3" in run.stdout
