@@ -137,3 +137,11 @@ def test_completion_is_installed_and_completes_in_bash(environment, tmp_path):
     for words, completed in (("nds pl", "plan"), ("nds cache ver", "verify"), ("nds train --cac", "--cache")):
         done = bash(["bash", "-c", tab.format(words, len(words.split()) - 1)])
         assert completed in done.stdout.split(), done.stderr
+
+
+def test_completion_tells_zsh_the_commands(environment, tmp_path):
+    """What the function that zsh calls is answered; zsh itself need not be here."""
+    asked = {"_NDS_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "nds pl"}
+    done = subprocess.run([environment / "nds"], env=os.environ | asked, capture_output=True, text=True, cwd=tmp_path)
+    assert '"plan"' in done.stdout
+    assert '"train"' not in done.stdout
