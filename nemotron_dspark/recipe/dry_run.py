@@ -11,6 +11,7 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.config.recipe import Recipe
 from nemotron_dspark.data.prompts import Prompt, read_prompts
 from nemotron_dspark.data.sources import named, one_file
+from nemotron_dspark.drafts.kinds import config_for, has_mask_token
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import size_of, size_text
 from nemotron_dspark.recipe import needs
@@ -101,7 +102,7 @@ def dry_run(recipe: Recipe) -> RecipePlan:
     """Plan every stage of ``recipe`` without making anything.
 
     Raises:
-        InputError: data is missing, or a target cannot be found or its size not told.
+        InputError: data is missing, a target cannot be found or its size not told, or there is no such draft for it.
     """
     drafts = drafts_of(recipe)
     ledger = Ledger(recipe.out)
@@ -114,6 +115,8 @@ def dry_run(recipe: Recipe) -> RecipePlan:
     for draft in drafts:
         config = draft.config
         shape = _shape(config)
+        if not has_mask_token(config.draft):  # of the other kinds `_shape` has made the config
+            config_for(shape.spec, config.draft, mask_token_id=None, num_anchors=config.train.num_anchors)
         workload = _workload(recipe, draft)
         said.append(f"{draft.target}: {workload.source}")
         found = estimate(shape, config, workload, machine)

@@ -169,6 +169,11 @@ def made(stage: Stage, record: Record) -> bool:
     return (stage.place / _MADE[stage.kind] if stage.kind in _MADE else stage.place).exists()
 
 
+def refusals(records: Mapping[str, Record]) -> tuple[str, ...]:
+    """What cannot be made, by a stage's name: in two sentences each."""
+    return tuple(f"{name}: {text}" for name, record in records.items() if (text := record.result.get("refused")))
+
+
 def _records(values: dict[str, Any]) -> dict[str, Record]:
     return {name: Record(**known) for name, known in values.items()}
 
@@ -181,7 +186,7 @@ def _reason(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Why a stage is made again: the first thing that differs."""
     key, old, new = first_difference(before, now) or ("", None, None)
     if key in KINDS and _DIGEST.fullmatch(str(old)) and _DIGEST.fullmatch(str(new)):
-        return f"because {key} is"
+        return f"{key} is made again"
     if key == "conversations":
         return "the prompts or conversations have changed"
     if key == "held_out" and _DIGEST.fullmatch(str(new)):

@@ -26,7 +26,7 @@ from nemotron_dspark.engines.preflight import preflight
 from nemotron_dspark.errors import NdsError
 from nemotron_dspark.evaluation.report import label_of
 from nemotron_dspark.recipe.graph import FOLDER, Draft, all_stages
-from nemotron_dspark.recipe.ledger import Record
+from nemotron_dspark.recipe.ledger import Record, refusals
 from nemotron_dspark.recipe.plan import hours
 from nemotron_dspark.resources import resource_folder
 
@@ -37,6 +37,7 @@ _PICTURES = (
     ("Acceptance on held-out prompts", "eval/eval.png"),
     ("Calibration", "draft/calibration/calibration.png"),
 )
+_KINDS = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "EAGLE-3"}
 _PACKAGES = ("torch", "transformers", "mamba-ssm", "causal-conv1d")
 
 
@@ -63,7 +64,7 @@ def write(path: Path, recipe: Recipe, drafts: Sequence[Draft], records: Mapping[
         machine=_machine(),
         labels=[label_of(temperature) for temperature in sorted(temperatures)],
         measured=[_row(label, found, sorted(temperatures)) for label, found in evaluations.items()],
-        refused=[text for record in records.values() if (text := record.result.get("refused"))],
+        refused=refusals(records),
         drafts=[_about(draft, records, evaluations.get(draft.label)) for draft in drafts],
         stages=stages,
         total=total,
@@ -105,7 +106,8 @@ def _about(draft: Draft, records: Mapping[str, Record], found: dict[str, Any] | 
     """What the page says of one draft."""
     trained = _result(draft, records, "train")
     shape = draft.config.draft
-    sentence = f"{shape.num_layers} layer{'s' * (shape.num_layers != 1)}, blocks of {shape.block_size}"
+    layers = 1 if shape.kind == "eagle3" else shape.num_layers
+    sentence = f"{_KINDS[shape.kind]}, {layers} layer{'s' * (layers != 1)}, blocks of {shape.block_size}"
     if trained:
         sentence += f", {trained['parameters'] / 1e6:,.1f} M trained parameters, {trained['steps']:,} steps"
         if cache := _result(draft, records, "cache"):

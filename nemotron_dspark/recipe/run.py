@@ -21,7 +21,7 @@ from nemotron_dspark.folders import is_locked, locked
 from nemotron_dspark.recipe import page
 from nemotron_dspark.recipe.dry_run import RecipePlan, dry_run
 from nemotron_dspark.recipe.graph import FOLDER, KINDS, Draft, Kind, Stage, all_stages, drafts_of
-from nemotron_dspark.recipe.ledger import Ledger, Record, Status
+from nemotron_dspark.recipe.ledger import Ledger, Record, Status, refusals
 from nemotron_dspark.recipe.work import RecipeProgress, Work, config_file
 from nemotron_dspark.training.metrics import read_metrics
 
@@ -94,12 +94,11 @@ def run_recipe(
         for stage in left:
             work.do(stage, statuses[stage.name])
         records = _records(ledger, found)
-        refused = tuple(text for record in records.values() if (text := record.result.get("refused")))
         report = None
         if until is None:
             report = recipe.out / REPORT
             page.write(report, recipe, drafts, records)
-    return RecipeResult(recipe.out, drafts, records, report, refused)
+    return RecipeResult(recipe.out, drafts, records, report, refusals(records))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,6 +143,11 @@ def test_bad_recipes_are_refused_in_two_sentences(folder, text, what, do):
     assert do in refused.value.do
 
 
+def test_a_draft_that_cannot_be_is_said_in_the_plan(folder):
+    with pytest.raises(InputError, match="EAGLE-3"):  # it takes five taps, and the recipe says two
+        dry_run(load_recipe(folder / "recipe.yaml", drafts={"a": {}, "b": {"draft": {"kind": "eagle3"}}}))
+
+
 def test_missing_prompts_are_named(folder):
     with pytest.raises(NdsError, match=r"gone\.jsonl is not a file"):
         dry_run(load_recipe(folder / "recipe.yaml", prompts=["gone.jsonl"]))

@@ -163,7 +163,7 @@ def test_more_prompts_make_everything_again_and_status_says_why(folder):
     found = recipe_status(load_recipe(Path("recipe.yaml")))
     assert {status.state for status in found.statuses.values()} == {"again"}
     assert found.statuses["split"].why.startswith("the prompts or conversations have changed")
-    assert found.statuses["cache target"].why.startswith("because answers is")
+    assert found.statuses["cache target"].why.startswith("answers is made again")
     assert "0 of 6 stages are done" in found.sentence
 
 
@@ -205,6 +205,7 @@ def test_too_few_prompts_to_calibrate_are_said_and_the_rest_is_done(folder):
     done = CliRunner().invoke(cli.app, ["recipe", "run", "calibrated.yaml", "--json"], catch_exceptions=False)
     said = json.loads(done.stdout)
     assert done.exit_code == 1
+    assert said["refused"][0].startswith("calibrate target: The prompts give")
     assert "or set calibrate: false" in said["refused"][0]
     assert said["report"] == "report.html"
     assert "or set calibrate: false" in Path("report.html").read_text()
