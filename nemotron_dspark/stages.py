@@ -25,10 +25,11 @@ from nemotron_dspark.data.sources import Given, listed, named, one_file
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.drafts import temperatures
+from nemotron_dspark.drafts.config import read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.engines.hidden_states import load_served
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.evaluation import calibration_report, picture
+from nemotron_dspark.evaluation import calibration_report, comparison, picture
 from nemotron_dspark.evaluation.calibration_report import CalibrationReport
 from nemotron_dspark.evaluation.lossless import check_count, sampled_lossless
 from nemotron_dspark.evaluation.measure import conversation_ids, prompt_ids
@@ -277,6 +278,58 @@ def evaluate(
         )
     folder = "" if isinstance(draft, Draft) else str(draft)
     return EvalReport(config.target.named, folder, named(prompts), len(ids), str(loaded.dtype), found, sampled)
+
+
+def compare(
+    config: RunConfig,
+    drafts: Sequence[Path | str],
+    prompts: Given,
+    *,
+    lengths: Sequence[int] = (),
+    limit: int | None = None,
+    target: Target | None = None,
+    on_loaded: Callable[[], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> comparison.Comparison:
+    """Measure several ``drafts`` of the target side by side, against no draft: accepted length, cost, speed, equality.
+
+    Every text that ``prompts`` consists of is a workload, of which the first ``limit`` prompts are used; with
+    ``lengths`` each is made so many tokens long by others of the workload before it.
+
+    Raises:
+        InputError: no draft, one for another target, no prompt that fits, or a length beyond the target's.
+        CheckError: a proof failed.
+    """
+    if not drafts:
+        raise InputError("There is no draft to compare.", "Give folders of trained drafts, each with --drafts.")
+    if len({Path(folder).resolve() for folder in drafts}) < len(drafts):
+        raise InputError("The same draft is given twice.", "Give each folder once.")
+    folders, new_tokens = [Path(folder) for folder in drafts], config.eval.max_new_tokens
+    for folder in folders:
+        read_draft_config(folder)  # a wrong path is said before the target is loaded
+    loaded = target or Target.of(config.target)
+    room = loaded.spec.max_position_embeddings - new_tokens
+    if lengths and max(lengths) > room:
+        raise InputError(
+            f"Prompts of {max(lengths)} tokens and {new_tokens} new ones are more than the target's "
+            f"{loaded.spec.max_position_embeddings}.",
+            "Give a smaller --length, or --set eval.max_new_tokens.",
+        )
+    loaded_drafts = [load_draft(folder, loaded) for folder in folders]
+    by_name = dict(zip(comparison.names_of(folders), loaded_drafts, strict=True))
+    if config.target.proofs:
+        proofs.prove(loaded, sorted({tap for draft in loaded_drafts for tap in draft.config.target_layer_ids}))
+    if on_loaded is not None:
+        on_loaded()
+    groups, given = [], listed(prompts)
+    for workload, text in zip(calibration_report.workload_names(given), given, strict=True):
+        thinking = config.data.thinking
+        ids = prompt_ids(loaded, one_file(text), limit=limit, new_tokens=new_tokens, thinking=thinking)
+        groups += comparison.lengthened(workload, ids, lengths)
+    rows = comparison.compare(loaded, by_name, groups, config.eval, on_progress)
+    kinds = [f"{draft.config.kind}, {folder}" for draft, folder in zip(loaded_drafts, folders, strict=True)]
+    described = dict(zip(by_name, kinds, strict=True))
+    return comparison.Comparison(config.target.named, str(loaded.dtype), described, rows)
 
 
 def calibrate(

@@ -28,6 +28,7 @@ COMMANDS = (
     "cache",
     "train",
     "eval",
+    "compare",
     "calibrate",
     "export",
     "import",

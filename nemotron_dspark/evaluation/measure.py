@@ -177,7 +177,7 @@ def summarise(generations: Sequence[Generation], temperature: float, gamma: int,
         drafted=sum(sum(generation.proposed) for generation in generations) / rounds,
         per_position=tuple(count / rounds for count in reached[1:]),
         given_previous=tuple(after / before if before else 0.0 for before, after in itertools.pairwise(reached)),
-        tokens_per_second=_speed(generations) if timed else None,
+        tokens_per_second=speed_of(generations) if timed else None,
     )
 
 
@@ -208,9 +208,9 @@ def evaluate(
     ]
     return Evaluation(
         tuple(measurements),
-        _compare(target, prompts, pairs),
-        _speed([slow for slow, _ in pairs]),
-        _speed([fast for _, fast in pairs]),
+        lossless_of(target, prompts, pairs),
+        speed_of([slow for slow, _ in pairs]),
+        speed_of([fast for _, fast in pairs]),
     )
 
 
@@ -227,13 +227,13 @@ def ratio_error(pairs: Sequence[tuple[float, float]]) -> float | None:
     return math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / rounds
 
 
-def _speed(generations: Sequence[Generation]) -> float:
+def speed_of(generations: Sequence[Generation]) -> float:
     """Tokens per second of the rounds; the first token of an answer belongs to its prefill."""
     seconds = sum(generation.seconds for generation in generations)
     return sum(len(generation.tokens) - 1 for generation in generations) / seconds if seconds else 0.0
 
 
-def _compare(
+def lossless_of(
     target: Target, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[Generation, Generation]]
 ) -> Lossless:
     different = [at for at, (slow, fast) in enumerate(pairs) if slow.tokens != fast.tokens]

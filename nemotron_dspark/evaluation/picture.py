@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GREEN, _BLUE, _GREY, _ORANGE = "#3f7d20", "#1f5aa6", "#9a9a9a", "#d9822b"
+_BARS = (_BLUE, _GREEN, _ORANGE, _GREY, "#7a4fa3", "#b03a48")
 _STYLES = ((_BLUE, "-", "o"), (_GREEN, "-", "s"), (_GREY, "--", "o"), (_GREY, ":", "s"))
 
 
@@ -72,6 +73,35 @@ def draw_reliability(path: Path, rows: Sequence[Sequence[Reliability]], title: s
             _draw_curves(axis, panel)
     figure.supxlabel("chance foretold that the draft is kept up to a slot", fontsize=10)
     figure.supylabel("share of held-out rounds that kept it", fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    return path
+
+
+def draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, str, float]]], title: str = "") -> Path:
+    """Draw a panel of bars for each quantity in ``panels``, of (group, series, value), as a PNG at ``path``.
+
+    Raises:
+        EnvironmentFault: matplotlib is not installed.
+    """
+    rows = next(iter(panels.values()))
+    groups, series = (list(dict.fromkeys(row[at] for row in rows)) for at in (0, 1))
+    figure = _new_figure(max(7.0, 1.6 + 0.34 * len(groups) * (len(series) + 1)), 2.3 * len(panels))
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    width = 0.8 / len(series)
+    for axis, (quantity, values) in zip(axes, panels.items(), strict=True):
+        for at, name in enumerate(series):
+            heights = {group: value for group, which, value in values if which == name}
+            places = [groups.index(group) + width * (at - (len(series) - 1) / 2) for group in heights]
+            bars = axis.bar(places, heights.values(), 0.92 * width, label=name, color=_BARS[at % len(_BARS)])
+            axis.bar_label(bars, fmt="%.2f", fontsize=7)
+        axis.axhline(1, color="0.4", linewidth=1, linestyle=":")
+        axis.set_title(quantity, fontsize=10)
+        axis.margins(y=0.15)
+        axis.grid(axis="y", alpha=0.25)
+    axes[-1].set_xticks(range(len(groups)), groups, fontsize=8)
+    axes[0].legend(fontsize=8, ncols=len(series), loc="lower left", framealpha=0.8)
     if title:
         figure.suptitle(title, fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))

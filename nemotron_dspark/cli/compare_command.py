@@ -1,0 +1,65 @@
+"""`nds compare`: several drafts of one target side by side, against no draft."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from nemotron_dspark.cli import shell
+from nemotron_dspark.config import RunConfig
+
+
+def register(app: typer.Typer) -> None:
+    shell.command(app)(compare)
+
+
+def compare(
+    config: RunConfig,
+    drafts: Annotated[
+        list[Path], typer.Option("--drafts", "-d", help="Folder of a trained draft, of any kind; repeat for each.")
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompts",
+            "-p",
+            help="JSON lines of prompts the drafts have not seen, without it a recipe's; repeated, each a workload.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            min=1,
+            help="Make every prompt so many tokens long, by others of its workload before it; repeat for several.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts of each.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for compare.json and compare.png.")] = None,
+) -> None:
+    """Compare drafts: tokens and cost of a round, speed, equal output; by workload and length."""
+    from nemotron_dspark import stages
+    from nemotron_dspark.evaluation import comparison
+
+    prompts = prompts or shell.held_out_prompts()
+    with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
+        found = stages.compare(
+            config,
+            drafts,
+            prompts,
+            lengths=lengths or (),
+            limit=limit,
+            on_loaded=status.stop,
+            on_progress=bars.update,
+        )
+    written = found.save(out) if out is not None else ()
+    if shell.state.json:
+        shell.emit(found.to_json())
+    else:
+        shell.out.print(comparison.table(found))
+        shell.show_rows([(name, what) for name, what in found.drafts.items()])
+        if written:
+            shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
+    if remark := found.check_lossless():
+        shell.note(remark)
