@@ -20,6 +20,7 @@ COMMANDS = (
     "selftest",
     "doctor",
     "recipe",
+    "launch",
     "inspect",
     "plan",
     "config",

@@ -27,7 +27,7 @@ MEM_FREE, MEM_AVAILABLE = 8 * GIB, 24 * GIB  # of a unified memory; below them C
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # CUDA's major version: NVIDIA's driver
 RENDEZVOUS = 29500  # torchrun's port
 SPARK_UPGRADE = "sudo apt update && sudo apt full-upgrade && sudo reboot"
-_SOURCES = {  # package: what its build needs, the variable that forbids a ready-made wheel, its repository
+SOURCES = {  # package: what its build needs, the variable that forbids a ready-made wheel, its repository
     "mamba-ssm": ("einops ninja", "MAMBA_FORCE_BUILD", "state-spaces/mamba"),
     "causal-conv1d": ("ninja", "CAUSAL_CONV1D_FORCE_BUILD", "Dao-AILab/causal-conv1d"),
 }
@@ -237,7 +237,7 @@ def build_command(package: str, its: Gpu) -> str:
 
     Blackwell and later are built for their major version with PTX: binaries for later minors are missing or wrong.
     """
-    needs, force, repository = _SOURCES[package]
+    needs, force, repository = SOURCES[package]
     major, minor = its.capability
     kinds = f"{major}.0+PTX" if major >= 10 else f"{major}.{minor}"
     install = "install --no-build-isolation --no-deps --no-cache-dir --force-reinstall"

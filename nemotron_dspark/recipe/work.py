@@ -241,12 +241,17 @@ def config_file(out: Path, train: Stage) -> Path:
 
 def train_command(stage: Stage, recipe: Recipe, processes: int) -> list[str]:
     """The command that trains as ``stage`` says in several processes, and prints its report as JSON."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return [*torchrun, "-m", "nemotron_dspark", "train", *train_options(stage, recipe), "--json"]
+
+
+def train_options(stage: Stage, recipe: Recipe) -> list[str]:
+    """The options of `nds train` that say what ``stage`` does."""
     cache = stage.get("cache")
     source = ["--cache", str(cache.place)] if cache else [part for text in _data(stage) for part in ("--data", text)]
     options = ["--target", stage.config.target.named, "--config", str(config_file(recipe.out, stage)), *source]
     options += ["--budget", f"{recipe.train_hours}h"] if recipe.train_hours else []
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return [*torchrun, "-m", "nemotron_dspark", "train", *options, "--out", str(stage.place), "--json"]
+    return [*options, "--out", str(stage.place)]
 
 
 def _call(command: list[str], lock: int) -> str:
