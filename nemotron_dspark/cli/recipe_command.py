@@ -42,6 +42,12 @@ def run(
         list[str] | None,
         typer.Option("--data", "-d", help=shell.several("Instead of prompts: conversations the target has answered")),
     ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--held-out", help=shell.several("Prompts to measure on; without it 5 % of the others. JSON lines")
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of all that is made; this one.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value of a run's configuration; may be repeated.")
@@ -55,7 +61,7 @@ def run(
     ] = False,
 ) -> "RecipeResult | None":
     """Go through every stage: answers, cache, train, eval, calibrate, export. The same command goes on."""
-    recipe = read(file, target, prompts, data, out, assignments)
+    recipe = read(file, assignments, target=target, prompts=prompts, data=data, held_out=held_out, out=out)
     shell.quiet_libraries()
     if dry_run:
         from nemotron_dspark.recipe.dry_run import dry_run as plan
@@ -94,16 +100,10 @@ def clean(
     return cleaning.clean(recipe, remove=yes)
 
 
-def read(
-    file: Path | None,
-    target: list[str] | None = None,
-    prompts: list[str] | None = None,
-    data: list[str] | None = None,
-    out: Path | None = None,
-    assignments: list[str] | None = None,
-) -> Recipe:
-    """The recipe of the command's options."""
-    if file is None and not target:
+def read(file: Path | None, assignments: list[str] | None = None, **given: Any) -> Recipe:
+    """The recipe in ``file``, or in the folder's, below what is ``given`` by options."""
+    given = {key: value for key, value in given.items() if value}
+    if file is None and "target" not in given:
         places = (Path(RECIPE_FILE), Path("recipe") / RECIPE_FILE)  # the second is of the last run here
         file = next((path for path in places if path.is_file()), None)
         if file is None:
@@ -111,8 +111,7 @@ def read(
                 f"There is no {RECIPE_FILE} here, and no --target is given.",
                 "Give the recipe's file, or --target T --prompts prompts.jsonl.",
             )
-    given: dict[str, Any] = {"target": target, "prompts": prompts, "data": data, "out": out}
-    return load_recipe(file, assignments=assignments or (), **{key: value for key, value in given.items() if value})
+    return load_recipe(file, assignments=assignments or (), **given)
 
 
 def _show_status(found: "RecipeStatus") -> None:

@@ -250,14 +250,14 @@ def held_out_prompts() -> list[str]:
     """The prompts that are taken where --prompts is not given, which is said; `InputError` where there are none."""
     from nemotron_dspark.recipe import latest
 
-    path = latest.held_out()
-    if path is None:
+    found = latest.held_out()
+    if not found:
         raise InputError(
             "--prompts is not given, and no recipe here has held prompts out.",
             "Give JSON lines of prompts that the draft has not seen; `nds data split` holds some out.",
         )
-    note(f"--prompts is not given: takes {path}.")
-    return [str(path)]
+    note(f"--prompts is not given: takes {', '.join(found)}.")
+    return found
 
 
 def several(what: str) -> str:

@@ -84,10 +84,14 @@ def _answers(folder: Path) -> Way | None:
 
 
 def _prompts(folder: Path) -> Way | None:
-    path = max(folder.glob("*prompts*.jsonl"), key=_age, default=None)
+    # by name, or as `nds data prompts` and `nds data split` write them
+    patterns = ("*prompts*.jsonl", "*/train.jsonl", "prompts/*/train.jsonl")
+    path = max((path for pattern in patterns for path in folder.glob(pattern)), key=_age, default=None)
     if path is None:
         return None
     command = f"nds recipe run --target {_EXAMPLE} --prompts {shlex.quote(str(path))}"
+    if path.name == "train.jsonl" and (held_out := path.with_name("held_out.jsonl")).is_file():
+        command += f" --held-out {shlex.quote(str(held_out))}"
     others = ((command, "the same, done"), (f"nds inspect --target {_EXAMPLE}", "what a target is"))
     return Way(f"Prompts: {path}.", f"{command} --dry-run", "plans a draft for a target (put its name there)", others)
 
@@ -96,6 +100,7 @@ def _nothing() -> Way:
     others = (
         ("nds demo", "the whole recipe on this machine in ten minutes, from nothing"),
         ("nds inspect --list", "the targets that are known by name"),
+        ("nds data prompts --preset chat --out prompts/chat", "prompts from open data sets"),
         (f"nds recipe run --target {_EXAMPLE} --prompts prompts.jsonl", "a draft for a target, from your prompts"),
     )
     return Way("Nothing of nds is in this folder.", "nds doctor", "says whether this machine is ready", others)

@@ -17,6 +17,7 @@ from nemotron_dspark import stages
 from nemotron_dspark.cache.layout import MANIFEST, WORK, read_manifest
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.config.known import ALIASES, known_target
+from nemotron_dspark.config.recipe import RECIPE_FILE
 from nemotron_dspark.errors import InputError, NdsError
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.graph import FOLDER
@@ -56,10 +57,14 @@ def draft_of(config: RunConfig) -> Found | None:
     return _newest("draft", config, (path for path in trained if path.is_file()))
 
 
-def held_out() -> Path | None:
-    """The prompts that a recipe here has kept out of training."""
+def held_out() -> list[str]:
+    """The prompts that the recipe which was run here has kept out of training; none where there was none."""
     path = Path(FOLDER) / "prompts" / "held_out.jsonl"
-    return path if path.is_file() else None
+    if path.is_file():
+        return [str(path)]
+    recipe = Path(FOLDER) / RECIPE_FILE
+    given = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("held_out") if recipe.is_file() else None
+    return list(map(str, given)) if isinstance(given, list) else []
 
 
 def to_train_on(config: RunConfig) -> tuple[Literal["cache", "data"], Found]:

@@ -111,6 +111,14 @@ def test_a_folder_is_the_same_target_however_it_is_named(config, tmp_path):
     assert not latest.same_target("models/t", "models/u")
 
 
+def test_the_prompts_that_a_recipe_holds_out_are_found(config):
+    assert latest.held_out() == []
+    write("recipe/recipe.yaml", "target: [x]\nheld_out: [other.jsonl]\n")
+    assert latest.held_out() == ["other.jsonl"]
+    write("recipe/prompts/held_out.jsonl", "")
+    assert latest.held_out() == ["recipe/prompts/held_out.jsonl"]
+
+
 def parses(command):
     """Every command and option of ``command`` exists."""
     words = shlex.split(command)
@@ -127,6 +135,10 @@ RECIPE = f"target: {H_8B}\nprompts: prompts.jsonl\n"
 FOLDERS = {
     "nothing": (lambda: None, "nds doctor"),
     "prompts": (lambda: write("prompts.jsonl", ""), "--prompts prompts.jsonl --dry-run"),
+    "a set of prompts": (
+        lambda: (write("prompts/chat/train.jsonl", ""), write("prompts/chat/held_out.jsonl", "")),
+        "--prompts prompts/chat/train.jsonl --held-out prompts/chat/held_out.jsonl --dry-run",
+    ),
     "answers": (lambda: write("answers/x.jsonl", ""), "--data answers/x.jsonl --dry-run"),
     "a cache": (lambda: cache("caches/a"), f"nds train --target {REPOSITORY}"),
     "a run that is begun": (lambda: run("runs/a", finished=False), "nds train --target"),

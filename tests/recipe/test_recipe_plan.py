@@ -59,6 +59,13 @@ def test_drafts_of_the_same_hidden_states_share_a_cache(folder):
     assert len(kinds(found)) == len(set(kinds(found))) == 2 + 2 + 3 * 4
 
 
+def test_prompts_of_ones_own_to_measure_on_need_no_split(folder):
+    (folder / "own.jsonl").write_text('{"prompt": "?"}\n')
+    command = ["recipe", "run", "--held-out", "own.jsonl", "--dry-run", "--json"]
+    said = json.loads(CliRunner().invoke(cli.app, command, catch_exceptions=False).stdout)
+    assert [stage["kind"] for stage in said["stages"]] == ["answers", "cache", "train", "eval", "calibrate", "export"]
+
+
 def test_answers_that_are_there_need_no_answering(folder):
     found = drafts_of(load_recipe(folder / "recipe.yaml", data=["prompts.jsonl"]))
     assert "answers target" not in kinds(found)
