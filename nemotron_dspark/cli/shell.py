@@ -53,7 +53,7 @@ class KeyOption:
 
     @property
     def name(self) -> str:
-        return self.flag.strip("-").replace("-", "_")
+        return f"{self.flag.strip('-').replace('-', '_')}_given"  # --from is a flag, and no name
 
     def parameter(self) -> inspect.Parameter:
         section, key = self.key.split(".")
@@ -66,6 +66,7 @@ class KeyOption:
 
 
 TAPS = KeyOption("--taps", "draft.taps")
+FROM = KeyOption("--from", "train.init")
 STREAM = KeyOption("--stream", "target.stream")
 TRUST = KeyOption("--trust-remote-code", "target.trust_remote_code")
 

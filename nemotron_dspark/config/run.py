@@ -168,8 +168,10 @@ class TrainConfig(Section):
     ce_alpha: float = Field(0.1, ge=0, description="weight of the cross-entropy to the token")
     l1_alpha: float = Field(0.9, ge=0, description="weight of the L1 distance to the target's distribution")
     confidence_alpha: float = Field(1.0, ge=0, description="weight of the confidence head's BCE")
-    init: Literal["random", "target"] = Field(
-        "random", description="weights to begin with: random, or copies of the target's last layers, sooner useful"
+    init: str = Field(
+        "random",
+        description="weights to begin with: random; target = copies of the target's last layers, sooner useful; or the "
+        "folder of a draft, whose shape is taken too",
     )
     seed: int = Field(42, ge=0, description="seed of initialisation, order and anchors")
     log_every: int = Field(10, ge=1, description="optimiser steps between two lines of metrics")

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from nemotron_dspark.config import DraftSection
+from nemotron_dspark.config.run import DraftKind
 from nemotron_dspark.drafts.config import (
+    DFlashConfig,
     DraftConfig,
     Eagle3Config,
     SavedConfig,
@@ -27,6 +29,13 @@ def draft_class(config: SavedConfig | type[SavedConfig]) -> type[Draft]:
 def load(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Draft:
     """The draft in ``folder``, of whatever kind; arguments and errors as `Draft.load`."""
     return draft_class(read_draft_config(folder)).load(folder, device=device, dtype=dtype)
+
+
+def section_kind(config: SavedConfig) -> DraftKind:
+    """What `draft.kind` is for drafts with this config."""
+    if isinstance(config, Eagle3Config):
+        return "eagle3"
+    return "dflash" if isinstance(config, DFlashConfig) else "dspark"
 
 
 def has_mask_token(section: DraftSection) -> bool:

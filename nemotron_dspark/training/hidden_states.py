@@ -21,7 +21,8 @@ from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.config import DraftSection, RunConfig, TargetConfig
 from nemotron_dspark.data.tokens import TokenStore, read_report, samples_in, tokenise
 from nemotron_dspark.drafts import kinds
-from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, read_draft_config
+from nemotron_dspark.drafts.from_draft import draft_of
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
@@ -59,6 +60,12 @@ class Setup:
     ) -> tuple[DraftConfig | Eagle3Config, list[str]]:
         """The draft's config, and notes on what was assumed; ids of ``samples`` are read if they must be counted."""
         train, mask, more = self.config.train, None, []
+        if (start := draft_of(train.init)) is not None:
+            given = read_draft_config(start)
+            given.check_target(self.spec)
+            if isinstance(given, DraftConfig):
+                given = given.model_copy(update={"num_anchors": train.num_anchors})
+            return given, [f"the draft starts as the one in {start}, and has its shape."]
         if kinds.has_mask_token(section):
             found = choose_mask_token(self.tokenizer, self.spec, override=section.mask_token_id, samples=samples)
             mask, more = found.id, [f"mask token {found.id}: {found.reason} (draft.mask_token_id sets it)."]

@@ -15,8 +15,9 @@ import torch
 
 from nemotron_dspark import files
 from nemotron_dspark.config import RunConfig, TrainConfig
-from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
+from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.drafts.from_draft import TARGET, draft_of, section_like, start_from_draft
 from nemotron_dspark.drafts.from_target import start_from_target
 from nemotron_dspark.drafts.kinds import draft_class
 from nemotron_dspark.errors import EnvironmentFault, InputError
@@ -84,6 +85,9 @@ def train(
         EnvironmentFault: no such device, the disk is full, or the processes do not share the folder.
     """
     out, tell = Path(out), Callbacks(callbacks)
+    if (start := draft_of(config.train.init)) is not None:
+        section = section_like(read_draft_config(start), config.draft)
+        config = config.model_copy(update={"draft": section})
     # Rank 0 takes the folder, tokenises and writes; the others then find all of it there.
     with context.main_process_first():
         if not context.is_main:
@@ -163,8 +167,10 @@ def _new_draft(setup: Setup, draft_config: DraftConfig | Eagle3Config, device: t
     )
     embeddings = read_embedding_and_head(setup.target, setup.spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
-    if config.init == "target":
+    if config.init == TARGET:
         start_from_target(draft, setup.target, setup.spec)
+    elif (start := draft_of(config.init)) is not None:
+        start_from_draft(draft, start)
     draft = draft.to(setup.dtype)
     for part in (draft.embed_tokens, draft.lm_head) if uses_fsdp(config, setup.context) else (draft,):
         part.to(device)  # of the others only a shard goes there
