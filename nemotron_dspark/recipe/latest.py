@@ -121,7 +121,8 @@ def _first(config: RunConfig) -> str:
     target, prompts = shlex.quote(config.target.named), next(iter(prompt_files()), Path("prompts.jsonl"))
     return (
         f"First `nds data regenerate --target {target} --prompts {prompts} --base-url URL`; or all stages at once with "
-        f"`nds recipe run --target {target} --prompts {prompts}`."
+        f"`nds recipe run --target {target} --prompts {prompts}`. With answers of your own: `--data answers.jsonl`, or "
+        f"once `nds cache build --target {target} --data answers.jsonl`."
     )
 
 

@@ -266,12 +266,12 @@ def nds(*arguments):
 
 
 def test_command_without_cache_and_data_names_both_ways(tiny_hybrid, conversations, cache):
-    for given in ((), ("--data", conversations, "--cache", cache)):
+    for given, named in (((), "`--data answers.jsonl`"), (("--data", conversations, "--cache", cache), "--data conv")):
         result = nds("train", "--target", tiny_hybrid, *given)
         assert isinstance(result.exception, InputError)
         assert result.exception.exit_code == 2
         assert f"nds cache build --target {tiny_hybrid} --data" in result.exception.do
-        assert "--data conversations.jsonl` to run the target" in result.exception.do
+        assert named in result.exception.do
     assert "both" in result.exception.what.lower()
 
 
