@@ -130,6 +130,11 @@ def test_with_and_without_the_draft_stand_side_by_side(page, server):
     page.look(width=360, height=700)  # on a narrow screen one below the other, and nothing sticks out
     tops = page.value("[...document.querySelectorAll('.pane')].map(e => e.getBoundingClientRect().top)")
     assert tops[0] < tops[1]
+    right = "Math.max(...[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right))"
+    page.value("document.querySelector('.answer').focus(), 1")
+    for _ in range(8):
+        page.press("ArrowRight")
+        assert page.value(right) <= 360
     assert page.value("document.documentElement.scrollWidth") <= 360
 
 
