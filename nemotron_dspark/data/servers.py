@@ -149,7 +149,7 @@ class Server:
                 f"The server{'s' * (len(self._group) > 1)} at {urls} fail{'s' * (len(self._group) == 1)}: {why}.",
                 "See that it runs, then run the same command again; answers so far are kept.",
             )
-        await asyncio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._failures - 1)))
+        await asyncio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._failures - 1, 30)))
 
     def _refuse(self, error: Exception) -> None:
         """`InputError` if the server would refuse everything."""
