@@ -1,5 +1,6 @@
 """`nds recipe run`: from prompts to an exported draft with one command, resumable anywhere."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -132,7 +133,8 @@ def _show_cleaned(report: "CleanReport") -> None:
 
 def _show_result(result: "RecipeResult") -> None:
     for draft in result.drafts:
-        shell.out.print(f"[bold]{escape(draft.label)}[/]  nds serve --target {draft.target} --draft {draft.folder}")
+        serve = shlex.join(["nds", "serve", "--target", draft.target, "--draft", str(draft.folder)])
+        shell.out.print(f"[bold]{escape(draft.label)}[/]  {escape(serve)}", soft_wrap=True)
     for text in result.refused:
         shell.out.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
     if result.report:
