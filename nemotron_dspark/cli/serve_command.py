@@ -67,10 +67,8 @@ def _greet(server: "Server", draft: Path | None, keyed: bool) -> None:
         f"[bold]{escape(server.model_id)}[/] is served at [bold]{server.base_url}[/], decoded {escape(how)}.",
         soft_wrap=True,
     )
-    shell.out.print(
-        f"A page to look at: {server.url}/. Health and counters: {server.url}/health, /metrics. Ctrl-C stops.\n",
-        soft_wrap=True,
-    )
+    shell.out.print(f"A page to look at: {server.url}/", soft_wrap=True)
+    shell.out.print(f"Health and counters: {server.url}/health, {server.url}/metrics. Ctrl-C stops.\n", soft_wrap=True)
     key = ' -H "Authorization: Bearer $NDS_API_KEY"' if keyed else ""
     sent = f"-H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
     example = f"curl {server.base_url}/chat/completions {sent}"
