@@ -121,8 +121,9 @@ def train(
         tiling = Tiling(**tilings[device.type])
         trainer = Trainer(states.source, draft, config.train, out, tiling=tiling, callbacks=callbacks, context=context)
         result = trainer.run()
-    # From the checkpoint, not from memory: a run that was finished before leaves the same draft.
-    if context.is_main:
+    # From the checkpoint, not from memory: a run that was killed behind it leaves the same draft. One that is there has
+    # perhaps been calibrated since.
+    if context.is_main and (result.resumed_from < result.steps or not (out / "draft" / "config.json").is_file()):
         folders.export_draft(result.checkpoint, draft, out / "draft")
     return TrainReport(
         str(out),

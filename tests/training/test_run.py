@@ -116,10 +116,17 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tiny_hybr
 
 def test_finished_run_is_left_as_it_is(tiny_hybrid, cache, tmp_path):
     train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
-    before = (tmp_path / "run" / "draft" / "model.safetensors").read_bytes()
+    draft = tmp_path / "run" / "draft"
+    before = (draft / "model.safetensors").read_bytes()
+    (draft / "calibration").mkdir()
+    (draft / "calibration" / "temperatures.json").write_text("{}")
     report = train_run(str(tiny_hybrid), cache, tmp_path / "run", config("train.log_every=1"))
     assert (report.resumed_from, report.final) == (4, None)
-    assert (tmp_path / "run" / "draft" / "model.safetensors").read_bytes() == before
+    assert (draft / "model.safetensors").read_bytes() == before
+    assert (draft / "calibration" / "temperatures.json").read_text() == "{}"
+    shutil.rmtree(draft)  # killed between the last checkpoint and the draft
+    train_run(str(tiny_hybrid), cache, tmp_path / "run", config())
+    assert (draft / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
