@@ -251,7 +251,8 @@ def table(found: Comparison) -> Table:
     for label, group in itertools.groupby(found.rows, key=lambda row: row.label):
         rows = list(group)
         plain = rows[0].plain_tokens_per_second
-        prompts = f"{escape(label)} ({rows[0].lossless.prompts} of {rows[0].prompt_tokens:.0f} tokens)"
+        mean = f", {rows[0].prompt_tokens:.0f} tokens" if rows[0].length is None else ""
+        prompts = f"{escape(label)}{mean} ({rows[0].lossless.prompts} prompts)"
         empty = ["1.00"] * len(temperatures)
         made.add_row(prompts, "none", *empty, "1.00", f"{1e3 / plain:.1f}", f"{plain:.1f}", "1.00×", "")
         for row in rows:

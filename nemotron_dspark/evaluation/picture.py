@@ -101,7 +101,7 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, str, float]]]
         axis.margins(y=0.15)
         axis.grid(axis="y", alpha=0.25)
     axes[-1].set_xticks(range(len(groups)), groups, fontsize=8)
-    axes[0].legend(fontsize=8, ncols=len(series), loc="lower left", framealpha=0.8)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=len(series), loc="outside lower center")
     if title:
         figure.suptitle(title, fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))

@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from nemotron_dspark.drafts.config import DFlashConfig, DraftConfig, Eagle3Confi
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation.measure import measure
+from nemotron_dspark.stages import serve
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training.metrics import read_metrics
 from tests.caches import write_cache
@@ -55,6 +57,11 @@ def test_a_kind_learns_from_the_cache_and_decodes_without_loss(tiny_hybrid, cach
     while any(generation.finished is None for generation in running):
         decoder.step(running)
     assert [each.tokens for each in running] == [Decoder(target).generate(ids, greedy).tokens for ids in prompts]
+    served = load_config({"name": str(tiny_hybrid)}, serve={"port": 0})
+    with serve(served, tmp_path / "run" / "draft", target=target) as server:
+        asked = {"model": tiny_hybrid.name, "prompt": prompts[1], "max_tokens": 12, "temperature": 0}
+        said = httpx.post(f"{server.base_url}/completions", json=asked, timeout=60).json()
+    assert said["choices"][0]["text"] == target.tokenizer.decode(running[1].tokens, skip_special_tokens=True)
     found = measure(target, draft, prompts, 1.0, EvalConfig(max_new_tokens=8, batch_size=2))
     assert len(found.per_position) == 3
     assert found.accepted_length >= 1
