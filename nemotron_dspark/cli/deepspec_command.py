@@ -66,7 +66,9 @@ def check(
 
 def config(
     config: RunConfig,
-    algorithm: Annotated[str, typer.Option("--algorithm", help="dspark or eagle3.")] = "dspark",
+    algorithm: Annotated[
+        str | None, typer.Option("--algorithm", help="dspark or eagle3; draft.kind when not given.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; printed when not given.")] = None,
 ) -> None:
     """Write a commented DeepSpec config for a target."""

@@ -18,7 +18,7 @@ ALGORITHMS = ("dspark", "eagle3")
 UNNAMED_TEMPLATE = "the tokenizer's own"  # as `cache.build` writes it
 
 
-def config_for(run: RunConfig, *, algorithm: str = "dspark", file: str | None = None) -> str:
+def config_for(run: RunConfig, *, algorithm: str | None = None, file: str | None = None) -> str:
     """`config_text` for the target that ``run`` names: mask token and chat template follow from its tokenizer.
 
     Raises:
@@ -44,7 +44,7 @@ def config_text(
     *,
     mask_token_id: int | None,
     template: str,
-    algorithm: str = "dspark",
+    algorithm: str | None = None,
     file: str | None = None,
 ) -> str:
     """A commented DeepSpec config for ``spec``, with the values that ``run`` would train with natively.
@@ -52,11 +52,19 @@ def config_text(
     Raises:
         InputError: an unknown algorithm, or values no such draft can have.
     """
+    algorithm = algorithm or run.draft.kind
+    if algorithm == "dflash":
+        raise InputError(
+            "DeepSpec trains no DFlash as engines read it, whose anchor predicts nothing.",
+            "Train it with --engine native, or DeepSpec's own with draft.markov_rank=0 and draft.kind=dspark.",
+        )
     if algorithm not in ALGORITHMS:
         raise InputError(f"There is no algorithm {algorithm!r}.", f"Use {' or '.join(ALGORITHMS)}.")
     if algorithm == "dspark" and mask_token_id is None:
         raise InputError("The draft's mask token is unknown.", "Set draft.mask_token_id.")
-    config, _ = build_draft_config(spec, run.draft, mask_token_id=mask_token_id or 0)
+    config, _ = build_draft_config(
+        spec, run.draft.model_copy(update={"kind": "dspark"}), mask_token_id=mask_token_id or 0
+    )
     if algorithm == "eagle3" and config.num_taps != EAGLE3_TAPS:
         raise InputError(
             f"EAGLE-3 reads exactly {EAGLE3_TAPS} taps, not {config.num_taps}.",

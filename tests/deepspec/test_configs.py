@@ -131,3 +131,15 @@ def test_deepspecs_parser_finds_the_loss_tokens_of_a_registered_template(deepspe
     # The newline that the template prints after the end of turn is theirs alone: the target never writes it.
     assert theirs["input_ids"].tolist()[:-1] == ours.input_ids.tolist()
     assert theirs["loss_mask"].tolist()[:-1] == ours.loss_mask.tolist()
+
+
+def test_the_kind_of_draft_is_that_of_the_configuration(tiny_hybrid):
+    def config(*more):
+        return CliRunner().invoke(app, ["deepspec", "config", "--target", str(tiny_hybrid), *more])
+
+    eagle3 = config("--set", "draft.kind=eagle3", "--set", "draft.taps=[1,2,3,4,5]")
+    assert "NemotronEagle3Trainer" in eagle3.stdout
+    assert "NemotronDSparkTrainer" in config().stdout
+    refused = config("--set", "draft.kind=dflash")
+    assert isinstance(refused.exception, InputError)
+    assert "DeepSpec trains no DFlash" in refused.exception.what
