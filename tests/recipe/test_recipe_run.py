@@ -1,5 +1,6 @@
 """A recipe runs to its report, skips what is there, makes again what depends on a change, and loses nothing."""
 
+import functools
 import json
 import os
 import re
@@ -339,16 +340,16 @@ def test_train_works_as_written_after_a_recipe(folder, tiny_hybrid):
     assert draft_bytes() == before
 
 
-def _whole(folder):
+def _whole(target, folder):
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     if not Path("recipe.yaml").is_file():
-        write_recipe(folder, os.environ["NDS_TEST_TARGET"])
+        write_recipe(folder, target)
     run_recipe("recipe.yaml")
 
 
-def _kill_a_recipe(folder, kills):
-    folders, _ = kill_often(_whole, Path(folder), kills, seed=1)
+def _kill_a_recipe(target, folder, kills):
+    folders, _ = kill_often(functools.partial(_whole, target), Path(folder), kills, seed=1)
     return [
         (
             (each / "answers/target.jsonl").read_bytes(),
@@ -362,8 +363,7 @@ def _kill_a_recipe(folder, kills):
 
 
 @pytest.mark.slow
-def test_a_recipe_killed_anywhere_goes_on_to_the_same_result(tmp_path, tiny_hybrid, monkeypatch):
-    monkeypatch.setenv("NDS_TEST_TARGET", str(tiny_hybrid))
-    undisturbed, *killed = apart(_kill_a_recipe, str(tmp_path), 4)
+def test_a_recipe_killed_anywhere_goes_on_to_the_same_result(tmp_path, tiny_hybrid):
+    undisturbed, *killed = apart(_kill_a_recipe, str(tiny_hybrid), str(tmp_path), 4)
     assert killed
     assert all(each == undisturbed for each in killed)

@@ -120,7 +120,7 @@ def test_five_hundred_requests_in_bursts_lose_nothing(fake_served, fake, check_q
             for name in ("ok", "cancelled", "failed", "rejected")
         }
         assert outcomes["ok"] >= told["whole"] + told["stream"]
-        assert outcomes["rejected"] == 0
+        assert outcomes["rejected"] <= told["left"]  # a body that its client left in the middle
         assert max(fake.together) <= 4
 
 
