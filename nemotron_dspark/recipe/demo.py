@@ -6,7 +6,6 @@ Every stage is the one a real target goes through; only the target, the budgets 
 import contextlib
 import dataclasses
 import importlib.util
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -29,27 +28,26 @@ from nemotron_dspark.targets import Target
 
 STAGES = ("target", "answers", "cache", "train", "eval", "serve")
 _SMALL_TENSORS = ("answers", "eval", "serve")  # decoding a tiny model: a second thread would only be waited for
-_CALIBRATION_STEPS = 8
 # A draft is good at the temperatures it was trained on, and this one is measured at both.
 _TEMPERATURES = {"sampled": (1.0, 0.75), "greedy": (0.0, 0.25)}  # name: temperature, share of the prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What each stage may spend; ``scaled`` makes a shorter demo with worse figures."""
+    """How much of each stage, counted and not timed so that machines compare; ``scaled`` makes a worse demo."""
 
-    target_seconds: float = 90.0
-    train_seconds: float = 230.0
+    target_steps: int = 560
+    train_steps: int = 700
     train_prompts: int = 1800
     eval_prompts: int = 32
     answer_tokens: int = 80
 
     def scaled(self, scale: float) -> "Budget":
         return Budget(
-            self.target_seconds * scale,
-            self.train_seconds * scale,
-            max(24, int(self.train_prompts * scale)),
-            max(4, int(self.eval_prompts * scale)),
+            max(10, round(self.target_steps * scale)),
+            max(10, round(self.train_steps * scale)),
+            max(24, round(self.train_prompts * scale)),
+            max(4, round(self.eval_prompts * scale)),
             self.answer_tokens,
         )
 
@@ -95,9 +93,9 @@ def run_demo(run_dir: Path, budget: Budget, *, seed: int = 0, progress: Progress
     with clock("target"):
         trained = train_target(
             folder,
-            budget.target_seconds,
+            budget.target_steps,
             seed=seed,
-            progress=lambda done, loss: progress.update(f"loss {loss:.2f}", done, 1.0),
+            progress=lambda done, loss: progress.update(f"loss {loss:.2f}", done, budget.target_steps),
         )
         progress.note(f"{trained.parameters / 1e6:.1f} M parameters, {trained.steps} steps, loss {trained.loss:.2f}")
     held_out = _write_prompts(run_dir, budget, seed)
@@ -233,17 +231,9 @@ def build_demo_cache(target: Target, run_dir: Path, config: RunConfig, progress:
 
 
 def _train(run_dir: Path, config: RunConfig, budget: Budget, progress: Progress) -> Path:
-    """Train for about the budget's seconds: a few steps first, thrown away, tell how many fit."""
-    cache, run = run_dir / "cache", run_dir / "run"
-
-    def with_steps(steps: int) -> RunConfig:
-        return config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
-
-    trial = run_dir / "calibration"
-    seconds = stages.train(with_steps(_CALIBRATION_STEPS), trial, cache=cache).seconds
-    shutil.rmtree(trial)
-    steps = max(10, int(budget.train_seconds / (seconds / _CALIBRATION_STEPS)))
-    report = stages.train(with_steps(steps), run, cache=cache, callbacks=[StepProgress(progress)])
+    run = run_dir / "run"
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": budget.train_steps})})
+    report = stages.train(config, run, cache=run_dir / "cache", callbacks=[StepProgress(progress)])
     progress.note(f"{report.parameters / 1e6:.1f} M trained parameters, {report.steps} steps")
     return run
 

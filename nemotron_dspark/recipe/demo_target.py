@@ -1,7 +1,6 @@
-"""The demo's target: a small Nemotron-H that is trained for a minute and a half and saved as an ordinary checkpoint."""
+"""The demo's target: a small Nemotron-H that is trained for about a minute and saved as an ordinary checkpoint."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,9 +27,12 @@ class TargetTraining:
 
 
 def train_target(
-    folder: Path, seconds: float, *, seed: int = 0, progress: Callable[[float, float], None] | None = None
+    folder: Path, steps: int, *, seed: int = 0, progress: Callable[[int, float], None] | None = None
 ) -> TargetTraining:
-    """Train a target for ``seconds`` and save it, its tokenizer and its generation config in ``folder``."""
+    """Train a target and save it, its tokenizer and its generation config in ``folder``.
+
+    ``progress`` is called with the steps done and the smoothed loss.
+    """
     texts = sources(MODULES)
     tokenizer = tiny.make_tokenizer(texts, VOCAB)
     config = tiny.nemotron_h_config(
@@ -47,9 +49,9 @@ def train_target(
     stream = _token_stream(tokenizer, passages(texts, 12_000, seed))
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
-    steps, smoothed, began = 0, None, time.monotonic()
-    while (done := (time.monotonic() - began) / seconds) < 1:
-        rate = min(1.0, (steps + 1) / 30) * max(1 - done, 0.02)
+    smoothed = None
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / 30) * max(1 - step / steps, 0.02)
         for group in optimiser.param_groups:
             group["lr"] = PEAK_LR * rate
         starts = torch.randint(0, len(stream) - LENGTH, (BATCH, 1), generator=generator)
@@ -59,10 +61,9 @@ def train_target(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        steps += 1
         smoothed = loss.item() if smoothed is None else 0.97 * smoothed + 0.03 * loss.item()
         if progress:
-            progress(done, smoothed)
+            progress(step + 1, smoothed)
     tiny.save_target(folder, model.eval(), tokenizer)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return TargetTraining(steps, steps * BATCH * LENGTH, smoothed or float("nan"), parameters)

@@ -54,7 +54,7 @@ def test_passages_follow_the_text(tmp_path):
 
 def test_a_smaller_scale_means_smaller_budgets():
     assert Budget().scaled(0.5).train_prompts == Budget().train_prompts // 2
-    assert Budget().scaled(0.5).target_seconds == Budget().target_seconds / 2
+    assert Budget().scaled(0.5).target_steps == Budget().target_steps / 2
 
 
 def test_the_selftest_notices_a_broken_rollback(monkeypatch):
