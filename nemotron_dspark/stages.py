@@ -24,6 +24,7 @@ from nemotron_dspark.config import RunConfig, TargetConfig, TrainConfig
 from nemotron_dspark.data.sources import Given, listed, named, one_file
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft, load_pair
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.drafts import temperatures
 from nemotron_dspark.drafts.config import read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
@@ -41,7 +42,6 @@ from nemotron_dspark.targets.taps import chosen_taps
 from nemotron_dspark.targets.target import keep_dtype, resolve_device, resolve_dtype
 from nemotron_dspark.training.budget import fit as fit_to_budget
 from nemotron_dspark.training.callbacks import Callback, Callbacks
-from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.run import TrainReport
 from nemotron_dspark.training.run import train as train_draft
 from nemotron_dspark.training.run_folder import read_run_info

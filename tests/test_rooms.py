@@ -24,7 +24,7 @@ ROOMS = (
     "targets",
     "config",
 )
-BASE = ("_version", "errors", "files", "folders", "memory", "processes", "resources")
+BASE = ("_version", "distributed", "errors", "files", "folders", "memory", "processes", "resources")
 
 
 def module_name(path: Path) -> str:

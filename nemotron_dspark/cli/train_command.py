@@ -56,7 +56,7 @@ def train(
         cache, data = _source(config, cache, data, shell.note)
         check_source(config, cache, data)
         return train_on_cache(config, cache, out or run_folder(config), shell.note)
-    from nemotron_dspark.training.distributed import init_distributed
+    from nemotron_dspark.distributed import init_distributed
 
     with init_distributed() as context:
         config = read_config()

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 
 from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.distributed import DistContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.callbacks import Callback
-from nemotron_dspark.training.distributed import DistContext
 from nemotron_dspark.training.schedule import SampleSchedule
 
 _MICRO_BATCHES, _WARM = 40, 3  # that are timed, behind those that still warm up

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.distributed import DistContext
 from nemotron_dspark.training.batches import Loader
-from nemotron_dspark.training.distributed import DistContext
 from nemotron_dspark.training.objective import Objective
 from nemotron_dspark.training.sharding import is_dtensor
 

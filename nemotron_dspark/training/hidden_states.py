@@ -20,6 +20,7 @@ from nemotron_dspark.cache.verify import check_mask_token
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.config import DraftSection, RunConfig, TargetConfig
 from nemotron_dspark.data.tokens import TokenStore, read_report, samples_in, tokenise
+from nemotron_dspark.distributed import DistContext
 from nemotron_dspark.drafts import kinds
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, read_draft_config
 from nemotron_dspark.drafts.from_draft import draft_of
@@ -31,7 +32,6 @@ from nemotron_dspark.targets.target import keep_dtype, resolve_device, resolve_d
 from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.callbacks import Callback
-from nemotron_dspark.training.distributed import DistContext
 from nemotron_dspark.training.source import CacheSource, Source
 from nemotron_dspark.training.validation import split
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.sharding import distribute_like, full_tensor, is_dtensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -21,11 +21,11 @@ from nemotron_dspark.cache.reader import Sample, TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.config import CacheConfig, TargetConfig, TrainConfig
 from nemotron_dspark.data.tokens import TokenStore
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.folders import check_space, locked
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.streamed import load_for_capture
-from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.online import proven_target
 from nemotron_dspark.training.schedule import RollingSchedule, Segment
 from nemotron_dspark.training.source import Source

@@ -15,6 +15,7 @@ import torch
 
 from nemotron_dspark import files
 from nemotron_dspark.config import RunConfig, TrainConfig
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.from_draft import TARGET, draft_of, section_like, start_from_draft
@@ -28,7 +29,6 @@ from nemotron_dspark.targets.weights import read_embedding_and_head
 from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.callbacks import Callback, Callbacks
 from nemotron_dspark.training.checkpoints import check_space, expected_disk
-from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.hidden_states import SOURCES, HiddenStates, Setup
 from nemotron_dspark.training.metrics import StepMetrics
 from nemotron_dspark.training.sharding import uses_fsdp

@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 
 from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.anchors import epoch_order, round_order
-from nemotron_dspark.training.distributed import SINGLE, DistContext
 
 
 @dataclasses.dataclass(frozen=True)

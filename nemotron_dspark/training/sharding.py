@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.distributed import DistContext
 from nemotron_dspark.drafts.dspark import SHARED, Draft
-from nemotron_dspark.training.distributed import DistContext
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.training.distributed import SINGLE, DistContext
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.training.schedule import SampleSchedule
 
 

@@ -20,6 +20,7 @@ from typing import NoReturn
 import torch
 
 from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.errors import CheckError, EnvironmentFault, NdsError
@@ -34,7 +35,6 @@ from nemotron_dspark.training.checkpoints import (
     save_checkpoint,
     step_folder,
 )
-from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 from nemotron_dspark.training.faults import samples_at_fault
 from nemotron_dspark.training.loggers import MetricsLog, Tracker

@@ -16,9 +16,9 @@ import torch
 
 from nemotron_dspark import files
 from nemotron_dspark.config import TrainConfig
+from nemotron_dspark.distributed import DistContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.batches import Loader
-from nemotron_dspark.training.distributed import DistContext
 from nemotron_dspark.training.loggers import MEASURED
 from nemotron_dspark.training.metrics import MetricAccumulator, StepMetrics, StepSums, read_lines
 from nemotron_dspark.training.objective import Objective

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nemotron_dspark import cli
+from nemotron_dspark import cli, distributed
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.training import distributed
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.sharding import is_dtensor

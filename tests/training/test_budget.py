@@ -6,9 +6,9 @@ import torch
 import nemotron_dspark as nds
 from nemotron_dspark.cli.shell import duration
 from nemotron_dspark.config import TrainConfig, load_config
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training import budget
-from nemotron_dspark.training.distributed import SINGLE, DistContext
 from nemotron_dspark.training.schedule import SampleSchedule
 from tests.caches import write_cache
 from tests.training.small_cache import samples
