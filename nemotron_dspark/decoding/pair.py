@@ -1,6 +1,9 @@
 """A target and a saved draft, loaded, fitted to each other and proven."""
 
 from pathlib import Path
+from typing import cast
+
+from torch import nn
 
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.drafts import kinds
@@ -8,6 +11,7 @@ from nemotron_dspark.drafts.config import read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.temperatures import read_temperatures
 from nemotron_dspark.targets import Target
+from nemotron_dspark.targets.packed import packed
 from nemotron_dspark.targets.proofs import prove
 
 
@@ -24,6 +28,8 @@ def load_draft(folder: Path, target: Target) -> Draft:
     draft.temperatures = read_temperatures(folder, draft.config.block_size)
     if not draft.has_embeddings:
         draft.set_embeddings(target.model.get_input_embeddings().weight, target.head.weight)
+    same = draft.lm_head.weight.data_ptr() == target.head.weight.data_ptr()
+    draft.lm_head = cast("nn.Linear", target.packed_head if same else packed(draft.lm_head))  # called as one
     return draft
 
 

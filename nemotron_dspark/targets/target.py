@@ -17,6 +17,7 @@ from nemotron_dspark.targets.cpu_dtype import cpu_dtype
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.mamba2 import even_chunks
+from nemotron_dspark.targets.packed import pack, packed
 from nemotron_dspark.targets.quantised import Weight
 from nemotron_dspark.targets.schemes import scheme_of
 from nemotron_dspark.targets.shards import Stored
@@ -73,6 +74,8 @@ class Target:
         self._base = model.get_submodule(spec.names.layers.rpartition(".")[0])
         self._layers = model.get_submodule(spec.names.layers)
         self.head = model.get_submodule(spec.names.head)
+        # A copy beside its weight, which the embedding may be, and which drafts take.
+        self.packed_head = packed(self.head)
         self._family = family_for(spec)
         self._new_recurrent = self._family.prepare(model, spec) if self._family.prepare else None
 
@@ -110,6 +113,7 @@ class Target:
             raise EnvironmentFault(
                 f"{name} does not fit into the memory of {where}.", "Use a device with more memory."
             ) from None
+        pack(model, keep=model.get_submodule(spec.names.head))
         return Target(model, tokenizer, spec, checkpoint.folder)
 
     @staticmethod
@@ -211,7 +215,7 @@ class Target:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] fp32 of hidden states [..., H] after the final norm."""
-        return self.spec.finish_logits(self.head(hidden).float())
+        return self.spec.finish_logits(self.packed_head(hidden).float())
 
     @contextlib.contextmanager
     def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
