@@ -11,7 +11,7 @@ what else the machine does falls on all alike. Peers are looked for where Python
 - step_mb: highest resident memory during the step minus the resident memory just before, weights and batch loaded and
   freed memory given back to the system; the median. 4 bytes a trainable weight of it are the gradients.
 - loss: must agree with ours to 1e-5, except for speculators, which trains on another loss. nds_bf16 computes in bf16,
-  is no peer and has the loss of that rounding.
+  is no peer and has the loss of that rounding. With --part N there is also nds_part, a draft of N of the V tokens.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--part", type=int, help="also a draft that can draft so many tokens only")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "CASE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -65,6 +66,7 @@ def main() -> int:
     from train_step_peers import ENTRIES, OTHER_LOSS
 
     names = given.only.split(",") if given.only else list(ENTRIES)
+    names += [f"nds_part:{given.part}"] if given.part else []
     result: dict = {"threads": given.threads, "repetitions": given.repetitions, "rows": [], "absent": {}, "ratios": {}}
     disagree = []
     for vocabulary in given.vocab or VOCABULARIES:
@@ -80,7 +82,11 @@ def main() -> int:
             best = {key: min(row[key] for row in peers) for key in ("ms", "cpu_ms", "step_mb")}
             result["ratios"][vocabulary] = {key: round(ours[key] / value, 3) for key, value in best.items()}
             for row in rows:
-                if row["name"] not in OTHER_LOSS and abs(row["loss"] / ours["loss"] - 1) > 1e-5:
+                if (
+                    row["name"] not in OTHER_LOSS
+                    and ":" not in row["name"]
+                    and abs(row["loss"] / ours["loss"] - 1) > 1e-5
+                ):
                     disagree.append(f"{row['name']} at {vocabulary}: loss {row['loss']}, ours {ours['loss']}")
         if not given.json:
             show(vocabulary, rows, result["ratios"].get(vocabulary))
@@ -179,10 +185,12 @@ def work(name: str, folder: str) -> int:
     for place in (*os.environ.get("NDS_PEERS", "").split(os.pathsep), os.environ.get("DEEPSPEC_HOME", "")):
         if place:
             sys.path.append(place)
-    from train_step_peers import ENTRIES, Case
+    from train_step_peers import ENTRIES, Case, nds_part
 
+    entry, _, part = name.partition(":")
     try:
-        module, step = ENTRIES[name](Case.load(Path(folder)))
+        case = Case.load(Path(folder))
+        module, step = nds_part(case, int(part)) if part else ENTRIES[entry](case)
     except ImportError as error:
         print(json.dumps({"absent": str(error)}), flush=True)
         return 0

@@ -78,6 +78,24 @@ def nds(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Step
     return draft, lambda: objective(batch).value
 
 
+def nds_part(case: Case, part: int) -> tuple[nn.Module, Step]:
+    """The same draft where it can draft ``part`` of the tokens only."""
+    whole = DSparkDraft.load(case.folder / "draft")
+    config = whole.config.model_copy(update={"draft_vocab_size": part})
+    tokens = torch.arange(0, config.vocab_size, config.vocab_size // part)[:part]
+    draft = DSparkDraft(config, seed=None)
+    weights = whole.state_dict() | {"d2t": tokens - torch.arange(part)}
+    for name in ("lm_head.weight", "markov_head.markov_w2.weight"):
+        weights[name] = weights[name][tokens]
+    draft.load_state_dict(weights, assign=True)
+    for name, parameter in draft.named_parameters():
+        parameter.requires_grad_(name in whole.trainable_parameters())
+    draft.set_embeddings(whole.embed_tokens.weight, whole.lm_head.weight)
+    batch = collate([case], [case.anchors], config.block_size)
+    objective = DSparkObjective(draft, LossWeights())
+    return draft.train(), lambda: objective(batch).value
+
+
 def nds_bf16(case: Case) -> tuple[nn.Module, Step]:
     return nds(case, torch.bfloat16)
 

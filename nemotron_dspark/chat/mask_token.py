@@ -111,6 +111,12 @@ def reserved_mask_token(tokenizer: "PreTrainedTokenizerBase", spec: TargetSpec) 
     return None
 
 
+def special_ids(tokenizer: "PreTrainedTokenizerBase", spec: TargetSpec) -> set[int]:
+    """Tokens that are no text: those that the chat template prints, and those that the tokenizer has a role for."""
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    return {index for index in _used_ids(tokenizer, added) | set(tokenizer.all_special_ids) if index < spec.vocab_size}
+
+
 def _used_ids(tokenizer: "PreTrainedTokenizerBase", added: dict[int, str]) -> set[int]:
     """Added tokens that the chat template prints, and those with a role of their own (the mask token's is free)."""
     source = template_source(tokenizer)

@@ -104,6 +104,9 @@ class DraftSection(Section):
     confidence_with_markov: bool = Field(True, description="the confidence head sees the previous token's embedding")
     intermediate_size: int | None = Field(None, description="SwiGLU width; null = from the target's MLP")
     rope_theta: float | None = Field(None, description="rotary base; null = the target's, else 10000")
+    vocabulary: int | None = Field(
+        None, ge=1, description="tokens that the draft can draft, those that the data uses most; null = all"
+    )
     mask_token_id: int | None = Field(None, description="token that fills the undrafted slots; null = chosen, and said")
 
 

@@ -27,7 +27,9 @@ def load_draft(folder: Path, target: Target) -> Draft:
     draft.config.check_target(target.spec)
     draft.temperatures = read_temperatures(folder, draft.config.block_size)
     if not draft.has_embeddings:
-        draft.set_embeddings(target.model.get_input_embeddings().weight, target.head.weight)
+        own = draft.lm_head.weight  # an imported draft of a part of the vocabulary may bring its part of the head
+        head = target.head.weight if own.is_meta or draft.d2t is None else own
+        draft.set_embeddings(target.model.get_input_embeddings().weight, head)
     same = draft.lm_head.weight.data_ptr() == target.head.weight.data_ptr()
     draft.lm_head = cast("nn.Linear", target.packed_head if same else packed(draft.lm_head))  # called as one
     return draft

@@ -58,6 +58,11 @@ def config_text(
             "DeepSpec trains no DFlash as engines read it, whose anchor predicts nothing.",
             "Train it with --engine native, or DeepSpec's own with draft.markov_rank=0 and draft.kind=dspark.",
         )
+    if run.draft.vocabulary is not None:
+        raise InputError(
+            "DeepSpec trains no draft of a part of the vocabulary.",
+            "Leave draft.vocabulary out, or use --engine native.",
+        )
     if algorithm not in ALGORITHMS:
         raise InputError(f"There is no algorithm {algorithm!r}.", f"Use {' or '.join(ALGORITHMS)}.")
     if algorithm == "dspark" and mask_token_id is None:

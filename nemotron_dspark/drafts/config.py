@@ -50,6 +50,7 @@ class SavedConfig(BaseModel):
     num_key_value_heads: PositiveInt
     head_dim: EvenInt  # heads * head_dim need not be H
     vocab_size: PositiveInt  # V, the target's
+    draft_vocab_size: PositiveInt | None = None  # N, tokens that it can draft; None: all V
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: PositiveInt
@@ -73,11 +74,17 @@ class SavedConfig(BaseModel):
 
     def _misfits(self) -> Iterator[tuple[str, str]]:
         """Keys whose value does not fit the others', and why."""
-        raise NotImplementedError
+        if self.draft_vocab_size is not None and self.draft_vocab_size >= self.vocab_size:
+            yield "draft_vocab_size", f"the target has {self.vocab_size} tokens, and a part of them is fewer"
 
     @property
     def num_taps(self) -> int:
         return len(self.target_layer_ids)
+
+    @property
+    def num_drafted(self) -> int:
+        """Tokens that it can draft: the rows of its LM head."""
+        return self.draft_vocab_size or self.vocab_size
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -106,6 +113,8 @@ class SavedConfig(BaseModel):
         _refuse_unlike_qwen3(values, origin)
         rope = values.get("rope_parameters") or {}
         known = {key: values[key] for key in cls.model_fields if values.get(key) is not None}
+        if known.get("draft_vocab_size") == known.get("vocab_size"):  # engines' way to say all of it
+            known.pop("draft_vocab_size", None)
         known["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta") or ASSUMED_ROPE_THETA
         known["dtype"] = str(values.get("dtype") or values.get("torch_dtype") or "float32")
         return cls.model_validate(known, context=(origin, _RESTORE))
@@ -144,10 +153,12 @@ class SavedConfig(BaseModel):
             "sliding_window": None,
             **self.model_dump(mode="json"),
         }
-        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these two keys
+        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these three keys
             del values["target_logit_multiplier"]
         if self.target_logit_softcap is None:
             del values["target_logit_softcap"]
+        if self.draft_vocab_size is None:
+            del values["draft_vocab_size"]
         return values
 
 
@@ -177,6 +188,7 @@ class DraftConfig(SavedConfig):
         return values
 
     def _misfits(self) -> Iterator[tuple[str, str]]:
+        yield from super()._misfits()
         taps = self.target_layer_ids
         if self.num_attention_heads % self.num_key_value_heads:
             yield "num_key_value_heads", f"it must divide {self.num_attention_heads} heads"
@@ -271,6 +283,7 @@ class Eagle3Config(SavedConfig):
     step_loss_decay: PositiveFloat = 0.8  # step i of the unrolling weighs this to the power of i
 
     def _misfits(self) -> Iterator[tuple[str, str]]:
+        yield from super()._misfits()
         taps = self.target_layer_ids
         if len(taps) != EAGLE3_TAPS or list(taps) != sorted(set(taps)) or taps[0] < 0:
             yield "target_layer_ids", "EAGLE-3 reads exactly five ascending layers, from 0 on"
@@ -394,6 +407,7 @@ def _shape_for(spec: TargetSpec, section: DraftSection) -> tuple[dict[str, Any],
         "num_key_value_heads": heads_kv,
         "head_dim": head_dim,
         "vocab_size": spec.vocab_size,
+        "draft_vocab_size": None if section.vocabulary == spec.vocab_size else section.vocabulary,
         "rms_norm_eps": spec.norm_eps,
         "rope_theta": theta,
         "max_position_embeddings": spec.max_position_embeddings,

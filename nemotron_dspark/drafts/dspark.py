@@ -8,6 +8,7 @@ What is notable in it:
 - In DFlash the anchor's slot predicts nothing: γ mask tokens follow it, and each predicts the token of its own place.
 - A sequential head (heads.py) ties the slots together afterwards, token by token, at the price of a table lookup.
 - Embedding and LM head are the target's, frozen. The type that they are held in is the type of the arithmetic.
+- A draft may draft a part of the vocabulary only: it then holds that part of the head, and says which in ``d2t``.
 - Training runs many blocks of a sample at once; decoding runs one block per row over stored keys and values. Both give
   the same numbers.
 
@@ -76,6 +77,7 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
     fc: Linear  # [T·H] to [H]: the taps of a position to what the draft reads of it
     layers: nn.ModuleList
     norm: RMSNorm  # before the LM head
+    d2t: Tensor | None  # int64 [N] by how much the target's id of each token exceeds the draft's; None: it drafts all V
     confidence_head: "ConfidenceHead | None"
     # What divides the confidence head's logits, by slot, for each temperature of sampling that it was calibrated at.
     temperatures: Mapping[float, tuple[float, ...]] | None = None
@@ -101,9 +103,12 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
             # From an empty tensor: nn.Embedding would draw numbers, which on "meta" imports torch's compiler (seconds).
             self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
             self._build(config)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.num_drafted, bias=False)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
+        reduced = config.draft_vocab_size is not None
+        self.register_buffer("d2t", torch.zeros(config.num_drafted, dtype=torch.long) if reduced else None)
+        self.register_buffer("_target_head", None, persistent=False)  # [V, H], for training
         self._rotary = Rotary(config.head_dim, config.rope_theta)
         if seed is not None:
             self._initialise(seed)
@@ -136,8 +141,28 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
         """Every weight that training changes, by name, in a fixed order: all but the target's embedding and head."""
         return {name: parameter for name, parameter in self.named_parameters() if name not in SHARED}
 
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's ids of the tokens that it can draft, ascending [N]; None: all."""
+        return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    @property
+    def target_head(self) -> Tensor:
+        """The target's whole LM head [V, H]; `InputError` where `set_embeddings` gave a part of it."""
+        head = self.lm_head.weight if self.d2t is None else self._target_head
+        if head is None:
+            raise InputError("The draft has a part of the target's LM head.", "Give it all with `set_embeddings`.")
+        return head
+
+    def set_vocabulary(self, tokens: Tensor) -> None:
+        """Draft ``tokens`` alone: the target's ids, ascending [N]. Comes before `set_embeddings`."""
+        self.d2t = (tokens - torch.arange(len(tokens))).to(self.device)
+
     def set_embeddings(self, embedding: Tensor, head: Tensor, dtype: torch.dtype | None = None) -> None:
         """Take the target's ``embedding`` and ``head`` (both [V, H]), frozen; memory is shared where types agree.
+
+        A draft of a part of the vocabulary also takes the part of the head that is its own [N, H], and then cannot
+        train.
 
         ``dtype`` is what the draft then computes in; None: the parameters' own. Parameters of another type are cast
         where they are used: fp32 ones with bf16 here give the numbers of bf16 ones, and gradients in fp32.
@@ -146,15 +171,20 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
             InputError: another vocabulary or hidden size than the draft's.
         """
         expected = (self.config.vocab_size, self.config.hidden_size)
+        vocabulary = self.vocabulary
+        own = vocabulary is not None and len(head) == len(vocabulary)
         for name, given in (("embedding", embedding), ("LM head", head)):
-            if tuple(given.shape) != expected:
+            if tuple(given.shape) != expected and not (own and given is head):
                 raise InputError(
                     f"The draft was made for another target: it needs an {name} of {expected}, "
                     f"the target's is {tuple(given.shape)}.",
                     "Give the target the draft was trained for.",
                 )
-        for module, given in ((self.embed_tokens, embedding), (self.lm_head, head)):
-            weight = given.detach().to(self.device, dtype or self.dtype)
+        embedding, head = (given.detach().to(self.device, dtype or self.dtype) for given in (embedding, head))
+        if vocabulary is not None:
+            self._target_head = None if own else head
+            head = head if own else head[vocabulary]
+        for module, weight in ((self.embed_tokens, embedding), (self.lm_head, head)):
             module.weight = nn.Parameter(weight, requires_grad=False)
 
     def save(self, folder: Path, *, slim: bool = False) -> None:
@@ -163,7 +193,7 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
         if not slim:
             self._require_embeddings()
         kept = {name: tensor for name, tensor in self.state_dict().items() if not (slim and name in SHARED)}
-        tensors = {name: tensor.detach().to(self.compute_dtype) for name, tensor in kept.items()}
+        tensors = {name: _cast(tensor.detach(), self.compute_dtype) for name, tensor in kept.items()}
         if not slim and tensors[SHARED[0]].data_ptr() == tensors[SHARED[1]].data_ptr():  # a target that ties them
             tensors[SHARED[1]] = tensors[SHARED[1]].clone()
         write_draft(folder, self.config, tensors)
@@ -184,17 +214,22 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 _check_tensors(file, draft.state_dict(), path, again)
-                tensors = {name: file.get_tensor(name).to(dtype=dtype) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: _cast(file.get_tensor(name), dtype) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(f"{path} is damaged: {error}.", again) from None
         draft.load_state_dict(tensors, strict=False, assign=True)
+        if (tokens := draft.vocabulary) is not None:
+            inside = (tokens >= 0) & (tokens < config.vocab_size)
+            if not (inside.all() and (tokens.diff() > 0).all()):
+                raise InputError(f"{path}: d2t does not name tokens of the target, ascending.", again)
         draft.embed_tokens.requires_grad_(False)
         draft.lm_head.requires_grad_(False)
         return draft.eval()
 
     def target_logits(self, last: Tensor) -> Tensor:
         """The target's logits [..., V] from its last hidden states [..., H], with its multiplier and its soft cap."""
-        return finish_logits(self.lm_head(last), self.config.target_logit_multiplier, self.config.target_logit_softcap)
+        config, logits = self.config, functional.linear(last, self.target_head)
+        return finish_logits(logits, config.target_logit_multiplier, config.target_logit_softcap)
 
     # --- decoding ---
 
@@ -209,6 +244,15 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
     def begin(self, context: ContextT, anchor_tokens: Tensor) -> DraftBlock:
         """The next block of each row, behind ``context`` and the last accepted tokens ``anchor_tokens`` [B]."""
         raise NotImplementedError
+
+    def over_target(self, logits: Tensor) -> Tensor:
+        """Logits of the tokens that it can draft [..., N] among those of all [..., V]: -inf for the others.
+
+        So these have probability 0 in what is drafted, and accepting stays exact (Leviathan et al. 2023, theorem 1).
+        """
+        if (tokens := self.vocabulary) is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf).index_copy_(-1, tokens, logits)
 
     def temperatures_at(self, sampled: Sequence[float]) -> Tensor:
         """What divides the confidence logits of rows sampled at temperatures ``sampled`` [B]: [B, γ].
@@ -317,7 +361,7 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         return self.norm(hidden).unflatten(1, (-1, slots))[:, :, -self.config.block_size :]
 
     def base_logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] to [..., V], before the sequential head."""
+        """[..., H] to [..., N], before the sequential head."""
         return self.lm_head(hidden)
 
     def confidence(
@@ -416,7 +460,7 @@ class DSparkBlock:
 
     draft: DSparkDraft
     hidden: Tensor  # [B, γ, H]
-    base: Tensor  # [B, γ, V]
+    base: Tensor  # [B, γ, N]
     state: Tensor  # the sequential head's, before ``slot``
     slot: int = 0
 
@@ -428,7 +472,7 @@ class DSparkBlock:
         """Logits [B, V] of the next slot, after ``previous`` [B]."""
         at, self.slot = self.slot, self.slot + 1
         logits, self.state = self.draft.markov_head.step(self.base[:, at], self.hidden[:, at], previous, self.state)
-        return logits
+        return self.draft.over_target(logits)
 
 
 # --- files ---
@@ -440,6 +484,11 @@ def write_draft(folder: Path, config: DraftConfig | Eagle3Config, tensors: Mappi
     content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     files.write_whole(Path(folder) / WEIGHTS_FILE, lambda file: file.write(content))
     files.write_json(Path(folder) / "config.json", config.to_json())
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Weights in ``dtype``, None: their own; ids stay what they are."""
+    return tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor
 
 
 def _check_tensors(file: safe_open, expected: dict[str, Tensor], path: Path, do: str) -> None:

@@ -100,7 +100,7 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
         self.confidence_head = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] to [..., V]."""
+        """[..., H] to [..., N], the tokens that it can draft."""
         return self.lm_head(self.norm(hidden))
 
     @property
@@ -221,7 +221,7 @@ class Eagle3Block:
         if self.slot:
             self.hidden = self.draft.advance(self.context, self.hidden, previous, self.slot - 1)
         self.slot += 1
-        return self.draft.logits(self.hidden)
+        return self.draft.over_target(self.draft.logits(self.hidden))
 
 
 def _attend(

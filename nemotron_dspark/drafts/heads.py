@@ -37,7 +37,7 @@ class VanillaHead(nn.Module):
         super().__init__()
         self.rank = config.markov_rank
         self.markov_w1 = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, self.rank), freeze=False)
-        self.markov_w2 = Linear(self.rank, config.vocab_size, bias=False)
+        self.markov_w2 = Linear(self.rank, config.num_drafted, bias=False)
 
     def embed(self, previous: Tensor, dtype: torch.dtype) -> Tensor:
         """W1 of tokens in ``dtype``: [...] to [..., r]."""

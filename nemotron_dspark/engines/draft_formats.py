@@ -20,6 +20,9 @@ EAGLE-3:
 - vllm: the same as `Eagle3Qwen3ForCausalLM`, whose taps count from the embedding.
 - speculators: nested as its DSpark, with a Qwen3 layer.
 
+A draft of a part of the vocabulary brings that part of the LM head and `d2t` in every format that has it (vllm,
+speculators), and `t2d` too in speculators.
+
 Facts are of speculators 0.9.0 (`models/{dspark,dflash,eagle3}/config.py`), ModelOpt 0.47.0
 (`export/plugins/hf_spec_export.py`), SpecForge 0.2.0 (`modeling/draft/{dspark,dflash}.py`), vLLM 0.32.0
 (`models/qwen3_{dspark,dflash,eagle3}.py`).
@@ -75,6 +78,7 @@ class Format:
     reads_token: bool = False  # and its confidence head reads the previous token
     heads: tuple[str, ...] = ("vanilla", "gated", "rnn")
     config: type[SavedConfig] = DraftConfig
+    reduced: bool = False  # may hold a draft of a part of the vocabulary
 
     def tensor_name(self, name: str, *, back: bool = False) -> str:
         """A tensor's name in this format, or ``back``: DeepSpec's."""
@@ -103,7 +107,7 @@ def _speculator(algorithm: str, class_name: str, config: SavedConfig, tokens: in
             "verifier": {"name_or_path": verifier.name, "architectures": list(verifier.architectures)},
         },
         "transformer_layer_config": {"model_type": "qwen3"} | {key: flat[key] for key in _LAYERS},
-        "draft_vocab_size": config.vocab_size,
+        "draft_vocab_size": config.num_drafted,
         "target_hidden_size": config.hidden_size,
         **_present(flat, _KEPT),
         "tie_word_embeddings": False,
@@ -136,10 +140,9 @@ def _dflash_from_speculators(values: Json) -> Json:
 
 def _block_of_speculators(values: Json) -> Json:
     layers = values.get("transformer_layer_config") or {}
-    _refuse("draft_vocab_size", values.get("draft_vocab_size"), layers.get("vocab_size"))
     return {
         **_present(layers, (*_LAYERS, "rope_theta")),
-        **_present(values, ("block_size", "mask_token_id", *_KEPT)),
+        **_present(values, ("block_size", "mask_token_id", "draft_vocab_size", *_KEPT)),
         "target_layer_ids": [tap - 1 for tap in values.get("aux_hidden_state_layer_ids") or []],
     }
 
@@ -238,7 +241,7 @@ def _from_specforge(values: Json) -> Json:
 def _eagle3_to_vllm(config: Eagle3Config, verifier: Verifier) -> Json:
     return config.to_json() | {
         "architectures": [_VLLM_EAGLE3],
-        "draft_vocab_size": config.vocab_size,
+        "draft_vocab_size": config.num_drafted,
         "target_hidden_size": config.hidden_size,
         "eagle_aux_hidden_state_layer_ids": [tap + 1 for tap in config.target_layer_ids],
         "norm_before_residual": False,
@@ -246,7 +249,6 @@ def _eagle3_to_vllm(config: Eagle3Config, verifier: Verifier) -> Json:
 
 
 def _eagle3_from_vllm(values: Json) -> Json:
-    _refuse("draft_vocab_size", values.get("draft_vocab_size"), values.get("vocab_size"))
     for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
         _refuse(key, bool(values.get(key)), False)
     taps = values.get("eagle_aux_hidden_state_layer_ids") or []
@@ -301,26 +303,33 @@ FORMATS: dict[str, Format] = {
     found.name: found
     for found in (
         Format("deepspec", True, _deepspec, dict),
-        Format("vllm", True, _deepspec, dict, needs_head=True, heads=("vanilla",)),
+        Format("vllm", True, _deepspec, dict, needs_head=True, heads=("vanilla",), reduced=True),
         Format("sglang", False, _deepspec, dict, needs_head=True),
-        Format("speculators", False, _to_speculators, _from_speculators, needs_head=True),
+        Format("speculators", False, _to_speculators, _from_speculators, needs_head=True, reduced=True),
         Format("modelopt", False, _to_modelopt, _from_modelopt, _BARE_HEADS, needs_head=True, reads_token=True),
         Format("specforge", False, _to_specforge, _from_specforge),
     )
 }
 DFLASH_FORMATS: dict[str, Format] = {
-    name: Format(name, False, _deepspec, _from_dflash, config=DFlashConfig)
+    name: Format(name, False, _deepspec, _from_dflash, config=DFlashConfig, reduced=name == "vllm")
     for name in ("vllm", "sglang", "modelopt", "specforge")
 }
 DFLASH_FORMATS["speculators"] = Format(
-    "speculators", False, _to_speculators, _dflash_from_speculators, config=DFlashConfig
+    "speculators", False, _to_speculators, _dflash_from_speculators, config=DFlashConfig, reduced=True
 )
 EAGLE3_FORMATS: dict[str, Format] = {
     found.name: found
     for found in (
         Format("deepspec", True, _deepspec, dict, config=Eagle3Config),
-        Format("vllm", True, _eagle3_to_vllm, _eagle3_from_vllm, config=Eagle3Config),
-        Format("speculators", False, _eagle3_to_speculators, _eagle3_from_speculators, config=Eagle3Config),
+        Format("vllm", True, _eagle3_to_vllm, _eagle3_from_vllm, config=Eagle3Config, reduced=True),
+        Format(
+            "speculators",
+            False,
+            _eagle3_to_speculators,
+            _eagle3_from_speculators,
+            config=Eagle3Config,
+            reduced=True,
+        ),
     )
 }
 

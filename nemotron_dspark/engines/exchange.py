@@ -1,6 +1,7 @@
 """Drafts to and from the layouts of `draft_formats`, tensor by tensor, without loading a target or changing a bit.
 
-A full draft has the target's embedding and LM head, a slim one takes them from the target when it is loaded.
+A full draft has the target's embedding and LM head, a slim one takes them from the target when it is loaded. A draft of
+a part of the vocabulary always brings its part of the head to others: engines cannot cut the target's.
 
 A DSpark draft of Markov rank 0 (DeepSpec's DFlash) goes to readers that always expect a Markov head with one of zeros,
 which adds nothing: without it they would take it for the engines' DFlash, whose slots mean other tokens. What was
@@ -71,11 +72,17 @@ def export_draft(
         verifier = Verifier(target.name, tuple(target.config.get("architectures") or ()))
     elif form.name == "speculators":
         raise InputError("A speculators config names its target.", "Give it with --target.")
-    tensors = _with_embeddings(_read(folder, config), target, keep=form.embeddings and not slim)
+    keep = set(SHARED) if form.embeddings and not slim else {SHARED[1]} if config.draft_vocab_size else set()
+    tensors = _with_embeddings(_read(folder, config), target, keep)
+    if config.draft_vocab_size and SHARED[1] not in tensors:
+        raise InputError("The draft is a slim copy, and engines need its part of the LM head.", "Give --target.")
     noted: dict[str, Any] = {}
     if isinstance(config, DraftConfig) and form.needs_head:
         config, tensors, noted = with_markov_head(config, tensors, reads_token=form.reads_token)
     named = {form.tensor_name(name): tensor for name, tensor in tensors.items()}
+    if config.draft_vocab_size and form.name == "speculators":
+        drafted = named["d2t"] + torch.arange(config.draft_vocab_size)
+        named["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, drafted, True)
     _write(out, form.write(_typed(config, tensors), verifier) | ({_NOTED: noted} if noted else {}), named)
     remarks = ("It has a Markov head of zeros, which adds nothing: without one it would be read as another kind.",)
     return _report(folder, out, form.name, named, remarks if "markov_rank" in noted else ())
@@ -88,6 +95,9 @@ def _format(config: DraftConfig | Eagle3Config, name: str) -> Format:
     if name not in known:
         raise InputError(f"{name} has no {config.kind} draft.", f"Formats that hold one are {', '.join(known)}.")
     form = known[name]
+    if config.draft_vocab_size and not form.reduced:
+        holding = ", ".join(each.name for each in known.values() if each.reduced)
+        raise InputError(f"{name} has no draft of a part of the vocabulary.", f"Formats that hold one are {holding}.")
     if isinstance(config, Eagle3Config):
         return form
     if config.markov_head_type not in form.heads:
@@ -109,8 +119,9 @@ def with_markov_head(
     """
     full, noted = dict(tensors), {}
     if not config.markov_rank:
-        shape = config.vocab_size, ADDED_RANK
-        full |= {f"markov_head.markov_w{at}.weight": tensors["fc.weight"].new_zeros(shape) for at in (1, 2)}
+        sizes = {1: config.vocab_size, 2: config.num_drafted}
+        zeros = tensors["fc.weight"].new_zeros
+        full |= {f"markov_head.markov_w{at}.weight": zeros(size, ADDED_RANK) for at, size in sizes.items()}
         config = config.model_copy(update={"markov_rank": ADDED_RANK})
         noted["markov_rank"] = 0
     if reads_token and config.enable_confidence_head and not config.confidence_head_with_markov:
@@ -148,12 +159,7 @@ def import_draft(folder: Path, out: Path, target: Checkpoint | None = None) -> E
     form = recognise(values, str(folder / "config.json"))
     check_claim(out, "an imported draft", None, {})
     stored = open_tensors(folder)
-    for reduced in ("d2t", "draft_id_to_target_id"):
-        if reduced in stored:
-            raise InputError(
-                f"{folder} drafts from a part of the vocabulary ({reduced}), and drafts here from all of it.",
-                "Serve it with the engine it is for.",
-            )
+    stored.pop("t2d", None)  # says nothing that d2t does not
     named = {form.tensor_name(name.removeprefix("model."), back=True): read() for name, read in stored.items()}
     noted = values.get(_NOTED) or {}
     return write_imported(folder, form.name, form.read(values), named, out, target, kind=form.config, noted=noted)
@@ -192,7 +198,7 @@ def write_imported(
         which = [f"holds {unknown[0]}"] if unknown else [f"lacks {missing[0]}"] if missing else []
         which = which or [f"has {wrong[0]} of shape {tuple(named[wrong[0]].shape)}"]
         raise InputError(f"{source} {which[0]}, which is not what its config describes.", "Download the draft again.")
-    tensors = _with_embeddings(named, target, keep=True)
+    tensors = _with_embeddings(named, target, set(SHARED))
     _write(out, _typed(config, tensors).to_json(), tensors)
     return _report(source, out, format_name, tensors, tuple(remarks))
 
@@ -207,14 +213,18 @@ def _typed(config: SavedConfig, tensors: Mapping[str, Tensor]) -> SavedConfig:
     return config.model_copy(update={"dtype": str(tensors["fc.weight"].dtype).removeprefix("torch.")})
 
 
-def _with_embeddings(tensors: Mapping[str, Tensor], target: Checkpoint | None, *, keep: bool) -> dict[str, Tensor]:
-    """The tensors with the target's embedding and head, if they are to be ``keep``-t and can be had."""
-    bare = {name: tensor for name, tensor in tensors.items() if keep or name not in SHARED}
-    if not keep or target is None or set(SHARED) <= bare.keys():
+def _with_embeddings(tensors: Mapping[str, Tensor], target: Checkpoint | None, keep: set[str]) -> dict[str, Tensor]:
+    """The tensors, with those of `SHARED` that are to be ``keep``-t: their own, or the target's where it is given."""
+    bare = {name: tensor for name, tensor in tensors.items() if name in keep or name not in SHARED}
+    if keep <= bare.keys() or target is None:
         return bare
     found = read_embedding_and_head(target.folder, target.read_spec())
     kind = tensors["fc.weight"].dtype
-    return bare | {SHARED[0]: found.embedding.to(kind), SHARED[1]: found.head.to(kind, copy=True)}
+    head = found.head
+    if (offsets := tensors.get("d2t")) is not None:
+        head = head[offsets + torch.arange(len(offsets))]
+    its = {SHARED[0]: found.embedding.to(kind), SHARED[1]: head.to(kind, copy=True)}
+    return {name: tensor for name, tensor in its.items() if name in keep} | bare
 
 
 def _write(out: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

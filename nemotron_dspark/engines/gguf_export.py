@@ -119,6 +119,11 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
             f"llama.cpp has no {config.markov_head_type} Markov head.",
             "Train the draft with draft.markov_head = vanilla to serve it there.",
         )
+    if config.draft_vocab_size is not None:
+        raise InputError(
+            "llama.cpp has no DSpark or DFlash draft of a part of the vocabulary.",
+            "Train the draft without draft.vocabulary, or serve it with vLLM or `nds serve`.",
+        )
     if config.target_logit_multiplier != 1.0 or config.target_logit_softcap is not None:
         raise InputError(
             "llama.cpp adds a Markov head to unscaled logits, and this target scales or caps its own.",

@@ -12,6 +12,7 @@ from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.engines.commands import EngineName, engine_table
 from nemotron_dspark.engines.pair import Pair
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.targets.weights import open_tensors
 
 # vLLM 47635: these hybrids crash at start-up with speculative decoding.
 _VLLM_CRASHES = ("falcon_h1", "granitemoehybrid", "zamba2")
@@ -50,6 +51,8 @@ def check(engine: EngineName, pair: Pair, *, machine: str | None = None, tokens:
 
 def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
     draft, title = pair.draft, engine_table(engine).title
+    if draft.draft_vocab_size is not None:
+        yield from _part_of_vocabulary(engine, pair)
     if isinstance(draft, Eagle3Config):
         yield from _eagle3(engine, pair)
         return
@@ -73,6 +76,21 @@ def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
             f"This target's logits are multiplied or soft-capped, and {title} "
             + ("adds the Markov head to bare ones." if engine == "llamacpp" else "has not been seen to do that here."),
             "Serve the pair with `nds serve`, or compare the accepted length with `nds eval --engine`.",
+        )
+
+
+def _part_of_vocabulary(engine: EngineName, pair: Pair) -> Iterator[Finding]:
+    if engine != "vllm":
+        yield Finding(
+            "refuse",
+            f"{engine_table(engine).title} takes the target's LM head, and this draft has a part of the vocabulary.",
+            "Serve it with vLLM or `nds serve`, or train the draft without draft.vocabulary.",
+        )
+    elif "lm_head.weight" not in open_tensors(pair.draft_folder):
+        yield Finding(
+            "refuse",
+            "vLLM needs this draft's own part of the LM head, and it is a slim copy.",
+            f"Make it whole: nds export --to vllm --target {pair.target} --draft {pair.draft_folder} --out FOLDER.",
         )
 
 

@@ -92,7 +92,9 @@ def saving_bytes(trained: int) -> int:
 def expected_disk(draft: Draft, checkpoints: int) -> int:
     """Bytes of so many checkpoints and of the finished draft, which has the target's embedding and head."""
     trained = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
-    finished = draft.compute_dtype.itemsize * (trained + 2 * draft.lm_head.weight.numel())
+    finished = draft.compute_dtype.itemsize * (
+        trained + draft.embed_tokens.weight.numel() + draft.lm_head.weight.numel()
+    )
     return checkpoints * checkpoint_bytes(trained) + finished
 
 
@@ -157,6 +159,8 @@ def restore_parameters(checkpoint: Path, draft: Draft) -> dict[str, Tensor]:
         ) from None
     if {**saved.config.to_json(), "dtype": ""} != {**draft.config.to_json(), "dtype": ""}:
         raise InputError(f"{checkpoint} holds a draft of another shape.", "Train into another --out.")
+    if saved.d2t is not None and draft.d2t is not None and not torch.equal(saved.d2t, draft.d2t.cpu()):
+        raise InputError(f"{checkpoint} holds a draft of another vocabulary.", "Train into another --out.")
     parameters = saved.trainable_parameters()
     with torch.no_grad():
         for name, parameter in draft.trainable_parameters().items():

@@ -7,6 +7,9 @@ q is the distribution at i+1+s. In a sequence of S positions, padding included,
 
 and the loss of a step is the mean over its sequences. In a `Batch` position i is the anchor i+1, its unrolled steps are
 the slots of that block.
+
+For a draft of a part of the vocabulary the sum over v is over that part, with q as it is: a slot counts by what the
+target gives to tokens that can be drafted.
 """
 
 from functools import partial
@@ -18,7 +21,7 @@ from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
-from nemotron_dspark.training.fused import chunked_losses, softmax
+from nemotron_dspark.training.fused import Heads, TargetProbabilities, chunked_losses, softmax
 from nemotron_dspark.training.metrics import StepSums
 from nemotron_dspark.training.objective import Loss, Objective
 from nemotron_dspark.training.tiling import Tiling, choose_tiling
@@ -33,7 +36,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
     def __init__(self, draft: Eagle3Draft, tiling: Tiling | None = None):
         super().__init__()
         self.draft = draft
-        self.tiling = tiling or choose_tiling(draft.lm_head.weight)
+        self.tiling = tiling or choose_tiling(draft.target_head)
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of one micro-batch, whose blocks are all positions (`collate_unrolled`).
@@ -54,7 +57,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
             eagle3_formula,
             hidden_n,
             None,
-            draft.lm_head.weight,
+            Heads(draft.lm_head.weight, draft.target_head, draft.vocabulary),
             None,
             step,  # no label is looked at
             (weight, reported, reported),
@@ -90,20 +93,24 @@ class Eagle3Objective(Objective[Eagle3Draft]):
 
 
 def eagle3_formula(
-    logits: Tensor,  # [n, V] of the draft
-    target: Tensor,  # [n, V] of the target
+    logits: Tensor,  # [n, N] of the draft
+    target: TargetProbabilities,
     labels: Tensor,
     ce_weight: Tensor,  # [n]
     *reported: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
     """Cross-entropy to the target's distribution, acceptance rate and agreement of slots; the gradient of the first.
 
-    With p and q the softmax of both logits, ∂(-Σ_v q_v log p_v)/∂logits = p - q.
+    With p the softmax of the logits and q the target's probabilities, ∂(-Σ_v q_v log p_v)/∂logits = Σq·p - q.
     """
     p, log_mass = softmax(logits)
-    q, _ = softmax(target)
-    ce = log_mass[:, 0] - (q * logits).sum(-1)
-    agreed = (logits.argmax(-1) == target.argmax(-1)).to(ce.dtype)
-    difference = p.sub_(q)
-    rate = (1 - difference.abs().sum(-1) / 2).clamp(0, 1)
-    return [ce, rate, agreed], difference.mul_(ce_weight[:, None])
+    q, log_mass, agreed = target.each, log_mass[:, 0], target.agrees(logits)
+    if target.outside is None:
+        ce = log_mass - (q * logits).sum(-1)
+        difference = p.sub_(q)
+        rate = (1 - difference.abs().sum(-1) / 2).clamp(0, 1)
+        return [ce, rate, agreed], difference.mul_(ce_weight[:, None])
+    inside = q.sum(-1)
+    ce = inside * log_mass - (q * logits).sum(-1)
+    rate = torch.minimum(p, q).sum(-1)
+    return [ce, rate, agreed], p.mul_(inside[:, None]).sub_(q).mul_(ce_weight[:, None])

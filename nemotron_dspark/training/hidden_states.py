@@ -17,11 +17,11 @@ from nemotron_dspark.cache.checksums import fingerprint
 from nemotron_dspark.cache.needs import stored_bytes
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.verify import check_mask_token
-from nemotron_dspark.chat.mask_token import choose_mask_token
+from nemotron_dspark.chat.mask_token import choose_mask_token, special_ids
 from nemotron_dspark.config import DraftSection, RunConfig, TargetConfig
 from nemotron_dspark.data.tokens import TokenStore, read_report, samples_in, tokenise
 from nemotron_dspark.distributed import DistContext
-from nemotron_dspark.drafts import kinds
+from nemotron_dspark.drafts import kinds, vocabulary
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, read_draft_config
 from nemotron_dspark.drafts.from_draft import draft_of
 from nemotron_dspark.errors import InputError
@@ -29,6 +29,7 @@ from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.taps import chosen_taps
 from nemotron_dspark.targets.target import keep_dtype, resolve_device, resolve_dtype
+from nemotron_dspark.targets.weights import open_tensors
 from nemotron_dspark.training import online, rolling
 from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.callbacks import Callback
@@ -72,8 +73,29 @@ class Setup:
         if section.kind == "dspark" and section.confidence_head and not train.confidence_alpha:
             section = section.model_copy(update={"confidence_head": False})
             more.append("no confidence head: train.confidence_alpha is 0, and untrained it would predict nothing.")
+        if section.vocabulary is not None:
+            vocabulary.check_size(section.vocabulary, self.spec.vocab_size, self._always_drafted(mask))
         draft, notes = kinds.config_for(self.spec, section, mask_token_id=mask, num_anchors=train.num_anchors)
         return draft, [*notes, *more]
+
+    def vocabulary(
+        self, draft: DraftConfig | Eagle3Config, samples: Iterable[tuple[np.ndarray | torch.Tensor, np.ndarray]]
+    ) -> tuple[torch.Tensor | None, list[str]]:
+        """The tokens that the draft can draft, counted over ids and loss masks of ``samples``; None: all."""
+        if draft.draft_vocab_size is None:
+            return None, []
+        if (start := draft_of(self.config.train.init)) is not None:
+            offsets = open_tensors(start)["d2t"]()
+            return offsets + torch.arange(len(offsets)), []
+        kept = self._always_drafted(draft.mask_token_id)
+        tokens, share = vocabulary.most_used(samples, draft.draft_vocab_size, draft.vocab_size, kept)
+        return tokens, [
+            f"the draft can draft {len(tokens):,} of {draft.vocab_size:,} tokens, which are {share:.2%} of the answers "
+            "it learns from (draft.vocabulary sets how many)."
+        ]
+
+    def _always_drafted(self, mask_token_id: int | None) -> set[int]:
+        return special_ids(self.tokenizer, self.spec) | ({mask_token_id} if mask_token_id is not None else set())
 
     def lock(self, mode: str, draft: DraftConfig | Eagle3Config, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Take the folder for the run of these settings, which are returned; ``identity`` tells its data.
@@ -100,6 +122,7 @@ class HiddenStates:
     source: Source
     size: int  # bytes of all of them
     draft: DraftConfig | Eagle3Config
+    vocabulary: torch.Tensor | None  # int64 [N], the target's ids of what it can draft; None: all
     settings: dict[str, Any]  # what the folder's run must have been begun with
     notes: list[str]
 
@@ -118,8 +141,10 @@ def open_cached(setup: Setup, cache_folder: Path) -> HiddenStates:
     split(source, setup.config.train.validation)[0].schedule(
         setup.config.train, setup.context
     )  # refuses what does not fit before the folder is touched
+    masked = ((cache.input_ids(sample), cache.loss_mask(sample)) for sample in range(len(cache)))
+    tokens, more = setup.vocabulary(draft, masked)
     settings = setup.lock("cached", draft, {"cache": fingerprint(cache.folder)})
-    return HiddenStates("cached", source, sum(cache.layout.shard_sizes), draft, settings, notes)
+    return HiddenStates("cached", source, sum(cache.layout.shard_sizes), draft, tokens, settings, notes + more)
 
 
 def open_online(setup: Setup, data: Path) -> HiddenStates:
@@ -200,7 +225,10 @@ def _beside_target(
     )
     source = new_source(tokens, taps, target.model_copy(update={"dtype": dtype}))
     split(source, config.train.validation)[0].schedule(config.train, setup.context)
-    return HiddenStates(mode, source, int(sizes.sum()), draft, settings, notes + _notes_on_data(setup.out))
+    masked = ((each.input_ids, each.loss_mask) for each in map(tokens.__getitem__, range(len(tokens))))
+    drafted, said = setup.vocabulary(draft, masked)
+    notes += [*said, *_notes_on_data(setup.out)]
+    return HiddenStates(mode, source, int(sizes.sum()), draft, drafted, settings, notes)
 
 
 def _check_cache(

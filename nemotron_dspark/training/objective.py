@@ -8,6 +8,9 @@ slots of one optimiser step, however it is cut into micro-batches and processes:
     BCE  of the confidence logit against the acceptance rate 1 - L1/2, which carries no gradient
 
     loss = α_ce·CE + α_l1·L1 + α_conf·BCE
+
+A draft of a part of the vocabulary has p = 0 for all other tokens. So L1 counts what q gives to them, 1 - L1/2 is still
+Σ_v min(p_v, q_v), the rate of acceptance, and a slot whose token is none that it can draft adds no CE.
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ from nemotron_dspark.drafts.heads import VanillaHead
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
-from nemotron_dspark.training.fused import chunked_losses, softmax
+from nemotron_dspark.training.fused import Heads, TargetProbabilities, chunked_losses, softmax
 from nemotron_dspark.training.metrics import StepSums
 from nemotron_dspark.training.tiling import Tiling, choose_tiling
 
@@ -88,7 +91,7 @@ class DSparkObjective(Objective[DSparkDraft]):
         super().__init__()
         self.draft = draft
         self.weights = weights
-        self.tiling = tiling or choose_tiling(draft.lm_head.weight)
+        self.tiling = tiling or choose_tiling(draft.target_head)
         self.needs_target = weights.needs_target
         found = {"confidence": weights.confidence > 0, "l1": self.needs_target, "acceptance": self.needs_target}
         self.measured = frozenset(name for name, yes in found.items() if yes)
@@ -126,14 +129,18 @@ class DSparkObjective(Objective[DSparkDraft]):
         )
         if weights.decay is not None:
             weight = torch.exp(-(slots.index % hidden.shape[2]).to(weight.dtype) / weights.decay)
+        labels, ce_weight = batch.input_ids.flatten()[slots.positions + 1][slots.position], weight
+        if (vocabulary := draft.vocabulary) is not None:
+            at = torch.searchsorted(vocabulary, labels).clamp_(max=len(vocabulary) - 1)
+            labels, ce_weight = at, weight * (vocabulary[at] == labels)
         total, terms = chunked_losses(
             dspark_formula,
             hidden_n,
             latents,
-            draft.lm_head.weight,
+            Heads(draft.lm_head.weight, draft.target_head, vocabulary),
             markov,
-            batch.input_ids.flatten()[slots.positions + 1][slots.position],
-            (weights.ce * weight, weights.l1 * weight) if last is not None else (weights.ce * weight,),
+            labels,
+            (weights.ce * ce_weight, weights.l1 * weight) if last is not None else (weights.ce * ce_weight,),
             None if last is None else last.flatten(0, 1)[slots.positions].to(hidden.dtype),
             slots,
             partial(
@@ -160,7 +167,7 @@ class DSparkObjective(Objective[DSparkDraft]):
         sums = StepSums(
             loss=total.detach(),
             weight=weight.sum(),
-            ce=(weight * terms[0]).sum(),
+            ce=(ce_weight * terms[0]).sum(),
             l1=l1_sum,
             confidence=confidence_sum.detach(),
             blocks=reached.sum(),
@@ -173,15 +180,15 @@ class DSparkObjective(Objective[DSparkDraft]):
 
 
 def dspark_formula(
-    logits: Tensor,  # [n, V] of the draft
-    target: Tensor | None,  # [n, V] of the target
+    logits: Tensor,  # [n, N] of the draft
+    target: TargetProbabilities | None,
     labels: Tensor,  # [n]
     ce_weight: Tensor,  # [n]
-    l1_weight: Tensor | None = None,  # [n]; None without the target's logits
+    l1_weight: Tensor | None = None,  # [n]; None without the target's probabilities
 ) -> tuple[list[Tensor], Tensor]:
     """CE and, with a target, L1 of slots; and the gradient of their weighted sum with respect to the draft's logits.
 
-    With p and q the softmax of both logits, y the label's one-hot and s = sign(p - q):
+    With p the softmax of the logits, q the target's probabilities, y the label's one-hot and s = sign(p - q):
 
         ∂CE/∂logits = p - y          ∂L1/∂logits = p ⊙ (s - Σ_v s_v p_v)
     """
@@ -191,9 +198,9 @@ def dspark_formula(
     terms = [(log_mass - chosen)[:, 0]]
     if target is None or l1_weight is None:
         return terms, p.mul_(ce_weight).scatter_add_(1, labels, -ce_weight)
-    q, _ = softmax(target)
-    difference = torch.sub(p, q, out=q)
-    terms.append(difference.abs().sum(-1))
+    difference = torch.sub(p, target.each, out=target.each)
+    l1 = difference.abs().sum(-1)
+    terms.append(l1 if target.outside is None else l1 + target.outside)
     signed = difference.sign_().mul_(p)  # s ⊙ p
     l1_weight = l1_weight[:, None]
     gradient = p.mul_(ce_weight - l1_weight * signed.sum(-1, keepdim=True)).addcmul_(signed, l1_weight)

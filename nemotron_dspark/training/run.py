@@ -105,10 +105,10 @@ def train(
             raise TypeError("train() takes a cache or data")
         states = SOURCES[mode](setup, Path(read_from))
         notes = [*measured, *states.notes]
-        draft = _new_draft(setup, states.draft, device)
+        draft = _new_draft(setup, states.draft, states.vocabulary, device)
         tilings = before.get("tilings", {})
         if device.type not in tilings:
-            tilings[device.type] = dataclasses.asdict(choose_tiling(draft.lm_head.weight))
+            tilings[device.type] = dataclasses.asdict(choose_tiling(draft.target_head))
         if context.is_main:
             folders.write_run_info(out, states.settings, config, notes, read_from, tilings)
             check_space(out, draft, config.train.most_checkpoints)
@@ -157,7 +157,12 @@ def _read_target(
     return setup, [reason] if reason else []
 
 
-def _new_draft(setup: Setup, draft_config: DraftConfig | Eagle3Config, device: torch.device) -> Draft:
+def _new_draft(
+    setup: Setup,
+    draft_config: DraftConfig | Eagle3Config,
+    vocabulary: torch.Tensor | None,  # int64 [N], what it can draft; None: all
+    device: torch.device,
+) -> Draft:
     """A draft with the target's embeddings, in the type to compute in, on the device to train on."""
     config = setup.config.train
     draft = draft_class(draft_config)(
@@ -166,6 +171,8 @@ def _new_draft(setup: Setup, draft_config: DraftConfig | Eagle3Config, device: t
         attention=config.attention,
         recompute_layers=config.activation_checkpointing,
     )
+    if vocabulary is not None:
+        draft.set_vocabulary(vocabulary)
     embeddings = read_embedding_and_head(setup.target, setup.spec)
     draft.set_embeddings(embeddings.embedding, embeddings.head)
     if config.init == TARGET:
@@ -175,6 +182,8 @@ def _new_draft(setup: Setup, draft_config: DraftConfig | Eagle3Config, device: t
     draft = draft.to(setup.dtype)
     for part in (draft.embed_tokens, draft.lm_head) if uses_fsdp(config, setup.context) else (draft,):
         part.to(device)  # of the others only a shard goes there
+    for name, buffer in draft.named_buffers(recurse=False):
+        setattr(draft, name, buffer.to(device))
     return draft
 
 

@@ -85,7 +85,7 @@ def write_run_info(
 
 def export_draft(checkpoint: Path, draft: Draft, folder: Path) -> Path:
     """Write the checkpoint's parameters, with the embeddings and in the compute type of ``draft``, as a whole draft."""
-    embedding, head = draft.embed_tokens.weight, draft.lm_head.weight
+    embedding, head = draft.embed_tokens.weight, draft.lm_head.weight  # of a part of the vocabulary: its part
     draft = type(draft).load(checkpoint / "draft", dtype=draft.compute_dtype)
     draft.set_embeddings(embedding, head)
     temporary = folder.with_name(f".{folder.name}.tmp")

@@ -185,6 +185,8 @@ class Trainer:
         state = TrainState(self.step, self.tokens, self._seconds(), self.metrics.sums)
         wanted = self.context.is_main
         kept = self.optimiser.parameters(wanted=wanted), self.optimiser.moments(wanted=wanted)
+        if self.draft.d2t is not None:
+            kept[0]["d2t"] = self.draft.d2t
         if wanted:
             best = self.validation.best if self.validation is not None else None
             folder = save_checkpoint(

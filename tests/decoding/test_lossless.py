@@ -25,6 +25,8 @@ def make_draft(target: Target, seed: int = 0, cls: type = DSparkDraft, **section
     values = {"num_layers": 1, "block_size": GAMMA, "taps": [0, 3], "markov_rank": 8, **section}
     config, _ = build_draft_config(target.spec, DraftSection(**values), mask_token_id=5)
     draft = cls(config, seed=seed)
+    if config.draft_vocab_size is not None:
+        draft.set_vocabulary(torch.arange(1, target.spec.vocab_size, 2)[: config.draft_vocab_size])
     draft.set_embeddings(target.model.get_input_embeddings().weight, target.model.lm_head.weight)
     return draft.eval()
 
@@ -133,6 +135,17 @@ def test_greedy_with_a_real_draft_of_every_head_is_lossless(target, prompts, pla
         assert decoder.generate(prompt, GREEDY).tokens == answer
 
 
+def test_greedy_with_a_part_of_the_vocabulary_is_lossless_and_drafts_nothing_else(target, prompts, plain):
+    draft = make_draft(target, vocabulary=100)
+    decoder, drafted = Decoder(target, draft), set()
+    for prompt, answer in zip(prompts[:3], plain[:3], strict=True):
+        generation = decoder.generate(prompt, GREEDY)
+        assert generation.tokens == answer
+        drafted.update(token for block in generation.drafted for token in block)
+    assert drafted <= set(range(1, 201, 2))
+    assert len(drafted) > 5
+
+
 def test_cutting_at_low_confidence_is_lossless_and_shortens_blocks(target, prompts, plain):
     draft = make_draft(target)
     with torch.no_grad():
@@ -227,6 +240,17 @@ def test_sampled_speculative_output_is_distributed_as_the_target(small_target, t
     table = [[speculative[answer] for answer in pairs], [plain[answer] for answer in pairs]]
     frequent = [column for column in zip(*table, strict=True) if sum(column) >= 10]
     assert stats.chi2_contingency(list(zip(*frequent, strict=True))).pvalue > 1e-3
+
+
+def test_sampled_output_of_a_draft_of_half_the_vocabulary_is_distributed_as_the_target(small_target):
+    prompt, sampling = [1, 4, 2], {"temperature": 1.0, "max_new_tokens": 3}
+    expected = exact_distribution(small_target, prompt, Sampling(**sampling), 3)
+    draft = make_draft(small_target, seed=6, block_size=2, num_taps=1, taps=[0], markov_rank=4, vocabulary=3)
+    with torch.no_grad():
+        draft.markov_head.markov_w2.weight.normal_(0, 3.0, generator=torch.Generator().manual_seed(7))
+    found = draw(Decoder(small_target, draft), prompt, sampling, 1000)
+    assert {token for answer in found for token in answer} == set(range(VOCAB))
+    assert p_value(found, expected, 1000) > 1e-3
 
 
 class NoTwice:

@@ -7,6 +7,8 @@ import socket
 import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from nemotron_dspark.cli import app
@@ -51,6 +53,16 @@ def test_no_two_flags_of_one_command_are_the_same(engine, hybrid, tiny_llama, tm
         for machine in (None, *commands.MACHINES):
             names = [flag.name for flag in commands.engine_command(engine, pair, machine=machine).flags]
             assert len(names) == len(set(names))
+
+
+def test_a_draft_of_a_part_of_the_vocabulary_is_for_vllm_with_its_part_of_the_head(tiny_llama, tmp_path):
+    pair = pair_of(tiny_llama, write_draft(tmp_path / "draft", tiny_llama, draft_vocab_size=100))
+    for engine in commands.ENGINES:
+        save_file({"fc.weight": torch.zeros(1)}, tmp_path / "draft" / "model.safetensors")
+        said = "it is a slim copy" if engine == "vllm" else "this draft has a part of the vocabulary"
+        assert any(said in what for what in refused(engine, pair))
+        save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "draft" / "model.safetensors")
+        assert bool(refused(engine, pair)) == (engine != "vllm")
 
 
 def test_vllm_on_a_hybrid_leaves_out_the_prefix_cache_and_caps_the_requests(hybrid):

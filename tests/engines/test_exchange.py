@@ -222,6 +222,47 @@ def test_a_slim_draft_becomes_full_with_its_target_and_slim_again(target, tmp_pa
     assert_equal(contents(tmp_path / "filled"), contents(tmp_path / "full"))
 
 
+TOKENS = torch.arange(0, 384, 3)  # a part of the vocabulary
+
+
+@pytest.mark.parametrize(
+    ("make", "format_name"),
+    [
+        (make, name)
+        for make, forms in ((saved, FORMATS), (saved_dflash, DFLASH_FORMATS), (saved_eagle3, EAGLE3_FORMATS))
+        for name in forms
+    ],
+)
+def test_a_part_of_the_vocabulary_goes_along_with_its_part_of_the_head_or_is_refused(
+    target, tmp_path, make, format_name
+):
+    draft = make(tmp_path / "draft", target, draft_vocab_size=len(TOKENS))
+    values, tensors = contents(draft)
+    save_file(tensors | {"d2t": TOKENS - torch.arange(len(TOKENS))}, draft / "model.safetensors")
+    if format_name not in ("vllm", "speculators"):
+        with pytest.raises(InputError, match=f"{format_name} has no draft of a part of the vocabulary"):
+            export_draft(draft, format_name, tmp_path / "there", target)
+        return
+    export_draft(draft, format_name, tmp_path / "there", target, slim=True)
+    config, stored = contents(tmp_path / "there")
+    assert config["draft_vocab_size"] == len(TOKENS)
+    assert torch.equal(stored["d2t"] + torch.arange(len(TOKENS)), TOKENS)
+    head = read_embedding_and_head(target.folder, target.read_spec()).head
+    assert torch.equal(stored["lm_head.weight"], head[TOKENS])  # vLLM refuses one without
+    assert "embed_tokens.weight" not in stored
+    if format_name == "speculators":
+        assert stored["t2d"].nonzero()[:, 0].tolist() == TOKENS.tolist()
+    import_draft(tmp_path / "there", tmp_path / "back", target)
+    config, stored = contents(tmp_path / "back")
+    assert config == values
+    assert torch.equal(stored.pop("lm_head.weight"), head[TOKENS])
+    del stored["embed_tokens.weight"]
+    assert_equal((config, stored), contents(draft))
+    if format_name == "vllm" and make is not saved_eagle3:
+        with pytest.raises(InputError, match="slim copy"):
+            export_draft(draft, format_name, tmp_path / "again", slim=True)
+
+
 def test_formats_that_share_the_target_s_matrices_never_hold_them(target, tmp_path):
     draft = saved(tmp_path / "draft", target, slim=False)
     for name in ("sglang", "speculators", "modelopt"):
@@ -248,7 +289,7 @@ def test_the_target_s_layers_are_asked_for_where_a_format_lacks_them(target, tmp
     ("format_name", "path", "value", "message"),
     [
         ("speculators", ("sample_from_anchor",), False, "sample_from_anchor = False"),
-        ("speculators", ("draft_vocab_size",), 100, "draft_vocab_size = 100"),
+        ("speculators", ("draft_vocab_size",), 100, r"lacks d2t, which is not what its config describes"),
         ("modelopt", ("dflash_config", "causal"), True, "dflash_config.causal = True"),
         ("modelopt", ("dflash_config", "shift_label"), False, "shift_label = False"),
         ("modelopt", ("dflash_config", "attention_sink_bias"), True, "attention_sink_bias = True"),
@@ -302,7 +343,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(target, tiny_llama, tm
     shutil.copytree(draft, tmp_path / "broken")
     tensors = load_file(draft / "model.safetensors")
     save_file(tensors | {"d2t": torch.zeros(4)}, tmp_path / "broken" / "model.safetensors")
-    with pytest.raises(InputError, match="from a part of the vocabulary"):
+    with pytest.raises(InputError, match="holds d2t, which is not what its config describes"):
         import_draft(tmp_path / "broken", out)
     del tensors["fc.weight"]
     save_file(tensors, tmp_path / "broken" / "model.safetensors")
