@@ -24,8 +24,9 @@ from nemotron_dspark.config import RunConfig, TargetConfig, TrainConfig
 from nemotron_dspark.data.sources import Given, listed, named, one_file
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft, load_pair
+from nemotron_dspark.decoding.schedule import schedule_for
 from nemotron_dspark.distributed import SINGLE, DistContext
-from nemotron_dspark.drafts import temperatures
+from nemotron_dspark.drafts import costs, temperatures
 from nemotron_dspark.drafts.config import read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.engines.hidden_states import load_served
@@ -35,6 +36,7 @@ from nemotron_dspark.evaluation.calibration_report import CalibrationReport
 from nemotron_dspark.evaluation.lossless import check_count, sampled_lossless
 from nemotron_dspark.evaluation.measure import conversation_ids, prompt_ids
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
+from nemotron_dspark.evaluation.profile import ROWS, Profile, measure_costs
 from nemotron_dspark.evaluation.report import EvalReport
 from nemotron_dspark.targets import Checkpoint, Target, proofs
 from nemotron_dspark.targets.streamed import load_for_capture
@@ -269,7 +271,7 @@ def evaluate(
     if lossless is not None:
         sampled = sampled_lossless(
             Decoder(loaded),
-            Decoder(loaded, drafting, confidence_threshold=config.eval.confidence_threshold),
+            Decoder(loaded, drafting, schedule=schedule_for(config.eval.schedule, drafting, config.eval.profile)),
             ids,
             lossless,
             temperature=config.eval.sampled_temperature,
@@ -380,6 +382,50 @@ def calibrate(
     named_by = (config.target.named, str(folder or ""), temperatures.digest(folder) if folder else None, named(prompts))
     report = CalibrationReport(*named_by, tuple(fits))
     return report, report.save(Path(out)) if out is not None else []
+
+
+def profile(
+    config: RunConfig,
+    draft: Path | str | Draft | None = None,
+    *,
+    out: Path | str | None = None,
+    rows: Sequence[int] = ROWS,
+    context: int | None = None,
+    seconds: float = 40.0,
+    target: Target | None = None,
+    on_loaded: Callable[[], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Profile, list[Path]]:
+    """Measure what rounds of ``rows`` requests cost on this machine, by tokens drafted of each.
+
+    Returns the profile and the files written to ``out``: by default the folder `profile` in the draft's, from where a
+    decoder's draft has its costs, and without a draft ``profiles/<target>``. Without a draft, lengths go up to
+    ``config.draft.block_size``. Nothing is written of a draft that is given loaded without ``out``.
+
+    Raises:
+        InputError: draft and target do not fit, or there is no room for ``context`` tokens.
+        CheckError: a proof failed.
+    """
+    loaded, drafting = _pair(config, draft, target)
+    if on_loaded is not None:
+        on_loaded()
+    folder = None if draft is None or isinstance(draft, Draft) else Path(draft)
+    gamma = drafting.config.block_size if drafting is not None else config.draft.block_size
+    found = measure_costs(
+        loaded,
+        drafting,
+        gamma,
+        rows=rows,
+        context=context,
+        seconds=seconds,
+        draft_name=str(folder or ""),
+        progress=on_progress,
+    )
+    if out is None and draft is None:
+        out = Path("profiles") / target_folder_name(config)
+    if out is None and folder is not None:
+        out = folder / costs.FOLDER
+    return found, found.save(Path(out)) if out is not None else []
 
 
 def serve(

@@ -31,6 +31,7 @@ COMMANDS = (
     "eval",
     "compare",
     "calibrate",
+    "profile",
     "export",
     "import",
     "serve",

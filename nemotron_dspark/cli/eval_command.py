@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from nemotron_dspark.evaluation.report import EvalReport
 
 
-THRESHOLD = shell.KeyOption("--confidence-threshold", "eval.confidence_threshold")
+SCHEDULE = shell.KeyOption("--schedule", "eval.schedule")
+PROFILE = shell.KeyOption("--profile", "eval.profile")
 
 
 def register(app: typer.Typer) -> None:
-    shell.command(app, "eval", target="optional", keys=[THRESHOLD])(evaluate)
+    shell.command(app, "eval", target="optional", keys=[SCHEDULE, PROFILE])(evaluate)
 
 
 def evaluate(
@@ -99,8 +100,8 @@ def _in_engine(
 ) -> None:
     from nemotron_dspark.engines.measure import evaluate_engine
 
-    if draft is not None or config.eval.confidence_threshold > 0:
-        given = "--confidence-threshold" if draft is None else "--draft"
+    if draft is not None or config.eval.schedule != "off":
+        given = "--schedule" if draft is None else "--draft"
         raise InputError(
             f"Both {given} and --engine are given, and an engine has a draft and settings of its own.",
             "Leave one of them out.",

@@ -18,7 +18,8 @@ _KEYS = [
     shell.KeyOption("--host", "serve.host"),
     shell.KeyOption("--port", "serve.port"),
     shell.KeyOption("--no-auth", "serve.no_auth"),
-    shell.KeyOption("--confidence-threshold", "serve.confidence_threshold"),
+    shell.KeyOption("--schedule", "serve.schedule"),
+    shell.KeyOption("--profile", "serve.profile"),
 ]
 
 

@@ -5,6 +5,7 @@ the nearest known key; it is never ignored.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +51,26 @@ def read_taps(value: Any) -> Any:
 def _on_off(value: Any) -> Any:
     """YAML reads on and off as true and false."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def read_schedule(value: Any) -> Any:
+    """What ``schedule`` accepts: off, cost, threshold, or threshold:NUMBER with a number from 0 to 1.
+
+    Raises:
+        ValueError: anything else.
+    """
+    text = str(_on_off(value)).strip().lower()
+    if not re.fullmatch(r"off|cost|threshold(:(0|1|[01]?\.\d+))?", text) or float(text.partition(":")[2] or 0) > 1:
+        raise PydanticCustomError("schedule", "neither off, nor cost, nor threshold, nor such as threshold:0.3")
+    return text
+
+
+Schedule = Annotated[str, BeforeValidator(read_schedule)]
+_SCHEDULE = (
+    "how much of a block is verified: off = all; threshold:P = up to the first slot of a smaller chance; cost = what "
+    "gives most tokens a second by `nds profile`"
+)
+_PROFILE = "file or folder of `nds profile`; null = the draft's own, if it has one"
 
 
 class TargetConfig(Section):
@@ -197,7 +218,8 @@ class EvalConfig(Section):
     max_new_tokens: int = Field(2048, ge=1, description="tokens generated per prompt")
     seed: int = Field(0, ge=0, description="seed of the sampled measurements")
     batch_size: int = Field(1, ge=1, description="prompts decoded together; speed is always measured one by one")
-    confidence_threshold: float = Field(0.0, ge=0, le=1, description="cut a block where confidence falls below")
+    schedule: Schedule = Field("off", description=_SCHEDULE)
+    profile: str | None = Field(None, description=_PROFILE)
 
     @property
     def sampled_temperature(self) -> float:
@@ -214,7 +236,8 @@ class ServeConfig(Section):
     max_batch_size: int = Field(8, ge=1, description="requests decoded together; further ones wait in a queue")
     max_queue: int = Field(256, ge=0, description="waiting requests; beyond that the answer is 503")
     max_new_tokens: int = Field(2048, ge=1, description="default and upper limit of max_tokens")
-    confidence_threshold: float = Field(0.0, ge=0, le=1, description="cut a block where confidence falls below")
+    schedule: Schedule = Field("off", description=_SCHEDULE)
+    profile: str | None = Field(None, description=_PROFILE)
 
 
 class RunConfig(Section):

@@ -18,11 +18,14 @@ from torch import Tensor
 from nemotron_dspark.decoding.accept import accept_greedy, accept_sampled
 from nemotron_dspark.decoding.constraint import Constraint, Likelihood, forbid, likelihoods
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
+from nemotron_dspark.decoding.schedule import Schedule
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import State, Target, Verified
 from nemotron_dspark.targets.kv import take_out
+
+_UNREAD = 64  # positions of plain rounds that the draft reads at once
 
 
 @dataclasses.dataclass(eq=False)
@@ -123,36 +126,38 @@ class Decoder:
         target: Target,
         draft: Draft | None = None,
         *,
-        confidence_threshold: float = 0.0,
+        schedule: Schedule | None = None,
         record_confidence: bool = False,
         record_margins: bool = False,
     ):
         """
         Args:
-            confidence_threshold: cut a block before the first slot whose predicted acceptance is below this; a
-                calibrated draft predicts with its `temperatures`.
+            schedule: how much of a block is drafted and verified, whole ones if not given; no other decoder has it.
             record_confidence: keep the confidence head's logits of every round in `Generation.confidence`, as they are
                 without temperatures.
             record_margins: keep in `Generation.margins` by how much the draft's largest logit exceeds its second.
 
         Raises:
-            InputError: the draft was made for another target, or confidence is asked of a draft that predicts none.
+            InputError: the draft was made for another target, or confidence is asked of one without a head.
         """
         self.target = target
         self.draft = draft
-        self.confidence_threshold = confidence_threshold
+        self.schedule = schedule or Schedule()
         self.record_confidence = record_confidence
         self.record_margins = record_margins
         self._taps: tuple[int, ...] = ()
         if draft is not None:
             draft.config.check_target(target.spec)
-            if (confidence_threshold > 0 or record_confidence) and draft.confidence_head is None:
-                raise InputError("The draft has no confidence head.", "Set the confidence threshold to 0.")
+            asked = record_confidence or self.schedule.signal == "confidence head"
+            if asked and draft.confidence_head is None:
+                raise InputError("The draft has no confidence head.", "Set schedule to off or cost.")
             self._taps = tuple(draft.config.target_layer_ids)
         self._rows: list[Generation] = []  # those of the last round, in the order of the rows of ``_memory``
         self._memory: _Memory | None = None
         # Of one row each: generations that took no part in the last round, for as long as somebody holds them.
         self._waiting: weakref.WeakKeyDictionary[Generation, _Memory] = weakref.WeakKeyDictionary()
+        # Of rounds without drafts, which the draft has not read yet: taps [B, 1, T·H] and the token after each [B, 1].
+        self._unread: list[tuple[Tensor, Tensor]] = []
 
     def read(self, prompt_ids: Sequence[int]) -> Prompt:
         """Prefill ``prompt_ids``, for several answers to `start` from."""
@@ -231,7 +236,7 @@ class Decoder:
         generation.finished = generation.finished or "dropped"
         self._waiting.pop(generation, None)
         if all(row.finished is not None for row in self._rows):
-            self._rows, self._memory = [], None
+            self._rows, self._memory, self._unread = [], None, []
 
     def _pick(self, generations: Sequence[Generation], logits: Tensor) -> list[int]:
         """One token for each row of ``logits`` [B, V]."""
@@ -243,6 +248,8 @@ class Decoder:
     def _gather(self, active: list[Generation]) -> tuple[list[Generation], _Memory]:
         """Make ``active`` the rows of the shared batch; returns them in row order, and the batch."""
         wanted, memory = set(active), self._memory
+        if wanted != set(self._rows):
+            self._catch_up()
         for row, generation in reversed([*enumerate(self._rows)]):  # the last one replaces one that leaves
             if memory is not None and generation not in wanted:
                 if generation.finished is None:  # it may come back in a later round
@@ -290,7 +297,10 @@ class Decoder:
         self.target.commit(state, committed)
         new = [[*tokens[:kept], last] for tokens, (kept, last) in zip(drafted.tolist(), outcomes, strict=True)]
         following = torch.tensor([row + [0] * (longest + 1 - len(row)) for row in new], device=anchors.device)
-        draft.extend(context, verified.taps, committed, following)
+        if longest:
+            draft.extend(context, verified.taps, committed, following)
+        else:
+            self._unread.append((verified.taps, following))
         for row, (generation, tokens) in enumerate(zip(active, new, strict=True)):
             if proposal.confidence is not None:
                 generation.confidence.append(proposal.confidence[row, : proposal.counts[row]].tolist())
@@ -299,6 +309,16 @@ class Decoder:
             generation.drafted.append(blocks[row])
             self._weigh(generation, verified.logits[row], tokens)
             self._note(generation, proposal.counts[row], tokens)
+            self.schedule.learn(generation)
+        if len(self._unread) >= _UNREAD:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Let the draft read what the target verified in rounds without drafts."""
+        if self._unread and self.draft is not None and self._memory is not None and self._memory.context is not None:
+            taps, following = (torch.cat(parts, 1) for parts in zip(*self._unread, strict=True))
+            self.draft.extend(self._memory.context, taps, [taps.shape[1]] * len(taps), following)
+        self._unread = []
 
     def _propose(self, active: list[Generation], anchors: Tensor, draft: Draft, context: DraftContext) -> _Proposal:
         gamma = draft.config.block_size
@@ -306,25 +326,34 @@ class Decoder:
         all_greedy = all(generation.greedy for generation in active)
         # All of a block's at once, used or not: a row's stream must not depend on where the others' blocks are cut.
         uniforms = None if all_greedy else torch.stack([generation.uniforms(gamma) for generation in active])
-        counts = [gamma if each.speculative else 0 for each in samplings]
-        tokens = anchors.new_zeros(len(active), gamma if any(counts) else 0)
+        plan = self.schedule.begin(active, gamma)
+        tokens = anchors.new_zeros(len(active), max(plan.lengths))
         probs = None if all_greedy else torch.zeros(*tokens.shape, draft.config.vocab_size, device=tokens.device)
-        if not any(counts):  # nobody wants drafts
-            return _Proposal(tokens, probs, counts, None, None)
+        if not tokens.shape[1]:  # nobody wants drafts
+            return _Proposal(tokens, probs, plan.lengths, None, None)
+        self._catch_up()
         block = draft.begin(context, anchors)
+        signal = self.schedule.signal
+        weights, biases = draft.calibrated(signal, [each.temperature for each in samplings]) if signal else (None, None)
+
+        def ends(slot: int, values: Tensor) -> bool:
+            """Whether all blocks end before ``slot``, given a logit or margin [B]. It sees no token of the slot."""
+            if weights is not None and biases is not None:
+                plan.look(slot, torch.sigmoid(weights[:, slot] * values + biases[:, slot]).tolist())
+            return max(plan.lengths) <= slot
+
         previous, confidence, margins = anchors, [], []
-        predicting = self.confidence_threshold > 0 or self.record_confidence
-        divisors = draft.temperatures_at([each.temperature for each in samplings]) if predicting else None
-        for slot in range(gamma):
-            if divisors is not None:
+        for slot in range(tokens.shape[1]):
+            if signal == "confidence head" or self.record_confidence:
                 confidence.append(block.confidence(previous).float())
-                self._cut(counts, confidence[-1] / divisors[:, slot], slot)
-                if max(counts) <= slot:
+                if signal == "confidence head" and ends(slot, confidence[-1]):
                     break
             logits = block.next_logits(previous)
-            if self.record_margins:
+            if signal == "margin" or self.record_margins:
                 first, second = logits.float().topk(2).values.unbind(-1)
                 margins.append(first - second)
+                if signal == "margin" and ends(slot, margins[-1]):
+                    break
             if uniforms is None or probs is None:
                 previous = logits.argmax(-1)
             else:
@@ -334,19 +363,10 @@ class Decoder:
         return _Proposal(
             tokens,
             probs,
-            counts,
+            plan.lengths,
             torch.stack(confidence, 1) if self.record_confidence else None,
-            torch.stack(margins, 1) if margins else None,
+            torch.stack(margins, 1) if self.record_margins else None,
         )
-
-    def _cut(self, counts: list[int], confidence: Tensor, slot: int) -> None:
-        """End the rows' blocks before ``slot`` where the confidence logit [B] falls below the threshold.
-
-        The decision sees the tokens before the slot and never the slot's own, so the output stays the target's.
-        """
-        for row, value in enumerate(torch.sigmoid(confidence).tolist()):
-            if value < self.confidence_threshold and counts[row] > slot:
-                counts[row] = slot
 
     @staticmethod
     def _weigh(generation: Generation, logits: Tensor, new: list[int]) -> None:

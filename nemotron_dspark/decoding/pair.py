@@ -8,8 +8,9 @@ from torch import nn
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.drafts import kinds
 from nemotron_dspark.drafts.config import read_draft_config
+from nemotron_dspark.drafts.costs import costs_beside
 from nemotron_dspark.drafts.dspark import Draft
-from nemotron_dspark.drafts.temperatures import read_temperatures
+from nemotron_dspark.drafts.temperatures import read_calibration
 from nemotron_dspark.targets import Target
 from nemotron_dspark.targets.packed import packed
 from nemotron_dspark.targets.proofs import prove
@@ -18,14 +19,15 @@ from nemotron_dspark.targets.proofs import prove
 def load_draft(folder: Path, target: Target) -> Draft:
     """The draft in ``folder`` on the target's device and in its type; a slim one takes the target's embedding and head.
 
-    A calibrated one has its `temperatures`.
+    A calibrated one has its `temperatures` or `margins`, a profiled one its `costs`.
 
     Raises:
-        InputError: no whole draft there, one for another target, or one with temperatures of other weights.
+        InputError: no whole draft there, one for another target, or a calibration or costs of another one.
     """
     draft = kinds.load(folder, device=target.device, dtype=target.dtype)
     draft.config.check_target(target.spec)
-    draft.temperatures = read_temperatures(folder, draft.config.block_size)
+    draft.temperatures, draft.margins = read_calibration(folder, draft.config.block_size)
+    draft.costs = costs_beside(folder, draft.config.block_size)
     if not draft.has_embeddings:
         own = draft.lm_head.weight  # an imported draft of a part of the vocabulary may bring its part of the head
         head = target.head.weight if own.is_meta or draft.d2t is None else own

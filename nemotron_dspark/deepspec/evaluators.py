@@ -18,6 +18,7 @@ from nemotron_dspark.chat.format import template_source
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.decoding.schedule import Threshold
 from nemotron_dspark.deepspec.checkout import deepspec_module
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.targets import Target
@@ -86,7 +87,7 @@ class NemotronDSparkEvaluator(_OurDecoding, _eval.Qwen3DSparkEvaluator):
     def _new_decoder(self, target: Target, draft: Draft) -> Decoder:
         threshold = float(self.args.confidence_threshold)
         record = draft.confidence_head is not None and threshold == 0.0
-        return Decoder(target, draft, confidence_threshold=threshold, record_confidence=record)
+        return Decoder(target, draft, schedule=Threshold(threshold) if threshold else None, record_confidence=record)
 
     def _observe(self, generation: Generation) -> None:
         if self.confidence_head_recorder is None:

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from nemotron_dspark import files
 from nemotron_dspark.config.run import AttentionKind
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
+from nemotron_dspark.drafts.costs import CostTable
 from nemotron_dspark.drafts.heads import ConfidenceHead, IndependentSlots, VanillaHead, build_sequential_head
 from nemotron_dspark.drafts.layers import (
     DraftContext,
@@ -81,6 +82,9 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
     confidence_head: "ConfidenceHead | None"
     # What divides the confidence head's logits, by slot, for each temperature of sampling that it was calibrated at.
     temperatures: Mapping[float, tuple[float, ...]] | None = None
+    # Weights and biases, by slot, that make a chance of a margin, likewise.
+    margins: Mapping[float, tuple[tuple[float, ...], tuple[float, ...]]] | None = None
+    costs: CostTable | None = None  # of rounds on this machine, where they were measured
 
     def __init__(
         self,
@@ -254,14 +258,21 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
             return logits
         return logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf).index_copy_(-1, tokens, logits)
 
-    def temperatures_at(self, sampled: Sequence[float]) -> Tensor:
-        """What divides the confidence logits of rows sampled at temperatures ``sampled`` [B]: [B, γ].
+    def calibrated(self, signal: str, sampled: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Weights and biases [B, γ] with which σ(w z + b) is a slot's chance, for rows sampled at ``sampled`` [B].
 
-        That of the nearest temperature which the draft is calibrated at; 1 for one that is not.
+        ``signal`` is what z is: a logit of the "confidence head", or a "margin". They are those of the nearest
+        temperature of sampling that the draft is calibrated at; 1 and 0 for a head that is not calibrated.
         """
-        fitted = self.temperatures or {0.0: (1.0,) * self.config.block_size}
-        nearest = [min(fitted, key=lambda at: abs(at - temperature)) for temperature in sampled]
-        return torch.tensor([fitted[at] for at in nearest], device=self.device)
+        slots = self.config.block_size
+        if signal == "margin":
+            fitted = self.margins or {}
+        else:
+            heads = self.temperatures or {0.0: (1.0,) * slots}
+            fitted = {at: (tuple(1 / each for each in fit), (0.0,) * slots) for at, fit in heads.items()}
+        nearest = [fitted[min(fitted, key=lambda at: abs(at - temperature))] for temperature in sampled]
+        weights, biases = zip(*nearest, strict=True)
+        return torch.tensor(weights, device=self.device), torch.tensor(biases, device=self.device)
 
     # --- parts ---
 
@@ -373,7 +384,7 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         with_markov = self.config.confidence_head_with_markov
         embedded = self.markov_head.embed(previous, hidden.dtype) if with_markov else None
         if self.confidence_head is None:
-            raise InputError("The draft has no confidence head.", "Set the confidence threshold to 0.")
+            raise InputError("The draft has no confidence head.", "Set schedule to off or cost.")
         return self.confidence_head(hidden, embedded)
 
     # --- decoding ---

@@ -214,7 +214,7 @@ class Eagle3Block:
     slot: int = 0
 
     def confidence(self, previous: Tensor) -> Tensor:
-        raise InputError("An EAGLE-3 draft predicts no acceptance.", "Set the confidence threshold to 0.")
+        raise InputError("An EAGLE-3 draft predicts no acceptance.", "Set schedule to off or cost.")
 
     def next_logits(self, previous: Tensor) -> Tensor:
         """Logits [B, V] of the next slot, after ``previous`` [B]."""

@@ -1,4 +1,4 @@
-"""The temperatures of a confidence head, in a folder beside the draft that they were fitted to.
+"""The calibration of a draft, in a folder beside it: temperatures of its confidence head, or lines of its margins.
 
 `calibration.json` is ours: of what draft they are, and a fit for each temperature of sampling. Engines read one fit:
 SGLang's `--speculative-dspark-confidence-sts-path` and TensorRT-LLM's `confidence_sts_path` take a file with a list
@@ -42,31 +42,39 @@ def digest(draft_folder: Path) -> str:
     return found.hexdigest()
 
 
-def read_temperatures(draft_folder: Path, block_size: int) -> dict[float, tuple[float, ...]] | None:
-    """The temperatures [γ] of the draft's confidence head by temperature of sampling; None if it is not calibrated.
+Temperatures = dict[float, tuple[float, ...]]  # [γ] by temperature of sampling
+Margins = dict[float, tuple[tuple[float, ...], tuple[float, ...]]]  # weights [γ] and biases [γ], likewise
+
+
+def read_calibration(draft_folder: Path, block_size: int) -> tuple[Temperatures | None, Margins | None]:
+    """The draft's calibration, of its confidence head or else of its margins; neither if it has none.
 
     Raises:
-        InputError: they are not one positive number a slot, or were fitted to other weights.
+        InputError: it is not a number a slot, or was fitted to other weights.
     """
     path = Path(draft_folder) / FOLDER / FILE
     if not path.is_file():
-        return None
+        return None, None
     again = f"Delete {path.parent} and run `nds calibrate` again."
     found = files.read_json(path)
     try:
-        fits = {float(fit["sampled_at"]): _checked(fit["temperatures"], block_size) for fit in found["fits"]}
+        fits = {float(fit["sampled_at"]): fit for fit in found["fits"]}
         made_for = found["draft_digest"]
+        heads = {at: _numbers(fit["temperatures"], block_size) for at, fit in fits.items() if fit["temperatures"]}
+        margins = {
+            at: (_numbers(fit["weights"], block_size, -math.inf), _numbers(fit["biases"], block_size, -math.inf))
+            for at, fit in fits.items()
+            if not fit["temperatures"]
+        }
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path} does not hold {block_size} positive temperatures, one a slot.", again) from None
+        raise InputError(f"{path} does not hold {block_size} numbers, one a slot.", again) from None
     if made_for != digest(draft_folder):
         raise InputError(f"{path} was fitted to a draft with other weights.", again)
-    return {at: fit for at, fit in fits.items() if fit is not None} or None  # None of margins: there is no head
+    return heads or None, margins or None
 
 
-def _checked(values: Any, count: int) -> tuple[float, ...] | None:
-    if values is None:
-        return None
+def _numbers(values: Any, count: int, least: float = 0.0) -> tuple[float, ...]:
     numbers = tuple(map(float, values))
-    if len(numbers) != count or not all(0 < each < math.inf for each in numbers):
+    if len(numbers) != count or not all(least < each < math.inf for each in numbers):
         raise ValueError
     return numbers

@@ -18,6 +18,7 @@ from nemotron_dspark import files
 from nemotron_dspark.config import EvalConfig
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.decoding.schedule import schedule_for
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import CheckError, InputError
 from nemotron_dspark.evaluation import picture
@@ -166,12 +167,9 @@ def compare(
 def _compare_on(
     target: Target, drafts: Mapping[str, Draft], group: Group, config: EvalConfig, progress: Progress | None
 ) -> list[Compared]:
-    threshold = config.confidence_threshold
     decoders: dict[str | None, Decoder] = {None: Decoder(target)}
     for name, draft in drafts.items():
-        decoders[name] = Decoder(
-            target, draft, confidence_threshold=threshold if draft.confidence_head is not None else 0.0
-        )
+        decoders[name] = Decoder(target, draft, schedule=schedule_for(_schedule(config, draft), draft, config.profile))
     greedy = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
     answers: dict[str | None, list[Generation]] = {name: [] for name in decoders}
     for decoder in decoders.values():
@@ -187,7 +185,7 @@ def _compare_on(
         measurements = [summarise(fast, 0.0, draft.config.block_size, timed=True)]
         for temperature in config.temperatures:
             if temperature > 0:
-                own = config if draft.confidence_head is not None else _without_threshold(config)
+                own = config.model_copy(update={"schedule": _schedule(config, draft)})
                 told = _told(progress, f"{group.label}, {name}, {label_of(temperature)}")
                 measurements.append(measure(target, draft, group.prompts, temperature, own, told))
         rows.append(
@@ -207,8 +205,10 @@ def _compare_on(
     return rows
 
 
-def _without_threshold(config: EvalConfig) -> EvalConfig:
-    return config.model_copy(update={"confidence_threshold": 0.0})
+def _schedule(config: EvalConfig, draft: Draft) -> str:
+    """A draft without a confidence head has no threshold."""
+    judged = draft.confidence_head is not None or not config.schedule.startswith("threshold")
+    return config.schedule if judged else "off"
 
 
 def _told(progress: Progress | None, what: str) -> Progress | None:

@@ -18,6 +18,7 @@ from nemotron_dspark.config import EvalConfig
 from nemotron_dspark.data.prompts import rendered_prompts
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.decoding.schedule import schedule_for
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target
@@ -35,7 +36,7 @@ class Measurement:
     rounds: int  # verifications
     accepted_length: float  # tokens gained per round, the target's own included; 1 = the draft is useless
     standard_error: float | None  # of the accepted length, over prompts; None of a single one
-    drafted: float  # slots verified per round: the block's, less what `eval.confidence_threshold` cuts
+    drafted: float  # slots verified per round: the block's, less what `eval.schedule` cuts
     per_position: tuple[float, ...]  # share of rounds in which the draft of slot k, and so all before it, was kept
     given_previous: tuple[float, ...]  # share kept of slot k where all slots before it were kept
     tokens_per_second: float | None  # one prompt at a time, prefill not counted; None when rows were batched
@@ -127,7 +128,7 @@ def measure(
     progress: Progress | None = None,
 ) -> Measurement:
     """Measure the acceptance of ``draft`` on ``prompts``; prompt i is sampled with seed ``config.seed + i``."""
-    decoder = Decoder(target, draft, confidence_threshold=config.confidence_threshold)
+    decoder = Decoder(target, draft, schedule=schedule_for(config.schedule, draft, config.profile))
     done = decode(decoder, prompts, temperature, config, progress)
     return summarise(done, temperature, draft.config.block_size, timed=config.batch_size == 1)
 
@@ -189,7 +190,8 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure acceptance, speed and equality on ``prompts``; greedy acceptance always, as the other two are greedy."""
-    plain, speculative = Decoder(target), Decoder(target, draft, confidence_threshold=config.confidence_threshold)
+    plain = Decoder(target)
+    speculative = Decoder(target, draft, schedule=schedule_for(config.schedule, draft, config.profile))
     greedy = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
     warm = Sampling(temperature=0.0, max_new_tokens=min(16, config.max_new_tokens))
     for decoder in (plain, speculative):

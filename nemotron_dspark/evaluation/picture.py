@@ -1,4 +1,4 @@
-"""Draw a run: loss and expected accepted length over its steps, and acceptance by position; and a calibration."""
+"""Draw a run: loss and expected accepted length over its steps, acceptance by position; a calibration; costs."""
 
 import dataclasses
 import importlib.util
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_dspark.drafts.costs import CostTable
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.evaluation.calibration import Bin
 from nemotron_dspark.evaluation.measure import Measurement
@@ -102,6 +103,38 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, str, float]]]
         axis.grid(axis="y", alpha=0.25)
     axes[-1].set_xticks(range(len(groups)), groups, fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=len(series), loc="outside lower center")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    return path
+
+
+def draw_costs(path: Path, costs: CostTable, title: str = "") -> Path:
+    """Draw what verifying and drafting cost by tokens drafted, a line a number of requests, as a PNG at ``path``.
+
+    Raises:
+        EnvironmentFault: matplotlib is not installed.
+    """
+    figure = _new_figure(10.0, 4.2)
+    whole, relative = figure.subplots(1, 2)
+    lengths = range(costs.gamma + 1)
+    for at, (rows, verify, draft) in enumerate(zip(costs.rows, costs.verify, costs.draft, strict=True)):
+        color = _BARS[at % len(_BARS)]
+        label = f"{rows} request{'s' * (rows > 1)}"
+        whole.plot(lengths, [1e3 * each for each in verify], "-o", markersize=4, color=color, label=label)
+        if any(draft):
+            whole.plot(lengths[1:], [1e3 * each for each in draft[1:]], ":", color=color)
+        rounds = costs.rounds(rows)
+        relative.plot(lengths, [each / rounds[0] for each in rounds], "-o", markersize=4, color=color, label=label)
+    whole.set(title="verify (dotted: draft)", ylabel="milliseconds", yscale="log")
+    relative.plot(lengths, [1 + k for k in lengths], color="0.6", linewidth=1, linestyle="--", label="all kept")
+    relative.set(title="a round, in plain rounds of as many requests", ylabel="tokens to gain to be no slower")
+    relative.set_ylim(bottom=0)
+    for axis in (whole, relative):
+        axis.set(xlabel="tokens drafted of each request")
+        axis.set_xticks(list(lengths))
+        axis.grid(alpha=0.25)
+    figure.legend(*relative.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     if title:
         figure.suptitle(title, fontsize=11)
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))

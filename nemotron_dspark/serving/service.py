@@ -18,6 +18,7 @@ from nemotron_dspark.chat.tool_calls import call_tags
 from nemotron_dspark.config.run import ServeConfig
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.decoding.schedule import schedule_for
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.serving.engine import Engine, GenerationRequest
@@ -54,7 +55,7 @@ class Served:
         return Served(
             model_id=Path(name).resolve().name if Path(name).is_dir() else name,
             aliases=frozenset({name}),
-            decoder=Decoder(target, draft, confidence_threshold=config.confidence_threshold),
+            decoder=Decoder(target, draft, schedule=schedule_for(config.schedule, draft, config.profile)),
             tokenizer=target.tokenizer,
             vocab_size=target.spec.vocab_size,
             max_positions=target.spec.max_position_embeddings,

@@ -11,7 +11,9 @@ from scipy import stats
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
+from nemotron_dspark.decoding.schedule import Cost, Schedule, Threshold
 from nemotron_dspark.drafts.config import build_draft_config
+from nemotron_dspark.drafts.costs import CostTable
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import tiny
@@ -130,7 +132,7 @@ def test_rows_decoded_together_equal_rows_decoded_alone(target, prompts, plain):
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
 def test_greedy_with_a_real_draft_of_every_head_is_lossless(target, prompts, plain, head):
     draft = make_draft(target, markov_head=head)
-    decoder = Decoder(target, draft, confidence_threshold=0.5)
+    decoder = Decoder(target, draft, schedule=Threshold(0.5))
     for prompt, answer in zip(prompts[:10], plain[:10], strict=True):
         assert decoder.generate(prompt, GREEDY).tokens == answer
 
@@ -151,13 +153,42 @@ def test_cutting_at_low_confidence_is_lossless_and_shortens_blocks(target, promp
     with torch.no_grad():
         draft.confidence_head.proj.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
         draft.markov_head.markov_w1.weight.normal_(0, 5.0, generator=torch.Generator().manual_seed(4))
-    decoder = Decoder(target, draft, confidence_threshold=0.45)
+    decoder = Decoder(target, draft, schedule=Threshold(0.45))
     proposed = collections.Counter()
     for prompt, answer in zip(prompts[:20], plain[:20], strict=True):
         generation = decoder.generate(prompt, GREEDY)
         assert generation.tokens == answer
         proposed.update(generation.proposed)
     assert len(proposed) > 2
+
+
+def table(gamma: int, step: float, draft: float = 0.0) -> CostTable:
+    """A pass takes a second, and ``step`` for each further token of a request; drafting takes ``draft``."""
+    verify = tuple(1 + step * k for k in range(gamma + 1))
+    return CostTable((1,), (verify,), ((0.0, *[draft] * gamma),))
+
+
+@pytest.mark.parametrize("signal", ["confidence head", "margin", None])
+def test_greedy_output_of_a_hybrid_is_the_same_whatever_lengths_are_scheduled(target, prompts, plain, signal):
+    draft = make_draft(target, cls=ForetellingDraft, markov_rank=0, confidence_with_markov=False)
+    draft.errors = torch.Generator().manual_seed(2)
+    draft.margins = {0.0: ((1.0,) * GAMMA, (0.3,) * GAMMA)}
+    with torch.no_grad():
+        draft.confidence_head.proj.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(3))
+    decoder = Decoder(target, draft, schedule=Cost(table(GAMMA, step=0.2, draft=0.05), signal))
+    waiting, active, lengths = list(zip(prompts[:8], plain[:8], strict=True)), [], collections.Counter()
+    while waiting or active:
+        while waiting and len(active) < 3:
+            prompt, answer = waiting.pop(0)
+            active.append((decoder.start(prompt, GREEDY), prompt + answer, answer))
+        draft.plans = [plan for _, plan, _ in active]
+        decoder.step([generation for generation, _, _ in active])
+        for generation, _, answer in active:
+            if generation.finished:
+                assert generation.tokens == answer
+                lengths.update(generation.proposed)
+        active = [item for item in active if not item[0].finished]
+    assert set(lengths) & set(range(1, GAMMA))  # parts of blocks
 
 
 # --- sampling, on a vocabulary small enough to count ---
@@ -251,6 +282,48 @@ def test_sampled_output_of_a_draft_of_half_the_vocabulary_is_distributed_as_the_
     found = draw(Decoder(small_target, draft), prompt, sampling, 1000)
     assert {token for answer in found for token in answer} == set(range(VOCAB))
     assert p_value(found, expected, 1000) > 1e-3
+
+
+class EachAlone(Schedule):
+    """Every request of a batch under a schedule of its own, as if it were decoded alone."""
+
+    def __init__(self, signal):
+        self.signal = signal
+        self.schedules = collections.defaultdict(lambda: Cost(table(2, step=0.1, draft=0.02), signal))
+        self.lengths = collections.Counter()
+
+    def begin(self, generations, gamma):
+        plans = [self.schedules[generation].begin([generation], gamma) for generation in generations]
+        joint = super().begin(generations, gamma)
+        joint.lengths = [plan.lengths[0] for plan in plans]
+
+        def look(slot, chances):
+            for plan, chance in zip(plans, chances, strict=True):
+                if plan.lengths[0] > slot:
+                    plan.look(slot, [chance])
+            joint.lengths = [plan.lengths[0] for plan in plans]
+
+        joint.look = look
+        return joint
+
+    def learn(self, generation):
+        self.lengths[generation.proposed[-1]] += 1
+        self.schedules[generation].learn(generation)
+
+
+@pytest.mark.parametrize("signal", ["confidence head", "margin"])
+def test_sampled_output_is_distributed_as_the_target_where_chances_end_blocks(small_target, signal):
+    prompt, sampling = [1, 4, 2], {"temperature": 1.0, "max_new_tokens": 3}
+    expected = exact_distribution(small_target, prompt, Sampling(**sampling), 3)
+    draft = make_draft(small_target, seed=6, block_size=2, num_taps=1, taps=[0], markov_rank=4)
+    draft.margins = {1.0: ((2.0, 2.0), (-1.5, -1.5))}
+    with torch.no_grad():
+        draft.markov_head.markov_w2.weight.normal_(0, 1.0, generator=torch.Generator().manual_seed(7))
+        draft.markov_head.markov_w1.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(8))
+        draft.confidence_head.proj.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(9))
+    schedule = EachAlone(signal)
+    assert p_value(draw(Decoder(small_target, draft, schedule=schedule), prompt, sampling, 1000), expected, 1000) > 1e-3
+    assert len(schedule.lengths) > 1
 
 
 class NoTwice:

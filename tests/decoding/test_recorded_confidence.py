@@ -5,6 +5,7 @@ import torch
 from nemotron_dspark.config import DraftSection
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.decoding.schedule import Threshold
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.targets import Target
@@ -21,7 +22,7 @@ def test_every_proposed_draft_has_its_logit(tiny_hybrid):
     whole = Decoder(target, draft, record_confidence=True).generate([40, 41, 42], sampling)
     assert [len(logits) for logits in whole.confidence] == whole.proposed == [3] * whole.rounds
     assert Decoder(target, draft).generate([40, 41, 42], sampling).tokens == whole.tokens  # recording changes nothing
-    cut = Decoder(target, draft, record_confidence=True, confidence_threshold=0.5).generate([40, 41, 42], sampling)
+    cut = Decoder(target, draft, record_confidence=True, schedule=Threshold(0.5)).generate([40, 41, 42], sampling)
     assert [len(logits) for logits in cut.confidence] == cut.proposed
     assert min(cut.proposed) < 3
     assert all(logit >= 0 for logits in cut.confidence for logit in logits)

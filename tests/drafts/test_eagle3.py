@@ -7,6 +7,7 @@ from nemotron_dspark.config import DraftSection
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.decoding.schedule import Threshold
 from nemotron_dspark.drafts.config import Eagle3Config, build_eagle3_config, read_draft_config
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.errors import InputError
@@ -151,4 +152,4 @@ def test_greedy_decoding_with_eagle3_is_lossless_in_a_batch(tiny_hybrid, tmp_pat
         decoder.step(running)
     assert [generation.tokens for generation in running] == plain
     with pytest.raises(InputError, match="no confidence head"):
-        Decoder(target, draft, confidence_threshold=0.5)
+        Decoder(target, draft, schedule=Threshold(0.5))

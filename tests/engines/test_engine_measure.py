@@ -135,7 +135,7 @@ def test_the_command_prints_and_writes_what_was_measured(prompts, tiny_hybrid, t
         ((), "There is no trained draft"),
         (("--draft", "d", "--plain-engine", "http://127.0.0.1:1"), "without --engine"),
         (("--draft", "d", "--engine", "http://127.0.0.1:1"), "Both --draft and --engine"),
-        (("--confidence-threshold", "0.5", "--engine", "http://127.0.0.1:1"), "Both --confidence-threshold and"),
+        (("--schedule", "cost", "--engine", "http://127.0.0.1:1"), "Both --schedule and"),
     ],
 )
 def test_options_that_do_not_fit_are_said(given, what, prompts, tiny_hybrid):

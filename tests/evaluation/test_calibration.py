@@ -11,6 +11,7 @@ from nemotron_dspark.config import DraftSection, load_config
 from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.decoding.schedule import Threshold
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
@@ -272,7 +273,7 @@ def test_a_threshold_is_compared_with_the_calibrated_chance(target, draft):
     chance = torch.sigmoid(torch.tensor(logits[0]) / 4.0).item()
     scaled.temperatures = {0.0: (4.0, 1e-6, 1e-6), 1.0: (1e-6,) * GAMMA}
     for margin, cut in ((-1e-4, False), (1e-4, True)):
-        decoder = Decoder(target, scaled, confidence_threshold=chance + margin, record_confidence=True)
+        decoder = Decoder(target, scaled, schedule=Threshold(chance + margin), record_confidence=True)
         found = decoder.generate([40, 41, 42], Sampling(temperature=0.0, max_new_tokens=2))
         assert (found.proposed[0] == 0) is cut
         assert found.confidence[0][:1] == ([] if cut else pytest.approx(logits[:1]))  # recorded as the head says them
@@ -281,8 +282,11 @@ def test_a_threshold_is_compared_with_the_calibrated_chance(target, draft):
 def test_each_row_is_scaled_for_its_own_temperature_of_sampling(draft, target):
     scaled = new_draft(target)
     scaled.temperatures = {0.0: (1.0, 2.0, 3.0), 1.0: (4.0, 5.0, 6.0)}
-    assert scaled.temperatures_at([0.7, 0.0, 0.2]).tolist() == [[4.0, 5.0, 6.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
-    assert draft.temperatures_at([0.0, 1.0]).tolist() == [[1.0] * GAMMA] * 2
+    weights, biases = scaled.calibrated("confidence head", [0.7, 0.0, 0.2])
+    expected = torch.tensor([[4.0, 5.0, 6.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    assert torch.allclose(1 / weights, expected)
+    assert not biases.any()
+    assert draft.calibrated("confidence head", [0.0, 1.0])[0].tolist() == [[1.0] * GAMMA] * 2
 
 
 def test_a_draft_without_a_head_is_calibrated_by_its_margins(target, prompts, tmp_path, capsys):
@@ -296,7 +300,10 @@ def test_a_draft_without_a_head_is_calibrated_by_its_margins(target, prompts, tm
     assert value["signal"] == "margin"
     assert all(fit["temperatures"] is None and len(fit["weights"]) == GAMMA for fit in value["fits"])
     assert not list((tmp_path / "draft" / "calibration").glob("confidence_sts*"))  # no head that an engine would scale
-    assert load_draft(tmp_path / "draft", target).temperatures is None
+    loaded = load_draft(tmp_path / "draft", target)
+    assert loaded.temperatures is None
+    fit = value["fits"][-1]
+    assert loaded.margins[fit["sampled_at"]] == (tuple(fit["weights"]), tuple(fit["biases"]))
 
 
 def test_margins_are_of_the_logits_that_were_drafted_from(target, draft):
@@ -348,7 +355,7 @@ def test_temperatures_that_do_not_fit_the_draft_are_refused(target, folder, temp
     fits = {"fits": [{"sampled_at": 0.0, "temperatures": temperatures}], "draft_digest": ""}
     (folder / "calibration").mkdir()
     (folder / "calibration" / "calibration.json").write_text(json.dumps(fits))
-    with pytest.raises(InputError, match="does not hold 3 positive temperatures"):
+    with pytest.raises(InputError, match="does not hold 3 numbers, one a slot"):
         load_draft(folder, target)
 
 

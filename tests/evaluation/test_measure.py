@@ -86,7 +86,7 @@ def test_a_threshold_cuts_blocks_and_not_the_output(target, draft, prompts_file)
     whole = evaluate(target, draft, prompts, EvalConfig(max_new_tokens=12))
     with torch.no_grad():  # random weights: about a half is kept everywhere, so a half is cut by a threshold of a half
         draft.confidence_head.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
-    cut = evaluate(target, draft, prompts, EvalConfig(max_new_tokens=12, confidence_threshold=0.5))
+    cut = evaluate(target, draft, prompts, EvalConfig(max_new_tokens=12, schedule="threshold:0.5"))
     assert cut.lossless.identical == 4
     for before, after in zip(whole.measurements, cut.measurements, strict=True):
         assert before.drafted == 3

@@ -1,0 +1,72 @@
+"""`nds profile`: what a round of drafting and verifying costs on this machine, by requests and tokens."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from nemotron_dspark.cli import shell
+from nemotron_dspark.config import RunConfig
+from nemotron_dspark.errors import InputError
+
+_BUSY = 0.15  # of the median between the quartiles and it
+
+
+def register(app: typer.Typer) -> None:
+    shell.command(app)(profile)
+
+
+def profile(
+    config: RunConfig,
+    draft: Annotated[
+        Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft; without one, the target alone.")
+    ] = None,
+    rows: Annotated[
+        str, typer.Option("--rows", help="Numbers of requests, as far as the memory holds them.")
+    ] = "1,2,4,8,16,32",
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="Tokens before the block; 512, or what the target has room for."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0, help="About how long to measure; three times each at least.")
+    ] = 40.0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the files; by default `profile` in the draft's."),
+    ] = None,
+) -> None:
+    """Measure what a round costs here, and write the tables that schedulers read."""
+    from nemotron_dspark import stages
+    from nemotron_dspark.evaluation.profile import spread, tables
+
+    counts = _numbers(rows)
+    with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
+        found, written = stages.profile(
+            config,
+            draft,
+            out=out,
+            rows=counts,
+            context=context,
+            seconds=seconds,
+            on_loaded=status.stop,
+            on_progress=bars.update,
+        )
+    if shell.state.json:
+        shell.emit(found.to_json())
+        return
+    for table in tables(found):
+        shell.out.print(table)
+    if spread(found) > _BUSY:
+        shell.note("the times are spread widely: is the machine busy? Another run on a quiet one will be nearer.")
+    if found.left_out:
+        shell.note(f"{found.left_out}: not measured.")
+    shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"--rows {text!r} is no list of numbers of requests.", "Write for example --rows 1,8,32.")
+    return [int(part) for part in parts]

@@ -1,0 +1,262 @@
+"""How many tokens of each request a round drafts and verifies.
+
+- off: whole blocks.
+- threshold: a request's block ends before the first slot whose chance to be kept is below a number.
+- cost: what raises the expected tokens a second, by the chances and by what rounds were measured to cost here.
+
+The target's pass is a rectangle: it costs what its longest block costs. So of all choices of a prefix of each
+request's block the best is one length k for all of them, the k that maximises
+
+    (B + Σ_r Σ_{j≤k} s_rj) / T(B, k)
+
+for B requests, where s_rj is the chance that the first j drafts of request r are kept. The maximum is over all k: a
+cost that rises in stairs has several local ones.
+
+Whether a slot is verified is decided before its token is drawn, from tokens before it, so that the output stays the
+target's (Leviathan et al. 2023 hold for every length that is a stopping time). Chances of slots that are not drafted
+yet are what the request, or requests before it, had kept there.
+"""
+
+import itertools
+import math
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.drafts.costs import CostTable, read_costs
+from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.errors import InputError
+
+Signal = Literal["confidence head", "margin"]
+
+
+class Request(Protocol):
+    """What a schedule looks at of a `Generation`."""
+
+    sampling: Sampling
+    proposed: list[int]
+    survived: list[int]
+    accepted: list[int]
+
+
+THRESHOLD = 0.5  # of a threshold that is not given
+_UNSEEN = 0.7  # chance of a slot of which nothing is known yet: drafting begins with hope
+_PRIOR = 2.0  # tries that the shares of all requests weigh among those of one
+_OWN_MEMORY, _COMMON_MEMORY = 48, 1000  # tries after which one weighs 1/e, of a request and of all together
+_RETRY_SHARE = 0.01  # of the time without drafting that may go into trying whether it pays again
+_MOST_RETRIES = 3  # that are saved up for
+
+
+class Plan:
+    """The lengths of one round's blocks. While they are drafted they may only become shorter."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+
+    def look(self, slot: int, chances: Sequence[float]) -> None:
+        """End blocks before ``slot`` where it does not pay, given each request's chance that this slot is kept.
+
+        It is called before the slot's tokens are drawn, where the schedule has a signal.
+        """
+
+
+class Schedule:
+    """Whole blocks: what `off` is, and what the others change."""
+
+    signal: Signal | None = None  # what the chances of a slot are made of
+
+    def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
+        """The plan of a round of ``generations``, whose blocks have at most ``gamma`` tokens."""
+        return Plan([gamma if each.sampling.speculative else 0 for each in generations])
+
+    def learn(self, generation: Request) -> None:
+        """Its last round is over."""
+
+
+class Threshold(Schedule):
+    """A request's block ends before the first slot whose chance is below a number."""
+
+    signal = "confidence head"
+
+    def __init__(self, least: float):
+        self.least = least
+
+    def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
+        return _ThresholdPlan(super().begin(generations, gamma).lengths, self.least)
+
+
+class _ThresholdPlan(Plan):
+    def __init__(self, lengths: list[int], least: float):
+        super().__init__(lengths)
+        self.least = least
+
+    def look(self, slot: int, chances: Sequence[float]) -> None:
+        for row, chance in enumerate(chances):
+            if chance < self.least:
+                self.lengths[row] = min(self.lengths[row], slot)
+
+
+class Cost(Schedule):
+    """The length for all requests of a round that promises most tokens a second; none, where drafting does not pay.
+
+    Where it did not, a hundredth of the time is spent on trying again.
+    """
+
+    def __init__(self, costs: CostTable, signal: Signal | None = None):
+        self.signal = signal
+        self._costs = costs
+        self._common = Acceptance(costs.gamma, _COMMON_MEMORY)
+        self._own: weakref.WeakKeyDictionary[Request, Acceptance] = weakref.WeakKeyDictionary()
+        self._credit = math.inf  # seconds that trying again may cost
+        self._worth = 0.0  # seconds that a draft saves which is kept in a round that tries
+
+    def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
+        common = self._common.shares([_UNSEEN] * gamma)
+        shares = []
+        for each in generations:
+            own = self._own.setdefault(each, Acceptance(gamma, _OWN_MEMORY))
+            shares.append(own.shares(common) if each.sampling.speculative else [0.0] * gamma)
+        seconds = self._costs.rounds(len(generations))
+        foretold = [survival(each) for each in shares]
+        length, least, self._worth = best_length(foretold, seconds), 0, 0.0
+        if not length and any(map(any, shares)) and (length := self._try_again(generations, seconds)):
+            least = 1 if self.signal else length
+        if not length:
+            return Plan([0] * len(generations))
+        most = gamma if self.signal else length
+        lengths = [most if any(each) else 0 for each in shares]
+        begun = seconds[0] + self._costs.at(len(generations))[0][1]  # a block is begun before it is looked at
+        return _CostPlan(lengths, self, generations, shares, [begun, *seconds[1:]], least)
+
+    def learn(self, generation: Request) -> None:
+        proposed, kept = generation.proposed[-1], generation.survived[-1]
+        judged = kept if kept == generation.accepted[-1] else proposed  # behind a stop token nothing is known
+        self._credit += self._worth * kept
+        for acceptance in (self._common, self._own.get(generation)):
+            if acceptance is not None:
+                acceptance.add(kept, judged)
+
+    def expect(self, generations: Sequence[Request], slot: int, chances: Sequence[float]) -> None:
+        """Blocks ended before ``slot``: its chances take the place of what would have been seen there."""
+        for generation, chance in zip(generations, chances, strict=True):
+            for acceptance in (self._common, self._own[generation]):
+                if generation.sampling.speculative:
+                    acceptance.expect(slot, chance)
+
+    def _try_again(self, generations: Sequence[Request], seconds: Sequence[float]) -> int:
+        """The length to try although it promises less than none: the best if all were kept. 0 while it is too dear.
+
+        What is kept pays for the next try, so that a text which has become easy is tried on at once.
+        """
+        length = best_length([[1.0] * (len(seconds) - 1)], seconds)
+        loss = max(seconds[length] - seconds[0], 0.0)
+        self._credit = min(self._credit + _RETRY_SHARE * seconds[0], _MOST_RETRIES * loss)
+        new = any(each.sampling.speculative and not self._own[each].seen for each in generations)
+        if not length or self._credit < (loss if new else 2 * loss):  # one is kept for a request that comes new
+            return 0
+        self._credit -= loss
+        self._worth = seconds[0] / len(generations)
+        return length
+
+
+class _CostPlan(Plan):
+    def __init__(
+        self,
+        lengths: list[int],
+        schedule: Cost,
+        generations: Sequence[Request],
+        shares: Sequence[Sequence[float]],
+        seconds: Sequence[float],
+        least: int,
+    ):
+        super().__init__(lengths)
+        self._schedule, self._generations, self._least = schedule, list(generations), least
+        self._shares = [list(each) for each in shares]
+        self._seconds = seconds  # by length
+        self._ended = False
+
+    def look(self, slot: int, chances: Sequence[float]) -> None:
+        if self._ended:
+            return
+        for share, chance in zip(self._shares, chances, strict=True):
+            share[slot] = chance if any(share) else 0.0
+        longer = best_length([survival(share) for share in self._shares], self._seconds) > slot
+        if not longer and slot >= self._least:
+            self._ended = True
+            self.lengths = [min(length, slot) for length in self.lengths]
+            self._schedule.expect(self._generations, slot, chances)
+
+
+class Acceptance:
+    """How many drafts were kept at each slot, of those that were tried there; the recent ones weigh most."""
+
+    def __init__(self, gamma: int, memory: int):
+        self._kept = [0.0] * gamma
+        self._tried = [0.0] * gamma
+        self._fade = 1 - 1 / memory
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything was tried."""
+        return self._tried[0] > 0
+
+    def add(self, kept: int, judged: int) -> None:
+        """A round kept ``kept`` drafts of ``judged``."""
+        for slot in range(min(kept + 1, judged)):
+            self.expect(slot, float(slot < kept))
+
+    def expect(self, slot: int, chance: float) -> None:
+        """``slot`` was tried, or would have been kept with that chance."""
+        self._tried[slot] = self._fade * self._tried[slot] + 1
+        self._kept[slot] = self._fade * self._kept[slot] + chance
+
+    def shares(self, prior: Sequence[float]) -> list[float]:
+        """Kept of tried by slot, where ``prior`` weighs as `_PRIOR` tries."""
+        pairs = zip(self._kept, self._tried, prior, strict=True)
+        return [(kept + _PRIOR * before) / (tried + _PRIOR) for kept, tried, before in pairs]
+
+
+def survival(shares: Sequence[float]) -> list[float]:
+    """The chance that all drafts up to a slot are kept, from each slot's if those before it are."""
+    return list(itertools.accumulate(shares, lambda before, share: before * share))
+
+
+def best_length(foretold: Sequence[Sequence[float]], seconds: Sequence[float]) -> int:
+    """The length of all blocks with the most tokens a second, the first of equals.
+
+    Args:
+        foretold: [B][γ], the chance that the drafts of a request up to each slot are kept.
+        seconds: [γ + 1], of a round that verifies no drafts, one of each request, and so on.
+    """
+    tokens = [float(len(foretold))]
+    for column in zip(*foretold, strict=True):
+        tokens.append(tokens[-1] + sum(column))
+    return max(range(len(tokens)), key=lambda length: tokens[length] / seconds[length])
+
+
+def schedule_for(name: str, draft: Draft | None, profile: Path | str | None = None) -> Schedule:
+    """The schedule that a configuration calls ``name``: off, cost, threshold or threshold:NUMBER.
+
+    It remembers what its requests kept: one decoder has it alone. ``profile`` None is the draft's own.
+
+    Raises:
+        InputError: what it needs is not there.
+    """
+    kind, _, number = name.partition(":")
+    if draft is None or kind == "off":
+        return Schedule()
+    if kind == "threshold":
+        if draft.confidence_head is None:
+            raise InputError("The draft has no confidence head for a threshold.", "Set schedule to off or cost.")
+        return Threshold(float(number or THRESHOLD))
+    costs = read_costs(Path(profile), draft.config.block_size) if profile is not None else draft.costs
+    if costs is None:
+        raise InputError(
+            "schedule=cost needs to know what a round costs on this machine, and the draft was not profiled.",
+            "Run `nds profile` with this target and draft once, or give a table with --profile.",
+        )
+    if draft.confidence_head is not None:
+        return Cost(costs, "confidence head")
+    return Cost(costs, "margin" if draft.margins else None)
