@@ -77,8 +77,9 @@ class Display(Callback):
 
     def on_validation(self, metrics: StepMetrics, best: bool) -> None:
         tau = f"  tau {metrics.tau:.2f}" if metrics.tau is not None else ""
+        top1 = f"  top-1 {metrics.top1:.1%}" if metrics.top1 is not None else ""
         mark = "  best so far" if best else ""
-        self.on_message(f"held out, step {self._step(metrics.step)}  loss {metrics.loss:.3f}{tau}{mark}")
+        self.on_message(f"held out, step {self._step(metrics.step)}  loss {metrics.loss:.3f}{tau}{top1}{mark}")
 
     def on_status(self, text: str) -> None:
         self._beside = text

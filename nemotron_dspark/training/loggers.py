@@ -15,7 +15,7 @@ from nemotron_dspark.training.metrics import FILE, StepMetrics, read_metrics
 from nemotron_dspark.training.schedule import SampleSchedule
 
 VALIDATION = "validation/"  # before the names of what is measured on held-out samples
-MEASURED = ("loss", "ce", "l1", "confidence", "accept_rate", "tau")
+MEASURED = ("loss", "ce", "l1", "confidence", "accept_rate", "tau", "top1")
 
 
 class MetricsLog(Callback):

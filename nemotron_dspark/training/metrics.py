@@ -31,6 +31,7 @@ class StepMetrics:
     grad_norm: float  # of the last step, before clipping
     tokens_per_second: float  # tokens of the samples seen, without padding
     memory_mb: float  # highest so far: device memory on CUDA, else resident memory
+    top1: float | None = None  # share of slots whose likeliest token is the target's; of held-out samples alone
 
 
 @dataclasses.dataclass

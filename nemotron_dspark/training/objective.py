@@ -106,7 +106,10 @@ class DSparkObjective(Objective[DSparkDraft]):
         return self.loss(self.draft(batch.input_ids, batch.taps, batch.anchors, batch.block_mask), batch)
 
     def loss(self, hidden: Tensor, batch: Batch) -> Loss:
-        """`forward` from where the draft's own forward has given ``hidden`` [B, A, γ, H]."""
+        """`forward` from where the draft's own forward has given ``hidden`` [B, A, γ, H].
+
+        ``details``, without gradients alone: ``correct`` [γ], slots whose likeliest token is the target's.
+        """
         draft, weights, slots = self.draft, self.weights, batch.slots
         last = batch.last if weights.needs_target else None
         if weights.needs_target and last is None:
@@ -133,6 +136,11 @@ class DSparkObjective(Objective[DSparkDraft]):
         if (vocabulary := draft.vocabulary) is not None:
             at = torch.searchsorted(vocabulary, labels).clamp_(max=len(vocabulary) - 1)
             labels, ce_weight = at, weight * (vocabulary[at] == labels)
+        term_weights = (weights.ce * ce_weight,)
+        if last is not None:
+            term_weights += (weights.l1 * weight,)
+            if not torch.is_grad_enabled():  # a pass more over the logits, which training does not pay for
+                term_weights += (torch.zeros_like(weight),)
         total, terms = chunked_losses(
             dspark_formula,
             hidden_n,
@@ -140,7 +148,7 @@ class DSparkObjective(Objective[DSparkDraft]):
             Heads(draft.lm_head.weight, draft.target_head, vocabulary),
             markov,
             labels,
-            (weights.ce * ce_weight, weights.l1 * weight) if last is not None else (weights.ce * ce_weight,),
+            term_weights,
             None if last is None else last.flatten(0, 1)[slots.positions].to(hidden.dtype),
             slots,
             partial(
@@ -176,7 +184,12 @@ class DSparkObjective(Objective[DSparkDraft]):
             slots=batch.slot_mask.sum(dim=(0, 1)),
             accepted=rates.sum(dim=(0, 1)),
         )
-        return Loss(total, sums)
+        details = {}
+        if len(terms) == 3:
+            correct = torch.zeros_like(rates)
+            correct.view(-1).index_copy_(0, slots.index, terms[2])
+            details["correct"] = correct.sum(dim=(0, 1))
+        return Loss(total, sums, details)
 
 
 def dspark_formula(
@@ -185,8 +198,9 @@ def dspark_formula(
     labels: Tensor,  # [n]
     ce_weight: Tensor,  # [n]
     l1_weight: Tensor | None = None,  # [n]; None without the target's probabilities
+    agreement_weight: Tensor | None = None,  # [n] zeros: reported alone; None: not even that
 ) -> tuple[list[Tensor], Tensor]:
-    """CE and, with a target, L1 of slots; and the gradient of their weighted sum with respect to the draft's logits.
+    """CE and, with a target, L1 of slots, if asked agreement; the gradient of the weighted sum by the draft's logits.
 
     With p the softmax of the logits, q the target's probabilities, y the label's one-hot and s = sign(p - q):
 
@@ -198,9 +212,10 @@ def dspark_formula(
     terms = [(log_mass - chosen)[:, 0]]
     if target is None or l1_weight is None:
         return terms, p.mul_(ce_weight).scatter_add_(1, labels, -ce_weight)
+    agreed = [] if agreement_weight is None else [target.agrees(logits)]
     difference = torch.sub(p, target.each, out=target.each)
     l1 = difference.abs().sum(-1)
-    terms.append(l1 if target.outside is None else l1 + target.outside)
+    terms += [l1 if target.outside is None else l1 + target.outside, *agreed]
     signed = difference.sign_().mul_(p)  # s ⊙ p
     l1_weight = l1_weight[:, None]
     gradient = p.mul_(ce_weight - l1_weight * signed.sum(-1, keepdim=True)).addcmul_(signed, l1_weight)

@@ -116,17 +116,24 @@ class Validation:
         rounds = -(-len(self.ids) // (config.local_batch_size * context.world_size))
         load = dataclasses.replace(load, source=self._source)
         sums = StepSums.zeros(objective.draft.config.block_size, device)
+        correct = torch.zeros((), dtype=torch.float64, device=device)  # slots whose likeliest token is the target's
         with torch.no_grad():
             for ids in np.array_split(self.ids, rounds * context.world_size)[context.rank :: context.world_size]:
-                found = objective(load(0, ids if len(ids) else self.ids[-1:]).to(device)).sums
-                sums = sums + found if len(ids) else sums
-        metrics = MetricAccumulator(StepSums.from_tensor(context.all_reduce_sum(sums.to_tensor()))).summary(
+                found = objective(load(0, ids if len(ids) else self.ids[-1:]).to(device))
+                if len(ids):
+                    sums += found.sums
+                    correct += found.details["correct"].sum() if objective.needs_target else 0
+        total = StepSums.from_tensor(context.all_reduce_sum(sums.to_tensor()))
+        metrics = MetricAccumulator(total).summary(
             measured=objective.measured,
             step=step,
             epoch=load.schedule.epoch(step - 1),
             lr=0.0,
             grad_norm=0.0,
         )
+        if objective.needs_target:
+            share = float(context.all_reduce_sum(correct)) / max(1.0, float(total.slots.sum()))
+            metrics = dataclasses.replace(metrics, top1=share)
         line = {key: value for key, value in dataclasses.asdict(metrics).items() if key in _MEASURED}
         best = self.best is None or score(line) > score(self.best)
         self.lines.append(line)
@@ -151,4 +158,5 @@ _MEASURED = ("step", "epoch", *MEASURED)
 
 def _said(line: dict[str, Any]) -> str:
     tau = f", tau {line['tau']:.3f}" if line["tau"] is not None else ""
-    return f"loss {line['loss']:.4f}{tau}"
+    top1 = f", top-1 {line['top1']:.1%}" if line.get("top1") is not None else ""
+    return f"loss {line['loss']:.4f}{tau}{top1}"

@@ -15,6 +15,7 @@ from nemotron_dspark.training.metrics import read_lines
 from nemotron_dspark.training.source import CacheSource, Source
 from nemotron_dspark.training.trainer import Trainer
 from nemotron_dspark.training.validation import FILE, split
+from tests.drafts.conftest import block_logits
 from tests.training.test_trainer import StopAt, assert_same, weights
 
 HELD = {"validation": 0.25, "validate_every": 2, "max_steps": 8, "global_batch_size": 4}
@@ -56,14 +57,23 @@ def test_held_out_samples_are_never_trained_on(make_cache, make_draft, make_sett
 
 def test_what_is_measured_is_the_objective_over_the_held_out_samples(make_cache, make_draft, make_settings, tmp_path):
     cache, draft = make_cache(24), make_draft(cache=make_cache(24))
-    trainer = Trainer(cache, draft, make_settings(**HELD, lr=1e-12, warmup_ratio=0.0), tmp_path)
+    trainer = Trainer(cache, draft, make_settings(**HELD, lr=2e-2), tmp_path)
     trainer.run()
-    line, held = written(tmp_path)[0], trainer.validation.ids
+    line, held = written(tmp_path)[-1], trainer.validation.ids
     load = Loader(CacheSource(cache), trainer.schedule, 42, draft.config.num_anchors, draft.config.block_size, True)
     with torch.no_grad():
-        sums = trainer.objective(load(0, held)).sums
+        batch = load(0, held)
+        sums = trainer.objective(batch).sums
+        at = batch.anchors[..., None] + torch.arange(draft.config.block_size)  # [B, A, γ]
+        rows, last = torch.arange(len(at))[:, None, None], batch.input_ids.shape[1] - 1
+        hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.block_mask)
+        drafted = block_logits(draft, hidden, batch.input_ids[rows, at.clamp(max=last)]).argmax(-1)
+        likeliest = draft.target_logits(batch.last[rows, at.clamp(max=last)].float()).argmax(-1)
+        same = (drafted == likeliest)[batch.slot_mask]
     assert line["loss"] == pytest.approx(float(sums.loss / sums.weight), rel=1e-6)
     assert line["tau"] == pytest.approx(float(sums.tau / sums.blocks), rel=1e-6)
+    assert 0 < line["top1"] < 1
+    assert line["top1"] == pytest.approx(float(same.float().mean()), rel=1e-6)
     assert line["accept_rate"] == pytest.approx((sums.accepted / sums.slots).tolist(), rel=1e-6)
 
 
