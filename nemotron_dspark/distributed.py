@@ -1,4 +1,4 @@
-"""The processes of a run that `torchrun` starts: ranks, all-reduce, and that all of them end together.
+"""The processes that `torchrun` starts for a run or a build: ranks, all-reduce, and that all of them end together.
 
 What the trainer decides by (sums of metrics, whether to stop) is all-reduced over gloo, on the host, before every
 micro-batch. So all processes stop at the same step, and one that dies is noticed there by its closed connection,
@@ -8,18 +8,25 @@ whatever the devices are doing. Gradients go over a group of their own: NCCL on 
 import contextlib
 import datetime
 import os
-from collections.abc import Iterable, Iterator
+import platform
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemotron_dspark.errors import EnvironmentFault, NdsError
+from nemotron_dspark.errors import EnvironmentFault, InputError, NdsError
+from nemotron_dspark.files import disk_errors
 
 # A dead process is noticed by its connection; these are for one that is stuck.
 _MAIN_FIRST = datetime.timedelta(days=1)  # the first rank may tokenise for hours
 _STEP = datetime.timedelta(hours=1)  # load a target, write a checkpoint
+_SEEN = 60.0  # seconds until a file of another machine is seen, where a network's file system remembers folders
+_LOOK = 0.5  # seconds between two looks around while waiting
 _FAILED = "nds/failed"
 
 
@@ -29,6 +36,7 @@ class DistContext:
     rank = 0
     world_size = 1
     local_rank = 0  # among the processes of this machine
+    local_world_size = 1  # which are so many
 
     @property
     def is_main(self) -> bool:
@@ -42,16 +50,27 @@ class DistContext:
     def barrier(self) -> None:
         """Wait for all ranks."""
 
-    @contextlib.contextmanager
-    def main_process_first(self) -> Iterator[None]:
-        """Run the block on rank 0 first, and on the others when it has ended there."""
-        if not self.is_main:
-            self._wait_for_main()
-        yield
-        if self.is_main:
-            self._wait_for_main()
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait for all ranks, for a day if need be, and call ``meanwhile`` now and then."""
 
-    def _wait_for_main(self) -> None: ...
+    @contextlib.contextmanager
+    def main_process_first(self, shared: Path | None = None) -> Iterator[None]:
+        """Run the block on rank 0 first, and on the others when it has ended there.
+
+        Raises:
+            EnvironmentFault: on a rank that does not see what rank 0 writes to the folder ``shared``.
+        """
+        if self.is_main:
+            yield
+        self._wait_for_main(shared)
+        if not self.is_main:
+            yield
+
+    def _wait_for_main(self, shared: Path | None) -> None: ...
+
+    def apart(self) -> "DistContext":
+        """The same ranks over a connection of its own, for another thread; all ranks call it."""
+        return self
 
     def all_reduce_gradients(self, gradients: Iterable[Tensor]) -> None:
         """All-reduce the gradients (sum) in place; every rank has them in the same order."""
@@ -67,9 +86,10 @@ SINGLE = DistContext()
 class TorchDist(DistContext):
     """Several processes under `torchrun`, over torch.distributed."""
 
-    def __init__(self, rank: int, world_size: int, local_rank: int):
+    def __init__(self, rank: int, world_size: int, local_rank: int, timeout: datetime.timedelta = _STEP):
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-        self._groups = {"cpu": _new_group("gloo", _STEP)}
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        self._groups = {"cpu": _new_group("gloo", timeout)}
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         total = values.to("cpu", torch.float64, copy=True)
@@ -79,8 +99,35 @@ class TorchDist(DistContext):
     def barrier(self) -> None:
         self.all_reduce_sum(torch.zeros(()))
 
-    def _wait_for_main(self) -> None:
-        dist.barrier()
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        arrived = dist.all_reduce(torch.zeros(()), async_op=True)
+        while arrived is not None and not arrived.is_completed():
+            meanwhile()
+            time.sleep(_LOOK)
+        if arrived is not None:
+            arrived.wait()
+
+    def _wait_for_main(self, shared: Path | None) -> None:
+        number = torch.tensor(secrets.randbits(60) if self.is_main and shared else 0)
+        if self.is_main and shared:
+            with disk_errors(shared):
+                _mark(shared, number).touch()
+        dist.all_reduce(number)
+        if shared is None:
+            return
+        try:
+            if not self.is_main and not _appears(_mark(shared, number)):
+                raise EnvironmentFault(
+                    f"Process {self.rank} on {platform.node()} does not see what the first one wrote to {shared}.",
+                    "Give --out on a disk that all machines share.",
+                )
+            self.barrier()
+        finally:
+            if self.is_main:
+                _mark(shared, number).unlink(missing_ok=True)
+
+    def apart(self) -> DistContext:
+        return TorchDist(self.rank, self.world_size, self.local_rank, _MAIN_FIRST)
 
     def all_reduce_gradients(self, gradients: Iterable[Tensor]) -> None:
         under_way = [
@@ -95,6 +142,38 @@ class TorchDist(DistContext):
         if device.type not in self._groups:
             self._groups[device.type] = _new_group(dist.get_default_backend_for_device(device))
         return self._groups[device.type]
+
+
+def own_device(device: torch.device, key: str, context: DistContext) -> torch.device:
+    """The device of this process where the setting ``key`` says ``device``: of several on a machine, a GPU each.
+
+    Raises:
+        InputError: ``device`` is one GPU, for several processes.
+        EnvironmentFault: the machine has too few.
+    """
+    if context.world_size == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise InputError(
+            f"{key}={device} is one GPU, and there are {context.world_size} processes.", f"Leave {key} at auto."
+        )
+    if context.local_rank >= torch.cuda.device_count():
+        raise EnvironmentFault(
+            f"{platform.node()} has {torch.cuda.device_count()} GPUs, too few for its processes.",
+            f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}.",
+        )
+    return torch.device("cuda", context.local_rank)
+
+
+def _mark(folder: Path, number: Tensor) -> Path:
+    return folder / f".{int(number)}.tmp"
+
+
+def _appears(path: Path) -> bool:
+    until = time.monotonic() + _SEEN
+    while not (seen := path.is_file()) and time.monotonic() < until:
+        time.sleep(_LOOK)
+    return seen
 
 
 def _new_group(backend: str, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
@@ -140,8 +219,8 @@ def init_distributed() -> Iterator[DistContext]:
             silent = "timed out" in str(error).lower()
             raise EnvironmentFault(
                 f"Another process of this run {'gives no sign of life' if silent else 'has died'}.",
-                "Its output says why, or the system's log if it was killed. The same command goes on from the newest "
-                "checkpoint.",
+                "Its output says why, or the system's log if it was killed. The same command goes on from what is "
+                "saved.",
             ) from None
         raise
     # Not where it failed: a group that has lost a member may wait for it.

@@ -25,7 +25,7 @@ from nemotron_dspark.data.sources import Given, listed, named, one_file
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft, load_pair
 from nemotron_dspark.decoding.schedule import schedule_for
-from nemotron_dspark.distributed import SINGLE, DistContext
+from nemotron_dspark.distributed import SINGLE, DistContext, own_device
 from nemotron_dspark.drafts import costs, temperatures
 from nemotron_dspark.drafts.config import read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
@@ -91,6 +91,7 @@ def build_cache(
     target: Target | None = None,
     masked: bool = True,
     on_progress: Callable[[BuildProgress], None] | None = None,
+    context: DistContext = SINGLE,
 ) -> CacheReport:
     """Run the target over the conversations in ``data`` and keep the hidden states that a draft trains on in ``out``.
 
@@ -98,14 +99,42 @@ def build_cache(
     An unfinished cache is continued, a finished one of the same inputs is left as it is. The target is loaded when all
     conversations are tokenised and the disk is known to suffice. ``processes`` share the work, each with the target;
     None is one a GPU. With ``engines``, addresses of vLLM's servers or a folder of their files, the states are theirs,
-    compared with our own capture on one sample. ``masked`` is False for a kind of draft that has no mask token.
+    compared with our own capture on one sample. ``masked`` is False for a kind of draft that has no mask token. Each
+    rank of ``context`` calls this alike, builds a part in the same ``out``, and may divide it among ``processes`` of
+    its own if it is alone on its machine.
 
     Raises:
         InputError: unusable data, data that contains the draft's mask token, or a folder of other inputs.
         CheckError: a proof failed, or hidden states are not finite.
-        EnvironmentFault: the disk is or would be full, or a process died.
+        EnvironmentFault: the disk is or would be full, a process died, or the machines do not share ``out``.
     """
+    with contextlib.ExitStack() as prepared:
+        prepared.enter_context(context.main_process_first(Path(out)))
+        given = (config, data, out, processes, engines, target, masked, on_progress, context)
+        return _build_cache(*given, on_prepared=prepared.close)
+
+
+def _build_cache(
+    config: RunConfig,
+    data: Given,
+    out: Path | str,
+    processes: int | None,
+    engines: Sequence[str],
+    target: Target | None,
+    masked: bool,
+    on_progress: Callable[[BuildProgress], None] | None,
+    context: DistContext,
+    on_prepared: Callable[[], None],
+) -> CacheReport:
     device = target.device if target else resolve_device(config.target.device)
+    if context.local_world_size > 1:
+        if processes is not None and processes > 1:
+            raise InputError(
+                f"{context.local_world_size} processes share this machine, and each is to start {processes - 1} more.",
+                "Leave --processes out, or give torchrun --nproc-per-node 1.",
+            )
+        processes, device = 1, own_device(device, "target.device", context)
+        config = config.model_copy(update={"target": config.target.model_copy(update={"device": str(device)})})
     config = config.model_copy(update={"target": keep_dtype(config.target, dtype_of(Path(out)))})
     facts = target or _unloaded(config.target, device) or load_target(config, load_for_capture)
     taps = chosen_taps(facts.spec, config.draft)
@@ -128,8 +157,10 @@ def build_cache(
         load=load,
         helpers=helper_loads(config.target, device, processes) if not engines else [],
         on_progress=on_progress or (lambda progress: None),
+        context=context,
+        on_prepared=on_prepared,
     )
-    if masked and mask is None:  # one that the samples do not use, and training on them will find the same
+    if masked and mask is None and context.is_main:  # one that the samples do not use; training will find it too
         mask = choose_mask_token(facts.tokenizer, facts.spec, samples=TargetCache(report.folder).all_input_ids())
     return CacheReport(report, taps, mask)
 

@@ -2,10 +2,11 @@
 
 The first gives the samples' lengths, and everything but the hidden states follows from those: which samples share a
 forward, where every byte lies, and how many there will be. So the disk is checked before the target is loaded, and a
-build that was killed anywhere goes on with the samples it has not written, with any number of processes, and ends in
-the same bytes.
+build that was killed anywhere goes on with the samples it has not written, with any number of processes and machines,
+and ends in the same bytes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,12 +22,13 @@ import torch
 from nemotron_dspark._version import __version__
 from nemotron_dspark.cache.capture import BuildProgress, LoadTarget, TargetFacts, capture_all
 from nemotron_dspark.cache.compact import QUANTISATION
-from nemotron_dspark.cache.layout import MANIFEST, WORK
+from nemotron_dspark.cache.layout import MANIFEST, WORK, Layout
 from nemotron_dspark.cache.reader import TargetCache
 from nemotron_dspark.cache.writer import CacheWriter
 from nemotron_dspark.chat.format import recognise
 from nemotron_dspark.config.run import CacheConfig, DataConfig, TargetConfig
 from nemotron_dspark.data.tokens import Tally, read_report, tokenise
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256
 from nemotron_dspark.folders import check_claim, locked
@@ -63,6 +65,8 @@ def build_cache(
     load: LoadTarget | None = None,
     helpers: Sequence[LoadTarget] = (),
     on_progress: Callable[[BuildProgress], None] = lambda progress: None,
+    context: DistContext = SINGLE,
+    on_prepared: Callable[[], None] = lambda: None,
 ) -> BuildReport:
     """Write the cache of ``conversations_file`` under ``target`` to ``out_folder``, or finish one that was interrupted.
 
@@ -70,6 +74,9 @@ def build_cache(
     when all samples are tokenised and their hidden states fit on the disk. Each of ``helpers`` loads the same target in
     a process of its own, to compute a share. Processes are started for them, and to tokenise large files: a script must
     not build when it is merely imported. With ``mask_token_id``, data that contains it is refused.
+
+    Every rank of ``context`` computes its part of the samples. The others call this when rank 0 has called
+    ``on_prepared``: then all is in the folder that they need.
 
     Raises:
         InputError: unusable data, or a folder that holds something else or was built from other inputs.
@@ -86,9 +93,10 @@ def build_cache(
     known = read_json(folder / REPORT) if (folder / REPORT).is_file() else None
     check_claim(folder, "a cache", known and known.get("inputs", {}), inputs)
     if (folder / MANIFEST).is_file():
-        shutil.rmtree(work, ignore_errors=True)  # killed between the manifest and this
-        return _finished(folder, started)
-    with locked(work):
+        if context.is_main:
+            shutil.rmtree(work, ignore_errors=True)  # killed between the manifest and this
+        return _finished(folder, TargetCache(folder).layout, started)
+    with locked(work) if context.is_main else contextlib.nullcontext():
         tokens = tokenise(
             work,
             folder / REPORT,
@@ -108,11 +116,18 @@ def build_cache(
             taps=taps,
             hidden_size=spec.hidden_size,
             extra=_manifest_extra(target, conversations, data),
+            context=context,
         ) as writer:
+            on_prepared()
+            context.barrier()  # all go by the same journal, to which nothing is added before
             load = load or (lambda: cast(Target, target))  # as promised: it is loaded
             remarks = capture_all(load, tokens, writer, cache.batch_tokens, on_progress, helpers=helpers)
-            writer.finish(extra_files=[REPORT])
-    return _finished(folder, started, writer.reused, remarks)
+            context.wait(meanwhile=lambda: on_progress(BuildProgress.of(writer)))
+            if context.is_main:
+                writer.gather()
+                writer.finish(extra_files=[REPORT])
+            context.wait()
+    return _finished(folder, writer.layout, started, writer.reused, remarks)
 
 
 def helper_loads(config: TargetConfig, device: torch.device, processes: int | None) -> list[LoadTarget]:
@@ -143,8 +158,9 @@ def _load(config: TargetConfig) -> Target:
     return load_for_capture(config)
 
 
-def _finished(folder: Path, started: float, reused: int | None = None, remarks: tuple[str, ...] = ()) -> BuildReport:
-    layout = TargetCache(folder).layout
+def _finished(
+    folder: Path, layout: Layout, started: float, reused: int | None = None, remarks: tuple[str, ...] = ()
+) -> BuildReport:
     tally, notes = read_report(folder / REPORT)
     return BuildReport(
         **vars(tally),

@@ -6,6 +6,7 @@
    target's layers takes as many as its memory holds, a pass, and reads the weights once for all of them.
 3. In each, a thread writes a batch while the target computes the next.
 4. What is on the disk for certain is entered in the journal, by this process alone.
+5. Of the ranks of several nodes each computes every n-th batch, with a journal of its own.
 """
 
 import contextlib
@@ -133,6 +134,15 @@ class BuildProgress:
     total_tokens: int
     layer: int | None = None  # that a pass is at, where the target's layers are streamed
 
+    @staticmethod
+    def of(writer: CacheWriter, layer: int | None = None) -> "BuildProgress":
+        """Of the capture for ``writer``, on rank 0 what all ranks have done."""
+        writer.gather()
+        done, lengths = writer.written, writer.layout.lengths
+        return BuildProgress(
+            "capture", int(done.sum()), len(done), int(lengths[done].sum()), int(lengths.sum()), layer=layer
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class CaptureBatch:
@@ -158,10 +168,11 @@ def capture_all(
     *,
     helpers: Sequence[LoadTarget] = (),
 ) -> tuple[str, ...]:
-    """Compute and write the samples of ``tokens`` that ``writer`` does not have; without any, nothing is loaded.
+    """Compute and write this rank's part of the samples of ``tokens`` that ``writer`` does not have.
 
-    ``load`` gives the target of this process; each of ``helpers`` loads the same one in a process of its own. Whatever
-    stops it, samples whose forward has been run are written before it raises. Returns what the target remarks.
+    Without any, nothing is loaded. ``load`` gives the target of this process; each of ``helpers`` loads the same one
+    in a process of its own. Whatever stops it, samples whose forward has been run are written before it raises. Returns
+    what the target remarks.
 
     Raises:
         CheckError: hidden states are not finite.
@@ -169,17 +180,16 @@ def capture_all(
     """
 
     def report(layer: int | None = None) -> None:
-        done, lengths = writer.written, tokens.lengths
-        numbers = int(done.sum()), len(done), int(lengths[done].sum()), int(lengths.sum())
-        on_progress(BuildProgress("capture", *numbers, layer=layer))
+        on_progress(BuildProgress.of(writer, layer))
 
-    if writer.written.all():
-        report()
-        return ()
-    queue = Batches()
+    missing = []
     for samples in batches(tokens.lengths, batch_tokens):
         if rows := np.flatnonzero(~writer.written[samples]).tolist():
-            queue.append(CaptureBatch(samples, rows))
+            missing.append(CaptureBatch(samples, rows))
+    queue = Batches(missing[writer.context.rank :: writer.context.world_size])
+    if not queue:
+        report()
+        return ()
     threads = torch.get_num_threads() // (1 + len(helpers)) or 1
     share_of_each = sum(batch.tokens(tokens.lengths) for batch in queue) // (1 + len(helpers))
     with contextlib.ExitStack() as stack:

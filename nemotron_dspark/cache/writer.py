@@ -1,9 +1,9 @@
 """Write a target cache so that nothing computed is ever lost.
 
 Lengths decide the layout, so every sample goes straight to its final place, in whatever order and by whatever process
-it is computed. Until it is complete a shard lies in `.build/`. Samples that are durable are entered in a journal there,
-by one process; a killed build continues with the samples the journal does not have. `manifest.json` comes last: a
-folder that has one is complete.
+it is computed. Until it is complete a shard lies in `.build/`. There a journal has the samples that are durable, and a
+killed build continues with those that no journal has. The ranks of several machines have one each, on the disk that
+they share, and the first reads them all. `manifest.json` comes last: a folder that has one is complete.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from nemotron_dspark.cache.compact import CompactLayout
 from nemotron_dspark.cache.deepspec_layout import DeepSpecLayout
 from nemotron_dspark.cache.layout import INDEX, MANIFEST, WORK, Layout
 from nemotron_dspark.config.run import CacheConfig
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import CheckError
 from nemotron_dspark.files import disk_errors, fsync_folder, read_json, sha256, write_json, write_whole
 from nemotron_dspark.folders import check_space
@@ -85,7 +86,8 @@ class ShardFiles:
         with self._opening:
             if shard not in self._open:
                 with disk_errors(self.folder):
-                    self._open[shard] = os.open(self.partial(shard), os.O_RDWR | os.O_CREAT, 0o644)
+                    # Not to read: NFS would fill up a page of which another machine is writing the rest.
+                    self._open[shard] = os.open(self.partial(shard), os.O_WRONLY | os.O_CREAT, 0o644)
                     os.ftruncate(self._open[shard], self.layout.shard_sizes[shard])
                     _write_at(self._open[shard], np.frombuffer(self.layout.preamble(shard), np.uint8), 0)
             return self._open[shard]
@@ -96,25 +98,36 @@ class CacheWriter:
 
     Samples may be written by others, to `ShardFiles` of the same folder, in any process; `mark_written` notes them
     here, in any thread. Complete shards are put in place by a thread of its own, which reads them once more.
+
+    Every rank of ``context`` has one, rank 0 first. What the others note it gathers, and it alone holds the lock, puts
+    shards in place and finishes.
     """
 
-    def __init__(self, folder: Path | str, layout: Layout):
-        self.folder, self.layout = Path(folder), layout
+    def __init__(self, folder: Path | str, layout: Layout, context: DistContext = SINGLE):
+        self.folder, self.layout, self.context = Path(folder), layout, context
         self.files = ShardFiles(self.folder, layout)
         self.written = np.zeros(len(layout.lengths), dtype=bool)  # [samples]
         self._checksums = np.zeros(len(layout.lengths), dtype="<u4")
         self._bounds = np.searchsorted(layout.shards, np.arange(len(layout.shard_files) + 1))  # first sample of each
         work = self.folder / WORK
-        self._journal, self._digests_file = work / "written.journal", work / CHECKSUMS
+        self._journal, self._digests_file = _journal(work, context.rank), work / CHECKSUMS
+        self._gathered = dict.fromkeys((_journal(work, rank) for rank in range(1, context.world_size)), 0)  # bytes
         self._state = threading.RLock()
         self._closer = ThreadPoolExecutor(1, "close-shards")
         self._closing: list[Future] = []
         with disk_errors(self.folder):
             work.mkdir(parents=True, exist_ok=True)
-        for path in (*self.folder.glob(".*.tmp"), *work.glob(".*.tmp")):  # of a kill inside `files.write_whole`
-            path.unlink(missing_ok=True)
         self._digests = read_json(self._digests_file) if self._digests_file.is_file() else {}
-        self._resume(_read_journal(self._journal))
+        if context.is_main:
+            for path in (*self.folder.glob(".*.tmp"), *work.glob(".*.tmp")):  # of a kill inside `files.write_whole`
+                path.unlink(missing_ok=True)
+            journals = [*work.glob("*.journal")]
+            self._resume({id_: check for path in journals for id_, check in _entries(path.read_bytes()).items()})
+            for path in set(journals) - {self._journal}:
+                path.unlink()
+        else:
+            self._note(_entries(_journal(work, 0).read_bytes()))
+            write_whole(self._journal, lambda file: None)
         self.reused = int(self.written.sum())  # samples that an earlier, killed build had written
 
     @staticmethod
@@ -127,6 +140,7 @@ class CacheWriter:
         taps: Sequence[int],
         hidden_size: int,
         extra: Mapping[str, Any],  # for the manifest
+        context: DistContext = SINGLE,
     ) -> "CacheWriter":
         """The writer of a cache of such samples in the format that ``cache`` asks for.
 
@@ -138,7 +152,9 @@ class CacheWriter:
         layout: Layout = (
             CompactLayout.of(lengths, predicting, **settings) if compact else DeepSpecLayout.of(lengths, **settings)
         )
-        writer = CacheWriter(folder, layout)
+        writer = CacheWriter(folder, layout, context)
+        if not context.is_main:
+            return writer
         missing = sum(layout.shard_sizes) - sum(map(layout.sample_bytes, np.flatnonzero(writer.written).tolist()))
         check_space(
             folder,
@@ -170,14 +186,24 @@ class CacheWriter:
                 journal.write(b"".join(itertools.starmap(_entry, checksums.items())))
                 journal.flush()
                 os.fsync(journal.fileno())
-            ids = list(checksums)
-            self.written[ids], self._checksums[ids] = True, list(checksums.values())
-            for shard in np.unique(self.layout.shards[ids]).tolist():
+            self._note(checksums)
+            for shard in np.unique(self.layout.shards[list(checksums)]).tolist() if self.context.is_main else ():
                 if self.written[self._bounds[shard] : self._bounds[shard + 1]].all():
                     self._closing.append(self._closer.submit(self._put_in_place, shard))
             for closed in self._closing:
                 if closed.done():
                     closed.result()
+
+    def gather(self) -> None:
+        """On rank 0, note what the other ranks have noted since the last call."""
+        for journal, start in self._gathered.items() if self.context.is_main else ():
+            with disk_errors(self.folder), open(journal, "rb") as file:
+                file.seek(start)
+                data = file.read()
+            found = _entries(data)
+            if len(found) == len(data) // _ENTRY.size:  # else one is being written, and all are read again
+                self._gathered[journal] += len(found) * _ENTRY.size
+            self.mark_written({sample: check for sample, check in found.items() if not self.written[sample]})
 
     def finish(self, extra_files: Iterable[str] = ()) -> None:
         """Write index, checksums (of ``extra_files`` too) and manifest; the cache is complete when this returns."""
@@ -190,6 +216,10 @@ class CacheWriter:
             closed.result()
         finish_cache(self.folder, self.layout, self._checksums, self._digests, extra_files)
         shutil.rmtree(self.folder / WORK)
+
+    def _note(self, checksums: Written) -> None:
+        ids = list(checksums)
+        self.written[ids], self._checksums[ids] = True, list(checksums.values())
 
     def _put_in_place(self, shard: int) -> None:
         name, partial = self.layout.shard_files[shard], self.files.partial(shard)
@@ -204,7 +234,7 @@ class CacheWriter:
     def _resume(self, noted: Written) -> None:
         """Count what an earlier, killed build has written for certain, and rewrite the journal without the rest of it.
 
-        ``noted`` is the checksum of every sample in its journal.
+        ``noted`` is the checksum of every sample in its journals.
         """
         for shard, name in enumerate(self.layout.shard_files):
             samples = range(self._bounds[shard], self._bounds[shard + 1])
@@ -215,7 +245,7 @@ class CacheWriter:
                 continue
             if whole and len(found) < len(samples):  # the journal was lost
                 os.replace(done, partial)
-            self.written[found], self._checksums[found] = True, [noted[sample] for sample in found]
+            self._note({sample: noted[sample] for sample in found})
             if not whole and len(found) == len(samples):  # killed between the last note and the rename
                 self._closing.append(self._closer.submit(self._put_in_place, shard))
         entries = b"".join(_entry(sample, noted[sample]) for sample in np.flatnonzero(self.written).tolist())
@@ -249,9 +279,12 @@ def _entry(sample_id: int, checksum: int) -> bytes:
     return _ENTRY.pack(sample_id, checksum, zlib.crc32(_CONTENT.pack(sample_id, checksum)))
 
 
-def _read_journal(path: Path) -> Written:
-    """Checksum of every sample that was noted."""
-    data = path.read_bytes() if path.is_file() else b""
+def _journal(work: Path, rank: int) -> Path:
+    return work / (f"written-{rank}.journal" if rank else "written.journal")
+
+
+def _entries(data: bytes) -> Written:
+    """Checksum of every sample that was noted, in a journal's bytes."""
     whole = data[: len(data) - len(data) % _ENTRY.size]
     return {
         sample_id: checksum

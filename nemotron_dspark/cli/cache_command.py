@@ -1,5 +1,7 @@
 """`nds cache build|info|verify|convert`: the target's hidden states on disk."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def build(
-    config: RunConfig,
+    read_config: Callable[[], RunConfig],
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,26 +58,35 @@ def build(
             "(several: repeat it), or from a folder of its files.",
         ),
     ] = None,
-) -> "CacheReport":
-    """Run the target over conversations and keep the hidden states a draft trains on."""
-    from nemotron_dspark.recipe import latest
-    from nemotron_dspark.stages import build_cache
+) -> "CacheReport | None":
+    """Run the target over conversations and keep the hidden states a draft trains on.
 
+    Under torchrun every process builds a part of the samples, in a folder that all machines share.
+    """
     shell.stop_on_sigterm()
-    if not data:
-        found = latest.answered(config)
-        shell.note(f"--data is not given: {found.said}.")
-        data = [str(found.path)]
-    out = out or latest.default_cache(config)
-    with shell.bars() as bars:
-        return build_cache(
-            config,
-            data,
-            out,
-            processes=processes,
-            engines=engine or (),
-            on_progress=lambda now: shell.show_build(bars, now),
-        )
+    from nemotron_dspark.distributed import init_distributed
+
+    with init_distributed() as context:
+        config = read_config()
+        from nemotron_dspark.recipe import latest
+        from nemotron_dspark.stages import build_cache
+
+        if not data:
+            found = latest.answered(config)
+            if context.is_main:
+                shell.note(f"--data is not given: {found.said}.")
+            data = [str(found.path)]
+        with shell.bars() if context.is_main else contextlib.nullcontext() as bars:
+            report = build_cache(
+                config,
+                data,
+                out or latest.default_cache(config),
+                processes=processes,
+                engines=engine or (),
+                on_progress=(lambda now: shell.show_build(bars, now)) if bars else None,
+                context=context,
+            )
+    return report if context.is_main else None
 
 
 def info(folder: FolderArgument) -> "CacheInfo":

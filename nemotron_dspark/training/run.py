@@ -6,7 +6,6 @@ conversations the target itself runs beside the draft.
 
 import contextlib
 import dataclasses
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import torch
 
 from nemotron_dspark import files
 from nemotron_dspark.config import RunConfig, TrainConfig
-from nemotron_dspark.distributed import SINGLE, DistContext
+from nemotron_dspark.distributed import SINGLE, DistContext, own_device
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config, read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.from_draft import TARGET, draft_of, section_like, start_from_draft
 from nemotron_dspark.drafts.from_target import start_from_target
 from nemotron_dspark.drafts.kinds import draft_class
-from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.target import resolve_device
@@ -89,14 +87,8 @@ def train(
         section = section_like(read_draft_config(start), config.draft)
         config = config.model_copy(update={"draft": section})
     # Rank 0 takes the folder, tokenises and writes; the others then find all of it there.
-    with context.main_process_first():
-        if not context.is_main:
-            resume = True
-            if not (out / folders.RUN_FILE).is_file():
-                raise EnvironmentFault(
-                    f"Process {context.rank} on {platform.node()} does not see what the first one wrote to {out}.",
-                    "Give --out on a disk that all machines share.",
-                )
+    with context.main_process_first(out):
+        resume = resume or not context.is_main
         before = folders.read_run_info(out)
         device = training_device(config.train, context)
         setup, measured = _read_target(config, out, resume, device, before, tell, context)
@@ -210,20 +202,7 @@ def training_device(config: TrainConfig, context: DistContext = SINGLE) -> torch
         InputError: no device's name, or one GPU for several processes.
         EnvironmentFault: the device is not there.
     """
-    device = resolve_device(config.device, "train.device")
-    if context.world_size > 1 and device.type == "cuda":
-        if device.index is not None:
-            raise InputError(
-                f"train.device={config.device} is one GPU, and there are {context.world_size} processes.",
-                "Leave train.device at auto.",
-            )
-        if context.local_rank >= torch.cuda.device_count():
-            raise EnvironmentFault(
-                f"{platform.node()} has {torch.cuda.device_count()} GPUs, too few for its processes.",
-                f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}.",
-            )
-        device = torch.device("cuda", context.local_rank)
-    return device
+    return own_device(resolve_device(config.device, "train.device"), "train.device", context)
 
 
 def _precision(
