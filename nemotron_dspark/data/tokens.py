@@ -81,6 +81,11 @@ class TokenStore:
             data = bytearray(os.pread(file.fileno(), TOKEN_BYTES * length, int(self._starts[sample])))
         return Tokenised(np.frombuffer(data, "<i4", count=length), np.frombuffer(data, np.uint8, offset=4 * length))
 
+    def opening(self, sample: int) -> np.ndarray:
+        """Token ids of the sample before its first answer, int64."""
+        found = self[sample]
+        return found.input_ids[: int(np.argmax(found.loss_mask))].astype("int64")
+
     def select(self, ids: np.ndarray) -> Self:
         """The samples ``ids`` alone, numbered from 0."""
         selected = copy.copy(self)

@@ -2,8 +2,8 @@
 
 `launch/run.sh` is what every node does, wherever it is; the file beside it is what the scheduler wants to read. Neither
 knows what was done before: a job that was preempted starts the same commands again, and these go on by themselves. On
-several nodes the first one makes answers and cache, all train together (torchrun, the same engine as on one), and the
-first one ends the recipe. The others wait until its rendezvous port is open.
+several nodes the first one makes answers, all build the cache and train together (torchrun, the same engine as on one),
+and the first one ends the recipe. The others wait until its rendezvous port is open.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,13 +24,13 @@ from nemotron_dspark.config.recipe import Recipe
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.recipe.doctor import SOURCES
 from nemotron_dspark.recipe.dry_run import RecipePlan, dry_run
-from nemotron_dspark.recipe.graph import Stage, all_stages
-from nemotron_dspark.recipe.work import train_options
+from nemotron_dspark.recipe.graph import Stage
+from nemotron_dspark.recipe.work import cache_options, train_options
 
 Place = Literal["torchrun", "slurm", "skypilot", "docker"]
 PLACES: tuple[Place, ...] = get_args(Place)
 FOLDER = "launch"
-_PORT = 29500  # torchrun's own default; the second draft takes the next one
+_PORT = 29500  # torchrun's own default; every further stage takes the next one
 _GRACE = 120  # seconds before a job's time is over, to save and ask for more
 _ACCELERATORS = {"h100x8": "H100:8", "h200": "H200:1"}  # SkyPilot's names of the plan's machines
 _BUCKET = "~/nds"  # where SkyPilot mounts what outlives a machine
@@ -121,9 +121,6 @@ class _Job:
                 f"On {on} a recipe runs on one node: the others would not see what the first one writes.",
                 "Take one node with more GPUs, or --on slurm, whose nodes share a folder.",
             )
-        modes = {self.recipe.mode_of(draft.config) for draft in self.plan.drafts}
-        if "rolling" in modes:
-            raise InputError("The mode rolling trains in one process.", "Set mode: cached, compact or online.")
 
     def remarks(self, on: Place, package: str, accelerators: str | None) -> list[str]:
         found = list(self.plan.problems)
@@ -147,24 +144,32 @@ class _Job:
         lines += _activated() if here else []
         if self.nodes == 1:
             return "\n".join([*lines, f'exec {recipe} "$@"', ""])
-        trains = [stage for stage in all_stages(self.plan.drafts) if stage.kind == "train"]
-        cached = any(stage.kind == "cache" for stage in all_stages(self.plan.drafts))
         lines += [
             f"# Runs on each of {self.nodes} nodes, which share this folder: NODE=0, 1, … and HEAD=<host of node 0>.",
             ': "${HEAD:?the host of the first node}" "${NODE:?the number of this node}"',
             'child=; run() { "$@" & child=$!; wait "$child"; }',
             """trap '[ -z "$child" ] || { kill -TERM "$child"; wait "$child"; } || true; exit 143' TERM""",
-            f'if [ "$NODE" = 0 ]; then run {recipe} --until {"cache" if cached else "answers"}; fi',
+            f'if [ "$NODE" = 0 ]; then run {recipe} --until answers; fi',
         ]
-        for number, stage in enumerate(trains):
+        for number, (processes, words) in enumerate(self._together()):
             port = _PORT + number
-            options = shlex.join(train_options(stage, self.recipe))
             lines += [
                 f'if [ "$NODE" != 0 ]; then until (: > "/dev/tcp/$HEAD/{port}") 2> /dev/null; do sleep 5; done; fi',
-                f'run torchrun --nnodes {self.nodes} --nproc-per-node {self._processes(stage)} --node-rank "$NODE" \\',
-                f'    --master-addr "$HEAD" --master-port {port} -m nemotron_dspark train {options}',
+                f'run torchrun --nnodes {self.nodes} --nproc-per-node {processes} --node-rank "$NODE" \\',
+                f'    --master-addr "$HEAD" --master-port {port} -m nemotron_dspark {shlex.join(words)}',
             ]
         return "\n".join([*lines, f'if [ "$NODE" = 0 ]; then run {recipe}; fi', ""])
+
+    def _together(self) -> Iterator[tuple[int, list[str]]]:
+        """What all nodes do together: processes of each, and the command's words."""
+        built: set[str] = set()
+        for draft in self.plan.drafts:
+            cache = draft.get("cache")
+            if cache is not None and cache.name not in built:
+                built.add(cache.name)
+                yield 1, ["cache", "build", *cache_options(cache, draft.run, self.recipe)]
+        for draft in self.plan.drafts:
+            yield self._processes(draft.run), ["train", *train_options(draft.run, self.recipe)]
 
     def _processes(self, stage: Stage) -> int:
         """Of each node that train: one a GPU, as far as the samples of a step can be dealt out."""

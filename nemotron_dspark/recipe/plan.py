@@ -41,13 +41,11 @@ class Mode:
     batch: Callable[[int, int], int]  # (tokens of a capture's, of a training forward) to those in the loop
     format: str | None = None  # of what is stored; None: as configured
     streams: bool = True  # a target that does not fit goes through layer by layer
-    alone: bool = False  # it trains in one process only
 
     def processes(self, config: RunConfig, machine: Machine) -> int:
         """Those that train: as many as there are GPUs, and as the samples of a step can be dealt out to."""
         forwards = config.train.global_batch_size // config.train.local_batch_size
-        most = 1 if self.alone else max(1, machine.gpus)
-        return max((count for count in range(1, most + 1) if forwards % count == 0), default=1)
+        return max((count for count in range(1, max(1, machine.gpus) + 1) if forwards % count == 0), default=1)
 
 
 def _whole_cache(name: str, cache_format: str) -> Mode:
@@ -63,7 +61,6 @@ MODES = (
         lambda whole, cache: min(whole, 1e9 * cache.budget_gb),
         lambda epochs, cache: math.ceil(epochs / cache.reuse),
         lambda capture, train: capture,
-        alone=True,
     ),
     Mode(
         "online",
@@ -215,9 +212,7 @@ def assumptions(machine: Machine) -> tuple[str, ...]:
     """Sentences on everything that is neither in the config nor a property of the machine."""
     gpus = ""
     if machine.gpus > 1:
-        gpus = (
-            f"All {machine.gpus} GPUs answer, build and train (rolling: one); what goes between them is not counted. "
-        )
+        gpus = f"All {machine.gpus} GPUs answer, build and train; what goes between them is not counted. "
     return (
         f"{gpus}Of the peak, a forward of the target reaches {ASSUMED.forward:.0%}, training {ASSUMED.train:.0%}; of "
         f"the memory's bandwidth, generation reaches {ASSUMED.bandwidth:.0%} with {needs.concurrency(machine)} "

@@ -254,6 +254,14 @@ def train_options(stage: Stage, recipe: Recipe) -> list[str]:
     return [*options, "--out", str(stage.place)]
 
 
+def cache_options(stage: Stage, train: Stage, recipe: Recipe) -> list[str]:
+    """The options of `nds cache build` that say what ``stage`` does, which ``train`` takes its cache from."""
+    data = [part for text in _data(stage) for part in ("--data", text)]
+    options = ["--target", stage.config.target.named, "--config", str(config_file(recipe.out, train)), *data]
+    options += ["--processes", str(recipe.gpus)] if recipe.gpus else []
+    return [*options, "--out", str(stage.place)]
+
+
 def _call(command: list[str], lock: int) -> str:
     """What ``command`` prints. It holds the recipe's lock too: should this process be killed, no other begins."""
     with subprocess.Popen(command, pass_fds=(lock,), stdout=subprocess.PIPE, text=True) as child:
@@ -273,8 +281,6 @@ def _call(command: list[str], lock: int) -> str:
 
 def _processes(recipe: Recipe, config: RunConfig) -> int:
     """Those that train here: one a GPU, as far as the samples of a step can be dealt out to them."""
-    if config.cache.mode == "rolling" and recipe.mode_of(config) == "rolling":
-        return 1
     most = recipe.gpus or (torch.cuda.device_count() if config.train.device in ("auto", "cuda") else 1)
     forwards = config.train.global_batch_size // config.train.local_batch_size
     return max((count for count in range(1, most + 1) if forwards % count == 0), default=1)

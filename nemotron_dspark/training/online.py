@@ -40,8 +40,7 @@ class OnlineSource(Source):
         self._busy = threading.Lock()
 
     def opening(self, sample_id: int) -> np.ndarray:
-        sample = self._tokens[sample_id]
-        return sample.input_ids[: int(np.argmax(sample.loss_mask))].astype("int64")
+        return self._tokens.opening(sample_id)
 
     def open(self, step: int) -> None:
         self._target = proven_target(self._config, self._taps, self._on_status)

@@ -99,6 +99,7 @@ class RollingSchedule(SampleSchedule):
 
     sizes: np.ndarray  # int64 [samples], bytes of each
     budget: int  # bytes
+    beside: int  # bytes of it that are taken by what stays
     reuse: int  # epochs that a segment is used for
     epochs: int  # of the whole run
     seed: int
@@ -107,7 +108,13 @@ class RollingSchedule(SampleSchedule):
 
     @staticmethod
     def rolling(
-        config: TrainConfig, sizes: np.ndarray, *, budget: int, reuse: int, context: DistContext = SINGLE
+        config: TrainConfig,
+        sizes: np.ndarray,
+        *,
+        budget: int,
+        beside: int = 0,
+        reuse: int,
+        context: DistContext = SINGLE,
     ) -> "RollingSchedule":
         """The schedule for samples of ``sizes`` bytes.
 
@@ -115,19 +122,23 @@ class RollingSchedule(SampleSchedule):
             InputError: the batch sizes do not fit the data, or a global batch does not fit into half the budget.
         """
         plain = SampleSchedule.of(config, len(sizes), context)
-        whole = int(sizes.sum()) <= budget
+        room = budget - beside
+        whole = int(sizes.sum()) <= room
         largest = int(np.sort(sizes)[-config.global_batch_size :].sum())
-        if not whole and largest > budget // 2:
+        if not whole and largest > room // 2:
+            held = f" beside {beside / 1e9:.3g} GB of held-out samples" if beside else ""
             raise InputError(
                 f"The longest samples of one optimiser step take {largest / 1e9:.3g} GB, more than half of "
-                f"cache.budget_gb ({budget / 1e9:g}).",
-                f"Set cache.budget_gb to at least {2.02 * largest / 1e9:.3g}, or lower train.global_batch_size.",
+                f"cache.budget_gb ({budget / 1e9:g}){held}.",
+                f"Set cache.budget_gb to at least {(2.02 * largest + beside) / 1e9:.3g}, or lower "
+                "train.global_batch_size.",
             )
         epochs = -(-plain.total_steps // plain.steps_per_epoch)
         return RollingSchedule(
             **vars(plain),
             sizes=sizes,
             budget=budget,
+            beside=beside,
             reuse=epochs if whole else reuse,
             epochs=epochs,
             seed=config.seed,
@@ -137,7 +148,12 @@ class RollingSchedule(SampleSchedule):
     @property
     def whole(self) -> bool:
         """The budget holds all samples."""
-        return int(self.sizes.sum()) <= self.budget
+        return int(self.sizes.sum()) <= self.room
+
+    @property
+    def room(self) -> int:
+        """Bytes of the budget that are left for segments."""
+        return self.budget - self.beside
 
     def segment(self, step: int) -> Segment:
         """The segment of ``step``."""
@@ -190,8 +206,8 @@ class RollingSchedule(SampleSchedule):
         order = round_order(self.num_samples, seed=self.seed, number=number)
         steps = order[: self.steps_per_epoch * self._batch].reshape(self.steps_per_epoch, self._batch)
         per_step = self.sizes[steps].sum(axis=1)
-        count = -(-int(per_step.sum()) // (self.budget // 2))
-        while any(part.sum() > self.budget // 2 for part in np.array_split(per_step, count)):
+        count = -(-int(per_step.sum()) // (self.room // 2))
+        while any(part.sum() > self.room // 2 for part in np.array_split(per_step, count)):
             count += 1
         return [part.flatten() for part in np.array_split(steps, count)]
 

@@ -35,15 +35,22 @@ class CacheLike(Protocol):
     def __getitem__(self, sample_id: int) -> SampleLike: ...
 
 
+class Ended(Exception):
+    """The run ends, here or on another rank, which says why: nothing more is to be made or waited for."""
+
+
 class Source:
     """Samples by id. All but `samples` may stay as it is here; `samples` is called by the thread that reads ahead."""
 
     lengths: np.ndarray  # int [samples], tokens of each
-    random_access = True  # any sample may be asked for at any step
+    random_access = True  # any sample may be asked for at any step; else those of its step, and held-out ones
 
     def schedule(self, config: TrainConfig, context: DistContext = SINGLE) -> SampleSchedule:
         """Which samples each step takes; `InputError` when the batch sizes do not fit."""
         return SampleSchedule.of(config, len(self.lengths), context)
+
+    def hold_out(self, ids: np.ndarray) -> None:
+        """These samples are measured and never trained on."""
 
     def open(self, step: int) -> None:
         """Get ready to train from ``step`` on; not called where nothing is left to train."""
@@ -56,8 +63,8 @@ class Source:
         """The samples of one micro-batch of ``step``."""
         raise NotImplementedError
 
-    def saved(self, step: int) -> None:
-        """A checkpoint after ``step`` steps is on the disk."""
+    def saved(self, step: int, *, last: bool) -> None:
+        """A checkpoint after ``step`` steps is on the disk, the ``last`` one or not."""
 
     def close(self) -> None:
         """Stop whatever `open` has started."""

@@ -42,7 +42,7 @@ from nemotron_dspark.training.metrics import MetricAccumulator, StepMetrics, Ste
 from nemotron_dspark.training.objective import EPSILON, DSparkObjective, LossWeights, Objective
 from nemotron_dspark.training.optimiser import Optimiser, learning_rate
 from nemotron_dspark.training.sharding import shard, uses_fsdp
-from nemotron_dspark.training.source import CacheLike, CacheSource, Source
+from nemotron_dspark.training.source import CacheLike, CacheSource, Ended, Source
 from nemotron_dspark.training.tiling import Tiling
 from nemotron_dspark.training.validation import Validation, split
 
@@ -127,7 +127,7 @@ class Trainer:
         if self.validation is not None:
             self.validation.resume(resumed_from, write=self.context.is_main)
         if self._over(resumed_from):
-            self.source.saved(resumed_from)  # the call that finished may have been killed before it said so
+            self.source.saved(resumed_from, last=True)  # the call that finished may have been killed before it said so
             state = read_state(step_folder(self.checkpoints, resumed_from))
             return TrainResult(resumed_from, resumed_from, state.tokens, state.seconds, None, self._best(resumed_from))
         self._set_up(resumed_from)
@@ -200,7 +200,7 @@ class Trainer:
             self.callbacks.on_checkpoint(self.step, folder)
         self.context.barrier()  # torchrun ends all processes when one has ended, also the one that writes
         self._saved = self.step
-        self.source.saved(self.step)
+        self.source.saved(self.step, last=self._over(self.step))
 
     def _save_and_raise(self, stop: "_Interrupted") -> NoReturn:
         """Save the finished steps, then raise what ended the run; of several ranks one raises a failure."""
@@ -250,6 +250,8 @@ class Trainer:
                 batch = next(feed, None)  # None: stopped while waiting for it
             except NdsError as error:  # a damaged cache, say, whatever was read of it before
                 failure = error
+            except Ended:  # another rank's failure, of which that one votes
+                pass
             votes = torch.tensor([bool(stopped), failure is not None])
             stops, failures = self.context.all_reduce_sum(votes).tolist()
             if stops or failures or batch is None:

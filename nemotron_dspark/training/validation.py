@@ -16,12 +16,13 @@ import torch
 
 from nemotron_dspark import files
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.distributed import DistContext
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.batches import Loader
 from nemotron_dspark.training.loggers import MEASURED
 from nemotron_dspark.training.metrics import MetricAccumulator, StepMetrics, StepSums, read_lines
 from nemotron_dspark.training.objective import Objective
+from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import SampleLike, Source
 
 FILE = "validation.jsonl"
@@ -35,6 +36,11 @@ class TrainedPart(Source):
         self.lengths = source.lengths[ids]
         self.open, self.saved, self.close = source.open, source.saved, source.close
 
+    def schedule(self, config: TrainConfig, context: DistContext = SINGLE) -> SampleSchedule:
+        return (
+            super().schedule(config, context) if self._source.random_access else self._source.schedule(config, context)
+        )
+
     def samples(self, ids: Sequence[int], step: int) -> Sequence[SampleLike]:
         return self._source.samples(self._ids[list(ids)].tolist(), step)
 
@@ -43,15 +49,10 @@ def split(source: Source, share: float) -> tuple[Source, np.ndarray]:
     """The samples to train on, and the numbers in ``source`` of those that are held out, about ``share`` of all.
 
     Raises:
-        InputError: the source keeps only a part of its samples at a time, or one side would be empty.
+        InputError: one side would be empty.
     """
     if not share:
         return source, np.arange(0)
-    if not source.random_access:
-        raise InputError(
-            "With cache.mode=rolling the held-out samples are not on the disk all the time.",
-            "Set train.validation to 0, or train on a cache or with cache.mode=online.",
-        )
     digests = (
         hashlib.blake2b(source.opening(at).tobytes(), digest_size=8).digest() for at in range(len(source.lengths))
     )
@@ -62,6 +63,7 @@ def split(source: Source, share: float) -> tuple[Source, np.ndarray]:
             f"train.validation={share:g}.",
             "Give more conversations, or another share; 0 holds nothing out.",
         )
+    source.hold_out(np.flatnonzero(chosen))
     return TrainedPart(source, np.flatnonzero(~chosen)), np.flatnonzero(chosen)
 
 

@@ -123,10 +123,10 @@ def test_a_sky_job_whose_machine_is_killed_goes_on_from_its_bucket(folder, progr
 
 
 @pytest.mark.slow
-def test_nodes_train_together_through_torchrun(folder, programs):
+def test_nodes_build_and_train_together_through_torchrun(folder, programs):
     """The first and the last command of node 0 are run here, as they would in the job."""
     job_of(folder, "torchrun", nodes=2)
-    run_recipe("recipe.yaml", until="cache")
+    run_recipe("recipe.yaml", until="answers")
     programs("nds", 'echo "$@" >> asked')
     nodes = [
         subprocess.Popen(["bash", "launch/run.sh"], env=os.environ | {"HEAD": "localhost", "NODE": str(node)})
@@ -134,7 +134,7 @@ def test_nodes_train_together_through_torchrun(folder, programs):
     ]
     assert [node.wait(timeout=240) for node in nodes] == [0, 0]
     assert (folder / "asked").read_text().splitlines() == [
-        "recipe run recipe.yaml --until cache",
+        "recipe run recipe.yaml --until answers",
         "recipe run recipe.yaml",
     ]
     seen = RecipeProgress()
@@ -165,7 +165,8 @@ def test_two_nodes_of_slurm_share_a_script(folder):
         assert f"#SBATCH {option}\n" in text
     run = (folder / "launch" / "run.sh").read_text()
     assert "torchrun --nnodes 2 --nproc-per-node 1" in run
-    assert run.index("--until cache") < run.index("torchrun")
+    assert run.index("--until answers") < run.index("torchrun")
+    assert run.index("-m nemotron_dspark cache build") < run.index("-m nemotron_dspark train")
     for script in scripts_of(job):
         subprocess.run(["bash", "-n", str(script)], check=True)
 
