@@ -86,10 +86,10 @@ SINGLE = DistContext()
 class TorchDist(DistContext):
     """Several processes under `torchrun`, over torch.distributed."""
 
-    def __init__(self, rank: int, world_size: int, local_rank: int, timeout: datetime.timedelta = _STEP):
+    def __init__(self, rank: int, world_size: int, local_rank: int, timeout: datetime.timedelta | None = None):
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        self._groups = {"cpu": _new_group("gloo", timeout)}
+        self._groups = {"cpu": _new_group("gloo", timeout or _STEP)}
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         total = values.to("cpu", torch.float64, copy=True)

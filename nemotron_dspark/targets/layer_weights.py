@@ -1,17 +1,20 @@
 """A checkpoint's tensors by layer: put into a model that has none, and taken out again.
 
 Names and conversions are transformers' own (several experts' tensors become one, say), as when it loads a whole model;
-here it is given one layer's tensors at a time. What belongs to no layer, and what layers share, stays in the model.
+here it is given one layer's tensors at a time, or some experts' of a layer that is too large. What belongs to no layer,
+and what layers share, stays in the model.
 """
 
 import contextlib
 import copy
+import dataclasses
 import inspect
+import itertools
 import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +23,15 @@ from torch import Tensor, nn
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.memory import available_memory, is_unified
+from nemotron_dspark.targets.experts import GroupedExperts, mixtures
+from nemotron_dspark.targets.quantised import Weight
 from nemotron_dspark.targets.target import checked_weights, refuse_absent
 from nemotron_dspark.targets.weights import weights_in
 
 _CACHE_LINE = 64  # bytes
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_USED = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk")  # in a config
 
 
 @contextlib.contextmanager
@@ -44,6 +51,25 @@ def without_weights() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is loaded at a time."""
+
+    layer: int
+    experts: range | None = None  # of a layer that is divided; None: the layer, or all of it but its experts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Divided:
+    """A layer whose experts are loaded in groups."""
+
+    parameters: dict[str, str]  # of the experts: the model's names, and those in their module
+    sources: dict[str, int | None]  # the checkpoint's names, with the number of the expert; None: a stack of all
+    module: Any
+    groups: tuple[range, ...]
+    compute: GroupedExperts
+
+
 class LayerWeights:
     """Loads single layers of ``model``, built `without_weights`, from its checkpoint."""
 
@@ -58,7 +84,11 @@ class LayerWeights:
             InputError: a file of the checkpoint is missing or truncated, a tensor is missing or has another shape than
                 the model wants, or its names do not tell its layer. Nothing but headers is read.
         """
-        self._model, self._device = model, device
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self._model, self._device, self._layers = model, device, layers
+        self._conversions = get_model_conversion_mapping(model)
+        self._divided: dict[int, _Divided] = {}
         self.read_bytes, self.read_seconds = 0, 0.0  # of all layers so far
         self._folder = folder
         stored = checked_weights(folder)
@@ -69,6 +99,7 @@ class LayerWeights:
         for name, weight in stored.items():
             groups[_layer_of(name)][name] = torch.empty(weight.shape, device="meta")
         del stored  # the files are opened again for each layer, and closed, so that they do not fill the memory
+        self._stored = groups
         self._loaded: dict[int | None, set[str]] = {}  # the model's names that a group of the checkpoint's fills
         self._check(folder, groups)
         unified = device.type == "cuda" and is_unified(torch.cuda.get_device_properties(device))
@@ -95,17 +126,63 @@ class LayerWeights:
             self.load(layer, only=names)
         self._model.tie_weights()
 
-    def load(self, layer: int | None, only: Collection[str] | None = None) -> None:
-        """Load layer number ``layer``, or of what its tensors fill the names in ``only``."""
+    @property
+    def parts(self) -> list[Part]:
+        """What a forward goes through, in its order."""
+        found = []
+        for layer in range(len(self._model.get_submodule(self._layers))):
+            divided = self._divided.get(layer)
+            found += [Part(layer), *(Part(layer, group) for group in (divided.groups if divided else ()))]
+        return found
+
+    def divide(self, room: float, pause: Callable[[], None]) -> None:
+        """Load the experts of a layer in groups where two such layers would take more than ``room`` bytes.
+
+        Such a layer calls ``pause`` before each group, and goes on when that is in `use`. A layer stays whole whose
+        checkpoint has its experts in another way than one by one or as a stack in the type of the file.
+        """
+        for layer in range(len(self._model.get_submodule(self._layers))):
+            size = self.bytes_of(layer)
+            found = self._mixture(layer) if 2 * size > room else None
+            if found is None:
+                continue
+            parameters, sources, module = found
+            of_experts, count = sum(_bytes(self._empty[name]) for name in parameters), module.num_experts
+            rest = size - of_experts
+            beside = min((room - rest) / 2, room - 2 * rest)  # for the next group, or the next layer but its experts
+            most = max(1, int(beside / (of_experts / count)))
+            cuts = [count * at // -(-count // most) for at in range(-(-count // most) + 1)]
+            groups = tuple(itertools.starmap(range, itertools.pairwise(cuts)))
+            compute = GroupedExperts(module, len(groups), pause)
+            self._divided[layer] = _Divided(parameters, sources, module, groups, compute)
+
+    def load(self, layer: int | None, experts: range | None = None, only: Collection[str] | None = None) -> None:
+        """Load layer number ``layer``, of a divided one ``experts`` or all but them.
+
+        With ``only``, of what its tensors fill these names.
+        """
         began = time.monotonic()
-        kept = {name: getattr(*_owner(self._model, name)) for name in self._loaded[layer]}
+        divided = self._divided.get(layer) if layer is not None else None
+        fills = self._filled_by(layer, experts)
+
+        def chosen(name: str) -> bool:
+            if divided is None or name not in divided.sources:
+                return experts is None
+            number = divided.sources[name]
+            return experts is not None and (number is None or number in experts)
+
+        kept = {name: getattr(*_owner(self._model, name)) for name in fills}
         weights = weights_in(self._folder, lambda name: _layer_of(name) == layer)  # opens files, and closes them below
+        weights = {name: weight for name, weight in weights.items() if chosen(name)}
         tensors = {name: weight.read() for name, weight in weights.items()}
         files = {weight.shard.path for weight in weights.values()}
         del weights
+        if divided is not None and experts is not None:
+            tensors = _cut(tensors, divided, experts)
+            self._shrink(divided.parameters, len(experts))
         mapped = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
         self._fill(tensors, "cpu")
-        for name in self._loaded[layer]:
+        for name in fills:
             module, leaf = _owner(self._model, name)
             tensor = getattr(module, leaf)
             if only is not None and name not in only:
@@ -118,18 +195,113 @@ class LayerWeights:
         if self._drops_pages:
             for file in files:
                 _drop_pages(file)
-        self.read_bytes += self.bytes_of(layer)
+        self.read_bytes += self.bytes_of(layer, experts)
         self.read_seconds += time.monotonic() - began
 
-    def free(self, layer: int) -> None:
-        """Take layer number ``layer`` out of the model, but for what it shares with others."""
-        for name in self._loaded[layer] - self._resident:
+    def use(self, part: Part) -> None:
+        """What was loaded last, ``part``, is what is computed with; the next one may be loaded meanwhile."""
+        if part.experts is None:
+            return
+        divided = self._divided[part.layer]
+        held = {leaf: getattr(divided.module, leaf) for leaf in divided.parameters.values()}
+        for name in divided.parameters:
+            self._put(name, self._empty[name])
+        divided.compute.use(part.experts, held)
+
+    def free(self, part: Part) -> None:
+        """Take ``part`` out of the model, but for what its layer shares with others, and with the experts of a layer.
+
+        Of a divided layer the last experts take the rest with them.
+        """
+        divided = self._divided.get(part.layer)
+        if divided is not None:
+            divided.compute.drop()
+            if part.experts != divided.groups[-1]:
+                return
+        for name in self._filled_by(part.layer, None) - self._resident:
             if name in self._empty:  # a buffer stays
                 self._put(name, self._empty[name])
 
-    def bytes_of(self, layer: int | None) -> int:
-        """Bytes of what `load` puts into the model for ``layer``."""
-        return sum(_bytes(self._empty[name]) for name in self._loaded.get(layer, ()) if name in self._empty)
+    def bytes_of(self, layer: int | None, experts: range | None = None) -> int:
+        """Bytes of what `load` puts into the model for ``layer``, or for some ``experts`` of it."""
+        size = sum(_bytes(self._empty[name]) for name in self._filled_by(layer, experts) if name in self._empty)
+        return size if experts is None else size * len(experts) // self._divided[cast(int, layer)].module.num_experts
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of layers that are in memory at a time: a part that runs, and the next one."""
+        most, parts = 0, self.parts
+        for part, following in itertools.zip_longest(parts, parts[1:]):
+            held = [(part.layer, part.experts)]
+            held += [(part.layer, None)] if part.experts is not None else []
+            held += [(following.layer, following.experts)] if following is not None else []
+            most = max(most, sum(itertools.starmap(self.bytes_of, held)))
+        return most
+
+    @property
+    def used_experts(self) -> int:
+        """Experts that a token goes to, where they are loaded in groups; else 0."""
+        if not self._divided:
+            return 0
+        config = self._model.config.get_text_config()
+        return int(next((getattr(config, key) for key in _USED if getattr(config, key, None)), 1))
+
+    def _filled_by(self, layer: int | None, experts: range | None) -> set[str]:
+        divided = self._divided.get(layer) if layer is not None else None
+        if divided is None:
+            return self._loaded.get(layer, set())
+        return self._loaded[layer] - set(divided.parameters) if experts is None else set(divided.parameters)
+
+    def _mixture(self, layer: int) -> tuple[dict[str, str], dict[str, int | None], Any] | None:
+        """Of the experts of ``layer``: parameters and sources as `_Divided` has them, and their module.
+
+        None where there are none, or where they cannot be loaded in groups: that is tried with shapes alone.
+        """
+        found = mixtures(self._model.get_submodule(f"{self._layers}.{layer}"))
+        if len(found) != 1:
+            return None
+        ((path, module),) = found.items()
+        parameters = {f"{self._layers}.{layer}.{path}.{leaf}": leaf for leaf in module._parameters}
+        loaded, stored = self._loaded[layer], self._stored[layer]
+        stacks = all(self._empty[name].shape[0] == module.num_experts for name in parameters)
+        if not stacks or not set(parameters) <= loaded - self._resident:
+            return None
+        sources: dict[str, int | None] = {name: int(at[1]) for name in stored if (at := _EXPERT.search(name))}
+        if not sources:
+            plain = weights_in(self._folder, lambda name: _layer_of(name) == layer)
+            sources = dict.fromkeys(
+                name
+                for name, weight in plain.items()
+                if weight.shape[:1] == (module.num_experts,)
+                and not (isinstance(weight, Weight) and weight.layout())
+                and self._tried(layer, {name: stored[name]}) <= set(parameters)
+            )
+        rest = {name: like for name, like in stored.items() if name not in sources}
+        half = range(max(1, module.num_experts // 2))
+        divided = _Divided(parameters, sources, module, (half,), cast(Any, None))
+        wanted = {name: like for name, like in stored.items() if name in sources and sources[name] in (None, *half)}
+        works = self._tried(layer, rest) == loaded - set(parameters)
+        works = works and self._tried(layer, _cut(wanted, divided, half), half, parameters) == set(parameters)
+        return (parameters, sources, module) if works else None
+
+    def _tried(
+        self, layer: int, like: dict[str, Tensor], experts: range | None = None, parameters: Collection[str] = ()
+    ) -> set[str]:
+        """What the meta tensors ``like`` fill, with room for ``experts`` in ``parameters``; all names if they misfit."""
+        if experts is not None:
+            self._shrink(parameters, len(experts))
+        report = self._fill(like, "meta")
+        names = set(self._model.state_dict())
+        for name in self._loaded[layer] - self._resident:
+            if name in self._empty:
+                self._put(name, self._empty[name])
+        return names if report.mismatched_keys or report.conversion_errors else names - set(report.missing_keys)
+
+    def _shrink(self, parameters: Collection[str], experts: int) -> None:
+        """Make room in the model for so many ``experts``."""
+        for name in parameters:
+            empty = self._empty[name]
+            self._put(name, torch.empty((experts, *empty.shape[1:]), dtype=empty.dtype, device="meta"))
 
     @property
     def total_bytes(self) -> int:
@@ -162,7 +334,6 @@ class LayerWeights:
 
     def _fill(self, tensors: dict[str, Tensor], device: str) -> Any:
         """Put ``tensors`` into the model as transformers does; its report."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model as fill
         from transformers.modeling_utils import LoadStateDictConfig
         from transformers.utils import logging
@@ -172,7 +343,7 @@ class LayerWeights:
             device_map={"": device},
             dtype=dtype,
             dtype_plan=self._model._get_dtype_plan(dtype),
-            weight_mapping=cast(Any, copy.deepcopy(get_model_conversion_mapping(self._model))),
+            weight_mapping=cast(Any, copy.deepcopy(self._conversions)),  # they hold what they convert
             ignore_mismatched_sizes=True,
         )
         parallel = {"tp_plan": None} if "tp_plan" in inspect.signature(fill).parameters else {}  # until 5.2x
@@ -190,6 +361,14 @@ class LayerWeights:
             module._buffers[leaf] = tensor
         else:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _cut(tensors: dict[str, Tensor], divided: _Divided, experts: range) -> dict[str, Tensor]:
+    """``tensors`` with the stacks among them cut down to some ``experts``."""
+    return {
+        name: tensor[experts.start : experts.stop] if divided.sources[name] is None else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _layer_of(name: str) -> int | None:

@@ -3,9 +3,11 @@
 A forward over many batches reads every weight once if all of them go through layer i before any enters layer i + 1.
 Each batch's forward is the model's own, unmodified, in a greenlet that pauses before every layer; so masks, rotary
 tables and what layers hand on stay the model's business, and the hidden states are those of a whole forward, bit for
-bit. A thread reads the next layer while this one runs.
+bit. A thread reads the next layer while this one runs. Of a mixture whose layers are too large, the experts of a layer
+go by in groups, and the forwards pause before each as well.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +43,7 @@ from nemotron_dspark.targets.target import (
 )
 from nemotron_dspark.targets.weights import parameter_count
 
+_LAYERS_SHARE = 0.5  # of what is free, for two layers; of larger ones the experts are read in groups
 _STATES_SHARE = 0.5  # of what is free beside the weights, for the states of a pass; the rest is one batch's activations
 _MOST_OF_MEMORY = 0.9  # that a target's weights may take before its layers are streamed
 _LONG_WAIT = 0.1  # of the time
@@ -65,9 +68,18 @@ def streams(stream: str, weights: float, memory: float) -> bool:
     return stream == "on" or (stream == "auto" and not weights < _MOST_OF_MEMORY * memory)
 
 
-def token_bytes(num_taps: int, hidden_size: int, itemsize: int) -> int:
-    """Bytes that a token in flight holds: its hidden state, what a layer makes of it, its taps, the last state."""
-    return (num_taps + 3) * hidden_size * itemsize
+def layers_bytes(two_layers: float, memory: float, divisible: bool) -> float:
+    """Bytes for two layers, with ``memory`` free: those of the largest, or of mixtures a share of it."""
+    return min(two_layers, _LAYERS_SHARE * memory) if divisible else two_layers
+
+
+def token_bytes(num_taps: int, hidden_size: int, itemsize: int, used_experts: int = 0) -> int:
+    """Bytes that a token in flight holds: its hidden state, what a layer makes of it, its taps, the last state.
+
+    Where experts are read in groups, also what each of its ``used_experts`` has made of it, and what they are given.
+    """
+    inside = used_experts + 2 if used_experts else 0
+    return (num_taps + 3 + inside) * hidden_size * itemsize
 
 
 def pass_tokens(memory: float, of_a_token: int) -> int:
@@ -105,6 +117,13 @@ class _Run(greenlet):
         self.tapped: dict[int, Tensor] = {}
 
 
+def _pause() -> None:
+    """Let the other batches come as far as this one, if there are any."""
+    run = getcurrent()
+    if isinstance(run, _Run):
+        cast(greenlet, run.parent).switch()
+
+
 class StreamedTarget(Target):
     """A `Target` for `captures`, whose layers are read when they run. It does not decode."""
 
@@ -114,8 +133,9 @@ class StreamedTarget(Target):
         super().__init__(model, tokenizer, spec, folder)
         self._weights = weights
         self._waited, self._captured = 0.0, 0.0  # seconds: for layers, and in all passes
+        weights.divide(_LAYERS_SHARE * _free(self.device), _pause)
         for at, layer in enumerate(self._layers):
-            layer.register_forward_pre_hook(self._pause, with_kwargs=True)
+            layer.register_forward_pre_hook(self._enter, with_kwargs=True)
             layer.register_forward_hook(self._keep(at))
 
     @classmethod
@@ -168,10 +188,9 @@ class StreamedTarget(Target):
 
     def pass_tokens(self, taps: Sequence[int]) -> int:
         """Tokens whose states fit into the memory beside two layers."""
-        layers = range(len(self._layers))
-        largest = max(self._weights.bytes_of(layer) for layer in layers)
-        of_a_token = token_bytes(len(taps), self.spec.hidden_size, self.dtype.itemsize)
-        return pass_tokens(_free(self.device) - 2 * largest, of_a_token)
+        used = self._weights.used_experts
+        of_a_token = token_bytes(len(taps), self.spec.hidden_size, self.dtype.itemsize, used)
+        return pass_tokens(_free(self.device) - self._weights.peak_bytes, of_a_token)
 
     def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured:
         (captured,) = self.captures([Sequences(input_ids, attention_mask)], taps)
@@ -182,28 +201,30 @@ class StreamedTarget(Target):
     ) -> Iterator[Captured]:
         began = time.monotonic()
         runs: list[_Run | None] = [_Run(batch.inputs(self.device), taps, self._base) for batch in batches]
-        count = len(self._layers)
+        parts = self._weights.parts
         with ThreadPoolExecutor(1, "read") as reader:
             try:
                 reading = reader.submit(self._weights.load, 0)
                 for run in runs:
                     self._go_on(run, 0)
-                for layer in range(count):
+                for part, following in itertools.zip_longest(parts, parts[1:]):
                     waited = time.monotonic()
                     reading.result()
                     self._waited += time.monotonic() - waited
-                    on_layer(layer)
-                    if layer + 1 < count:
-                        reading = reader.submit(self._weights.load, layer + 1)
+                    self._weights.use(part)
+                    if part.experts is None:
+                        on_layer(part.layer)
+                    if following is not None:
+                        reading = reader.submit(self._weights.load, following.layer, following.experts)
                     for at, run in enumerate(runs):
-                        last = self._go_on(run, layer)
-                        if layer + 1 == count and run is not None:
+                        last = self._go_on(run, part.layer)
+                        if following is None and run is not None:
                             runs[at] = None  # its states are free as soon as whoever gets them is done
                             yield Captured(joined_taps(run.tapped, taps, last), last)
                             del last
                     if self.device.type == "cuda":
                         torch.cuda.current_stream(self.device).synchronize()  # the layer is in use until then
-                    self._weights.free(layer)
+                    self._weights.free(part)
             finally:
                 self._captured += time.monotonic() - began
                 for run in runs:
@@ -233,12 +254,11 @@ class StreamedTarget(Target):
         with even_chunks(self._layers[layer], run.length):
             return run.switch()
 
-    def _pause(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _enter(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         run = getcurrent()
-        if isinstance(run, _Run):
-            if layer is self._layers[0] and -1 in run.taps:
-                run.tapped[-1] = layer_input(args, kwargs)
-            cast(greenlet, run.parent).switch()
+        if isinstance(run, _Run) and layer is self._layers[0] and -1 in run.taps:
+            run.tapped[-1] = layer_input(args, kwargs)
+        _pause()
 
     def _keep(self, at: int) -> Any:
         def keep(_layer: Any, _inputs: Any, output: Any) -> None:
