@@ -191,6 +191,7 @@ class LayerWeights:
                 self._put(name, _copied_to(tensor, self._device))
             else:
                 self._put(name, tensor.to(self._device))
+            del tensor  # what is mapped is not given back
         tensors.clear()
         if self._drops_pages:
             for file in files:
@@ -287,7 +288,7 @@ class LayerWeights:
     def _tried(
         self, layer: int, like: dict[str, Tensor], experts: range | None = None, parameters: Collection[str] = ()
     ) -> set[str]:
-        """What the meta tensors ``like`` fill, with room for ``experts`` in ``parameters``; all names if they misfit."""
+        """What the meta tensors ``like`` fill, with room for ``experts`` in ``parameters``; all if they misfit."""
         if experts is not None:
             self._shrink(parameters, len(experts))
         report = self._fill(like, "meta")

@@ -3,7 +3,14 @@
 That its hidden states are those of a whole forward is a promise about every family: `test_families`.
 """
 
+import ctypes
+import json
+import mmap
+import os
+import re
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +21,8 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Target, streamed
 from nemotron_dspark.targets.layer_weights import LayerWeights
 from nemotron_dspark.targets.proofs import PROOFS, run_proofs
+from nemotron_dspark.targets.shards import Stored
+from nemotron_dspark.targets.spec import LayerKind
 from nemotron_dspark.targets.streamed import StreamedTarget, load_for_capture
 from nemotron_dspark.targets.target import Sequences
 
@@ -129,9 +138,93 @@ def test_a_file_that_vanishes_in_a_pass_ends_it(copied):
         list(target.captures(batches(), (), lambda layer: layer == 1 and (copied / "model.safetensors").unlink()))
 
 
-def test_a_slow_disk_is_named_with_its_rate(hybrid, monkeypatch):
-    assert hybrid.remarks() == () or "MB/s" in hybrid.remarks()[0]
+def test_a_shard_that_is_missing_is_found_before_a_layer_is_read(copied, monkeypatch):
+    names = load_file(copied / "model.safetensors")
+    weight_map = {name: f"model-{int('layers.6.' in name)}.safetensors" for name in names}
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (copied / "model.safetensors").rename(copied / "model-0.safetensors")
+    monkeypatch.setattr(LayerWeights, "load", lambda *_, **__: pytest.fail("a layer was read"))
+    with pytest.raises(InputError, match=r"The shard .*model-1\.safetensors, which holds .*layers\.6\."):
+        StreamedTarget.load(str(copied), dtype="float32")
+
+
+def test_a_disk_that_is_slower_than_the_layers_is_named_with_its_rate(hybrid, monkeypatch):
+    read = Stored.read
+    monkeypatch.setattr(Stored, "read", lambda self: (time.sleep(0.01), read(self))[1])
+    assert len([*hybrid.captures(batches(1), ())]) == 1
+    (said,) = hybrid.remarks()
+    waited, rate = re.search(r"Of the target's time (\d+)% went by waiting .* come at (\d+) MB/s", said).groups()
+    layers = range(hybrid.spec.num_layers)
+    slept = 0.01 * len(load_file(hybrid.folder / "model.safetensors"))
+    assert 10 < int(waited) <= 100
+    assert int(rate) <= sum(map(hybrid._weights.bytes_of, layers)) / (0.9 * slept) / 1e6
+
+
+def test_a_fast_disk_is_not_named(hybrid):
     hybrid._waited, hybrid._captured = 0.05, 1.0
     assert hybrid.remarks() == ()
-    hybrid._waited = 0.5
-    assert "50% went by waiting" in hybrid.remarks()[0]
+
+
+def test_where_memory_is_shared_the_pages_of_read_files_are_given_back_and_some_memory_stays_free(copied, monkeypatch):
+    """As on a GB10: what was read would count as free memory, and is the GPU's."""
+    file = copied / "model.safetensors"
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=1))
+    monkeypatch.setattr(streamed, "available_memory", lambda: 20 * 10**9)
+    assert streamed._free(cuda) == 12 * 10**9
+    target = StreamedTarget.load(str(copied), dtype="float32")
+    target._weights._drops_pages = False
+    list(target.captures(batches(1), ()))
+    assert pages_in_memory(file) > 0.9
+    target._weights._drops_pages = True
+    list(target.captures(batches(1), ()))
+    assert pages_in_memory(file) < 0.1
+
+
+def pages_in_memory(file) -> float:
+    """The share of the file's pages that the system keeps."""
+    size = file.stat().st_size
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
+        vector = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        start = ctypes.c_ubyte.from_buffer(mapped)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(ctypes.addressof(start)), size, vector)
+        del start
+    assert not failed
+    return sum(page & 1 for page in vector) / len(vector)
+
+
+def test_of_a_layer_that_is_too_large_only_some_experts_are_in_memory(tiny_hybrid, monkeypatch):
+    whole = StreamedTarget.load(str(tiny_hybrid), dtype="float32")
+    (layer,) = (at for at, kind in enumerate(whole.spec.layers) if kind is LayerKind.MOE)
+    assert all(part.experts is None for part in whole._weights.parts)
+    others = max(whole._weights.bytes_of(at) for at in range(whole.spec.num_layers) if at != layer)
+    room = max(int(1.6 * whole._weights.bytes_of(layer)), 2 * others)
+    monkeypatch.setattr(streamed, "_free", lambda device: 2 * room)
+    divided = StreamedTarget.load(str(tiny_hybrid), dtype="float32")
+    assert {part.layer for part in divided._weights.parts if part.experts} == {layer}
+    assert divided.pass_tokens((1, 4)) < whole.pass_tokens((1, 4))
+    resident, seen, use = in_memory(divided), [], LayerWeights.use
+
+    def looked(self, part):
+        use(self, part)
+        held = self._divided[layer].compute._now if self is divided._weights else None
+        twins = [each for each in held[1].parameters()] if held and part.experts else []
+        seen.append(in_memory(divided) - resident + sum(4 * each.numel() for each in twins))
+
+    monkeypatch.setattr(LayerWeights, "use", looked)
+    found = [captured.last for captured in divided.captures(batches(), ())]
+    assert max(seen) <= divided._weights.peak_bytes <= room < 2 * whole._weights.bytes_of(layer)
+    expected = [captured.last for captured in whole.captures(batches(), ())]
+    assert all(map(torch.equal, found, expected))
+    assert in_memory(divided) == resident
+
+
+def test_conversions_of_names_are_found_once_and_not_for_every_layer(tiny_hybrid, monkeypatch):
+    from transformers import conversion_mapping
+
+    calls, find = [], conversion_mapping.get_model_conversion_mapping
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *a: (calls.append(a), find(*a))[1])
+    list(StreamedTarget.load(str(tiny_hybrid), dtype="float32").captures(batches(1), ()))
+    assert len(calls) == 1
