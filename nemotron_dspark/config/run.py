@@ -128,6 +128,14 @@ class DraftSection(Section):
     vocabulary: int | None = Field(
         None, ge=1, description="tokens that the draft can draft, those that the data uses most; null = all"
     )
+    sliding_window: int | None = Field(
+        None, ge=1, description="positions before a slot that it sees, and that decoding remembers; null = all"
+    )
+    causal_block: bool = Field(False, description="a slot sees those of its block before it, and not those behind")
+    attention_sinks: bool = Field(False, description="a head may attend to nothing: a learned logit per head and layer")
+    sample_from_anchor: bool = Field(
+        True, description="DSpark: the anchor's own slot predicts; false = γ slots behind it do, as in DFlash"
+    )
     mask_token_id: int | None = Field(None, description="token that fills the undrafted slots; null = chosen, and said")
 
 

@@ -70,6 +70,11 @@ def config_text(
     config, _ = build_draft_config(
         spec, run.draft.model_copy(update={"kind": "dspark"}), mask_token_id=mask_token_id or 0
     )
+    if config.beyond_deepspec:
+        raise InputError(
+            f"DeepSpec trains no draft with {' or '.join(config.beyond_deepspec.values())}.",
+            f"Leave {' and '.join(f'draft.{key}' for key in config.beyond_deepspec)} out, or use --engine native.",
+        )
     if algorithm == "eagle3" and config.num_taps != EAGLE3_TAPS:
         raise InputError(
             f"EAGLE-3 reads exactly {EAGLE3_TAPS} taps, not {config.num_taps}.",

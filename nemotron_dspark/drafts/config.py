@@ -30,6 +30,7 @@ ASSUMED_ROPE_THETA = 10_000.0
 EAGLE3_TAPS = 5  # DeepSpec's class takes exactly these
 EvenInt = Annotated[PositiveInt, Field(multiple_of=2)]  # rotary embedding pairs the halves
 _NESTED = ("block_size", "mask_token_id", "target_layer_ids")  # of `dflash_config`
+_SLIDING = "sliding_attention"  # a layer's type
 _RESTORE = "Use the config.json that was saved with the draft."
 
 
@@ -167,11 +168,15 @@ class DraftConfig(SavedConfig):
 
     architecture = "Qwen3DSparkModel"
     kind = "DSpark"
+    _anchored: ClassVar[bool] = True  # what a config that does not say it means
 
     block_size: PositiveInt  # γ, tokens drafted per round
     mask_token_id: int  # fills the slots after the anchor
     num_anchors: PositiveInt = 512  # blocks drawn per sample in training
     sample_from_anchor: bool = True  # the anchor's own slot predicts; False: the γ slots behind it do
+    sliding_window: PositiveInt | None = None  # a slot sees positions fewer than this before it; None: all
+    causal_block: bool = False  # a slot sees its block up to itself
+    attention_sinks: bool = False  # a logit per head and layer that takes part in the softmax without a value
     markov_rank: int = Field(256, ge=0)  # r; 0 = no sequential head (DeepSpec's DFlash)
     markov_head_type: MarkovHead = "vanilla"
     enable_confidence_head: bool = True
@@ -200,17 +205,50 @@ class DraftConfig(SavedConfig):
             yield "target_layer_ids", f"the target has layers 0 to {self.num_target_layers - 1}"
         if self.confidence_head_with_markov and not self.markov_rank:
             yield "confidence_head_with_markov", "with markov_rank 0 no token is embedded"
+        if self.sliding_window is not None and self.sliding_window <= self.block_width:
+            yield "sliding_window", f"a block has {self.block_width} positions, and a window must hold more"
 
     @property
     def block_width(self) -> int:
         """Positions that pass through the layers for a block, the anchor among them."""
         return self.block_size + (not self.sample_from_anchor)
 
+    @property
+    def beyond_deepspec(self) -> dict[str, str]:
+        """What its attention and its blocks have that DeepSpec's have not: fields, and in words."""
+        found = {
+            "sliding_window": (self.sliding_window is not None, "a sliding window"),
+            "causal_block": (self.causal_block, "a causal block"),
+            "attention_sinks": (self.attention_sinks, "attention sinks"),
+            "sample_from_anchor": (not self.sample_from_anchor, "a slot 0 that is not sampled from the anchor"),
+        }
+        return {field: words for field, (has, words) in found.items() if has}
+
+    @property
+    def attention_keys(self) -> dict[str, Any]:
+        """What of its attention is not DeepSpec's, in the keys of a ``dflash_config``."""
+        found: dict[str, Any] = {"causal": True} if self.causal_block else {}
+        if self.sliding_window is not None:
+            # Without the first key readers would take layers with a window for causal ones.
+            found = {"causal": self.causal_block, "use_swa": True, "swa_window_size": self.sliding_window}
+        return found | ({"attention_sink_bias": True} if self.attention_sinks else {})
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any], origin: str = "config.json") -> Self:
         if cls is DraftConfig and DFlashConfig.describes(values):
             return cast("Self", DFlashConfig.from_json(values, origin))
-        return super().from_json(values, origin)
+        nested = values.get("dflash_config") or {}
+        flat = {**values, **{key: nested[key] for key in _NESTED if nested.get(key) is not None}}
+        flat |= _read_attention(values, origin)
+        bonus = values.get("dspark_bonus_anchor", not cls._anchored)  # the older key; the other says the opposite
+        anchored = nested.get("sample_from_anchor", values.get("sample_from_anchor", not bonus))
+        flat["sample_from_anchor"] = anchored
+        if not anchored:
+            size = flat.get("block_size")
+            if not isinstance(size, int) or size < 2:
+                raise InputError(f"{origin}: block_size is {size!r}, and it counts the anchor and γ more.", _RESTORE)
+            flat["block_size"] = size - 1
+        return super().from_json(flat, origin)
 
     @classmethod
     def _needed(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -220,8 +258,22 @@ class DraftConfig(SavedConfig):
 
     def to_json(self) -> dict[str, Any]:
         values = super().to_json()
+        del values["causal_block"], values["attention_sinks"]
         if self.sample_from_anchor:  # DeepSpec does not know another
             del values["sample_from_anchor"]
+        else:
+            values["block_size"] = self.block_width
+        if self.beyond_deepspec:
+            values["dflash_config"] = {
+                "mask_token_id": self.mask_token_id,
+                "target_layer_ids": list(self.target_layer_ids),
+                **self.attention_keys,
+            }
+            if not self.sample_from_anchor:
+                values["dflash_config"]["sample_from_anchor"] = False
+                values["dspark_bonus_anchor"] = True
+            if self.attention_sinks:
+                values["attention_sink_bias"] = True
         if not self.markov_rank:
             del values["markov_head_type"]
         if not self.enable_confidence_head:
@@ -230,13 +282,11 @@ class DraftConfig(SavedConfig):
 
 
 class DFlashConfig(DraftConfig):
-    """Shape of a DFlash draft as its authors and the engines have it: the anchor's slot predicts nothing.
-
-    On disk ``block_size`` counts the anchor, so it is γ + 1, and mask token and taps also lie in ``dflash_config``.
-    """
+    """Shape of a DFlash draft as its authors and the engines have it: the anchor's slot predicts nothing."""
 
     architecture = "DFlashDraftModel"
     kind = "DFlash"
+    _anchored = False
 
     sample_from_anchor: Literal[False] = False
     markov_rank: Literal[0] = 0
@@ -250,26 +300,15 @@ class DFlashConfig(DraftConfig):
         return values.get("architectures") == [cls.architecture] and "projector_type" not in nested
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], origin: str = "config.json") -> Self:
-        nested = values.get("dflash_config") or {}
-        flat = {**values, **{key: nested[key] for key in _NESTED if nested.get(key) is not None}}
-        size = flat.get("block_size")
-        if not isinstance(size, int) or size < 2:
-            raise InputError(f"{origin}: block_size is {size!r}, and it counts the anchor and γ more.", _RESTORE)
-        return super().from_json(flat | {"block_size": size - 1}, origin)
-
-    @classmethod
     def _needed(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
         return ("mask_token_id", "target_layer_ids")
 
     def to_json(self) -> dict[str, Any]:
         values = super().to_json()
-        for key in ("sample_from_anchor", "markov_rank", "enable_confidence_head"):
+        for key in ("sample_from_anchor", "dspark_bonus_anchor", "markov_rank", "enable_confidence_head"):
             del values[key]
-        return values | {
-            "block_size": self.block_width,
-            "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)},
-        }
+        del values["dflash_config"]["sample_from_anchor"]
+        return values
 
 
 class Eagle3Config(SavedConfig):
@@ -316,6 +355,31 @@ def read_draft_config(folder: Path) -> DraftConfig | Eagle3Config:
     return (Eagle3Config if architectures == [Eagle3Config.architecture] else DraftConfig).from_folder(folder)
 
 
+def _read_attention(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """`DraftConfig`'s keys of attention, out of a ``config.json`` as vLLM reads it; `InputError` for mixed layers."""
+    nested = values.get("dflash_config") or {}
+    types = set(values.get("layer_types") or ())
+    if len(types) > 1:
+        raise InputError(
+            f"{origin}: its layers are of different types, {' and '.join(sorted(types))}; here all have one.",
+            "Serve it with the engine it is for.",
+        )
+    sliding = nested.get("use_swa", False) or types == {_SLIDING}
+    window = nested.get("swa_window_size") or values.get("sliding_window")
+    causal = next(
+        (said for said in (values.get("is_causal"), nested.get("causal")) if said is not None), types == {_SLIDING}
+    )
+    sinks = nested.get("attention_sink_bias", values.get("attention_sink_bias", False))
+    if sliding and window is None:
+        raise InputError(f"{origin}: its layers have a window, and it does not say how long.", _RESTORE)
+    return {
+        "sliding_window": window if sliding else None,
+        "causal_block": bool(causal),
+        "attention_sinks": bool(sinks),
+        "layer_types": None if types == {_SLIDING} else values.get("layer_types"),
+    }
+
+
 def _refuse_unlike_qwen3(values: Mapping[str, Any], origin: str) -> None:
     rope_type = (values.get("rope_parameters") or values.get("rope_scaling") or {}).get("rope_type", "default")
     for key, value, only in (
@@ -343,6 +407,7 @@ def build_draft_config(
         InputError: taps out of range, or a combination of keys no draft can have.
     """
     shape, notes = _shape_for(spec, section)
+    attention = {key: getattr(section, key) for key in ("sliding_window", "causal_block", "attention_sinks")}
     if section.kind == "dflash":
         return DFlashConfig(
             **shape,
@@ -350,6 +415,7 @@ def build_draft_config(
             block_size=section.block_size,
             mask_token_id=mask_token_id,
             num_anchors=num_anchors,
+            **attention,
         ), notes
     with_markov = section.confidence_with_markov
     if section.confidence_head and with_markov and not section.markov_rank:
@@ -361,6 +427,8 @@ def build_draft_config(
         block_size=section.block_size,
         mask_token_id=mask_token_id,
         num_anchors=num_anchors,
+        sample_from_anchor=section.sample_from_anchor,
+        **attention,
         markov_rank=section.markov_rank,
         markov_head_type=section.markov_head,
         enable_confidence_head=section.confidence_head,
@@ -373,6 +441,9 @@ def build_eagle3_config(
     spec: TargetSpec, section: DraftSection, *, ttt_length: int = 7, step_loss_decay: float = 0.8
 ) -> tuple[Eagle3Config, tuple[str, ...]]:
     """The config of an EAGLE-3 draft for ``spec`` and the notes on what was assumed; shapes as `build_draft_config`."""
+    for key in ("sliding_window", "causal_block", "attention_sinks"):
+        if getattr(section, key):
+            raise InputError(f"EAGLE-3 drafts have no {key}.", f"Leave draft.{key} out, or train another kind.")
     shape, notes = _shape_for(spec, section)
     return Eagle3Config(**shape, ttt_length=ttt_length, step_loss_decay=step_loss_decay), notes
 

@@ -2,10 +2,12 @@
 
 What is notable in it:
 - The input of a block is the anchor's embedding and γ-1 mask tokens; slot k predicts the token k+1 after the anchor.
-  All slots pass through the layers together, without a causal mask inside the block.
+  All slots pass through the layers together and see each other, unless the config has a causal block.
 - The context is RMSNorm(fc(taps)) at every position before the anchor: hidden states of some layers of the target, side
   by side. Each layer makes keys and values of it with the weights it has for the block itself.
-- In DFlash the anchor's slot predicts nothing: γ mask tokens follow it, and each predicts the token of its own place.
+- In DFlash, and where the config says so, the anchor's slot predicts nothing: γ mask tokens follow it, and each
+  predicts the token of its own place.
+- With a sliding window a slot sees the last positions of the context only, and decoding remembers no others.
 - A sequential head (heads.py) ties the slots together afterwards, token by token, at the price of a table lookup.
 - Embedding and LM head are the target's, frozen. The type that they are held in is the type of the arithmetic.
 - A draft may draft a part of the vocabulary only: it then holds that part of the head, and says which in ``d2t``.
@@ -40,6 +42,7 @@ from nemotron_dspark.drafts.layers import (
     RMSNorm,
     Rotary,
     Rotation,
+    Sight,
     block_attention,
     rotate,
 )
@@ -362,7 +365,7 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
             torch.cat((cosines[:length].expand(rows, 1, -1, -1), block_rotation[0]), dim=2),
             torch.cat((sines[:length].expand(rows, 1, -1, -1), block_rotation[1]), dim=2),
         )
-        attend = block_attention(anchors, length, slots, self.attention)
+        attend = block_attention(anchors, length, slots, self.attention, Sight.of(self.config))
         for layer in self._each_layer():
             inputs = (hidden, context, block_rotation, all_rotation, attend)
             if self.recompute_layers:
@@ -392,7 +395,8 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
     def new_context(self, rows: int = 1) -> DSparkContext:
         """An empty context of ``rows`` rows, for the weights as they are now."""
         self._require_embeddings()
-        return DSparkContext([0] * rows, [RaggedKV(rows) for _ in self.layers], *self._fused_keys_and_values())
+        layers = [RaggedKV(rows) for _ in self.layers]
+        return DSparkContext([0] * rows, layers, [0] * rows, *self._fused_keys_and_values())
 
     @torch.no_grad()
     def _fused_keys_and_values(self) -> tuple[Tensor, Tensor]:
@@ -416,7 +420,11 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         following: Tensor | None = None,  # [B, n] the token after each position; not looked at by this kind of draft
     ) -> None:
         """Append the first ``counts[b]`` of the n positions of each row; the others are ignored."""
-        config = self.config
+        config, reach = self.config, Sight.of(self.config).reach
+        if reach is not None and min(counts) == max(counts) > reach:  # a prompt: no slot will see its beginning
+            skipped, taps, counts = counts[0] - reach, taps[:, counts[0] - reach : counts[0]], [reach] * len(counts)
+            context.lengths = [length + skipped for length in context.lengths]
+            context.forgotten = list(context.lengths)
         rows, added, _ = taps.shape
         hidden = self.hidden_norm(self.fc(taps.to(self.compute_dtype)))
         projected = functional.linear(hidden, context.key_value_weights.flatten(0, 1))  # of all layers at once
@@ -426,8 +434,10 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         keys = rotate(keys, self._rotation(context.lengths, added))
         values = projected[:, :, :, 1].permute(2, 0, 3, 1, 4)
         for layer, layer_keys, layer_values in zip(context.layers, keys, values, strict=True):
-            layer.write(layer_keys, layer_values, context.lengths)
+            layer.write(layer_keys, layer_values, context.stored)
         context.lengths = [length + count for length, count in zip(context.lengths, counts, strict=True)]
+        if reach is not None:
+            context.keep_last(reach, config.block_size + 1)
 
     @torch.no_grad()
     def block_hidden(
@@ -436,15 +446,18 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         anchor_tokens: Tensor,  # [B] the last accepted token of each row, not yet in the context
     ) -> Tensor:
         """Hidden states of the next block of each row, after the final norm: [B, γ, H]."""
-        slots, lengths = self.config.block_width, context.lengths
-        rotation = self._rotation(lengths, slots)
+        slots, stored, sight = self.config.block_width, context.stored, Sight.of(self.config)
+        rotation = self._rotation(context.lengths, slots)
         mask = None
-        if min(lengths) != max(lengths):
-            ends = torch.tensor(lengths, device=self.device)[:, None] + slots
-            mask = (torch.arange(max(lengths) + slots, device=self.device) < ends)[:, None, None]
+        if min(stored) != max(stored) or not sight.whole:
+            anchors = torch.tensor(stored, device=self.device)[:, None, None, None]
+            places = torch.arange(max(stored) + slots, device=self.device) - anchors  # [B, 1, 1, keys]
+            mask = places < slots
+            if not sight.whole:
+                mask = mask & sight.sees(torch.arange(slots, device=self.device)[:, None], places)
         hidden = self._block_embeddings(anchor_tokens)
-        for layer, weight, stored in zip(self._each_layer(), context.key_value_weights, context.layers, strict=True):
-            hidden = layer.decode(hidden, rotation, weight, stored, lengths, mask)
+        for layer, weight, kv in zip(self._each_layer(), context.key_value_weights, context.layers, strict=True):
+            hidden = layer.decode(hidden, rotation, weight, kv, stored, mask)
         return self.norm(hidden[:, -self.config.block_size :])
 
     def begin(self, context: DSparkContext, anchor_tokens: Tensor) -> "DSparkBlock":

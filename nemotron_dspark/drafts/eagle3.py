@@ -146,7 +146,7 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
         """An empty context of ``rows`` rows."""
         self._require_embeddings()
         hidden = torch.zeros(rows, self.config.hidden_size, device=self.device)
-        return Eagle3Context([0] * rows, [RaggedKV(rows)], hidden)
+        return Eagle3Context([0] * rows, [RaggedKV(rows)], [0] * rows, hidden)
 
     @torch.no_grad()
     def extend(

@@ -4,22 +4,24 @@
   one block per row over stored keys and values.
 - Parameters may be of another type than what is computed: every module casts its own to its input's type where it uses
   them. So fp32 parameters train in bf16 arithmetic, their gradients add up in fp32, and no copy of them is kept.
-- In training each block sees the context before its anchor and itself; keys are [context ; all blocks]. FlexAttention
-  skips what a block does not see and never builds the mask. Where it has no backward (anywhere but CUDA) dense masks
-  and SDPA give the same numbers: a few blocks at a time, over the context that they see at most and their own keys,
-  so that little is computed to be masked.
-- In decoding `DraftContext` holds what is remembered of the verified positions.
+- Which keys a slot sees is said once, by `Sight`: the context before the anchor, or a window of it, and its own block,
+  or what of it lies before the slot. Both ways ask it.
+- In training keys are [context ; all blocks]. FlexAttention skips what a block does not see and never builds the mask.
+  Where it has no backward (anywhere but CUDA) dense masks and SDPA give the same numbers: a few blocks at a time, over
+  the context that they see at most and their own keys, so that little is computed to be masked.
+- In decoding `DraftContext` holds what is remembered of the verified positions: with a window, only its last ones.
+- A head may have a sink: a logit that takes part in its softmax and brings no value, so that it need not attend at all.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from nemotron_dspark.config.run import AttentionKind
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
@@ -28,8 +30,8 @@ from nemotron_dspark.targets.kv import RaggedKV, take_out
 MASK_CHUNKS = 4  # each adds a gradient as large as all keys, each saves half as much as the one before
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [..., positions, d]
-# From queries [B, heads, A·γ, d], keys and values [B, kv_heads, S + A·γ, d] to [B, heads, A·γ, d].
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# From queries [B, heads, A·γ, d], keys and values [B, kv_heads, S + A·γ, d] and sinks [heads] to [B, heads, A·γ, d].
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Linear(nn.Linear):
@@ -88,7 +90,9 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention with normed queries and keys; ``source_size`` is the width of what it projects."""
 
-    def __init__(self, config: DraftConfig | Eagle3Config, source_size: int):
+    attention_sink_bias: nn.Parameter | None  # [heads]
+
+    def __init__(self, config: DraftConfig | Eagle3Config, source_size: int, *, sinks: bool = False):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -99,6 +103,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(query_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.attention_sink_bias = nn.Parameter(torch.zeros(self.heads)) if sinks else None
 
     def queries(self, hidden: Tensor, rotation: Rotation) -> Tensor:
         """[B, n, H] to [B, heads, n, d]."""
@@ -119,7 +124,8 @@ class Attention(nn.Module):
         keys = self.k_proj(source).unflatten(-1, (self.kv_heads, self.head_dim))
         keys = rotate(self.k_norm(keys).transpose(1, 2), all_rotation)
         values = self.v_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
-        return attend(self.queries(hidden, block_rotation), keys, values).transpose(1, 2).flatten(2)
+        attended = attend(self.queries(hidden, block_rotation), keys, values, self.attention_sink_bias)
+        return attended.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -158,7 +164,7 @@ class Layer(nn.Module):
     def __init__(self, config: DraftConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, config.hidden_size)
+        self.self_attn = Attention(config, config.hidden_size, sinks=config.attention_sinks)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -180,8 +186,8 @@ class Layer(nn.Module):
         rotation: Rotation,  # [B or 1, 1, γ, d] at the block's positions
         key_value_weight: Tensor,  # [2·kv_heads·d, H], k_proj over v_proj
         stored: RaggedKV,
-        starts: Sequence[int],  # verified positions per row
-        mask: Tensor | None,  # bool [B, 1, 1, max(starts) + γ]; None when all rows have the same length
+        starts: Sequence[int],  # stored positions per row
+        mask: Tensor | None,  # bool [B, 1, γ or 1, max(starts) + γ]; None: everything is seen
     ) -> Tensor:
         """[B, γ, H]. The block's own keys lie behind the stored ones and are overwritten by what comes next."""
         attention = self.self_attn
@@ -190,9 +196,15 @@ class Layer(nn.Module):
         projected = functional.linear(normed, key_value_weight).view(rows, slots, 2, attention.kv_heads, -1)
         keys = rotate(attention.k_norm(projected[:, :, 0]).transpose(1, 2), rotation)
         keys, values = stored.write(keys, projected[:, :, 1].transpose(1, 2), starts)
-        # Every slot sees the same keys, so the query heads of one key head fold into one longer query.
+        # The query heads of one key head fold into one longer query.
+        group = attention.heads // attention.kv_heads
         queries = attention.queries(normed, rotation).reshape(rows, attention.kv_heads, -1, attention.head_dim)
-        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, group, 1)
+        sinks = attention.attention_sink_bias
+        if sinks is not None:
+            sinks = sinks.view(attention.kv_heads, group).repeat_interleave(slots, dim=1)
+        attended = attend_with_sinks(queries, keys, values, mask, sinks)
         attended = attended.reshape(rows, attention.heads, slots, -1).transpose(1, 2).flatten(2)
         return self._finish(hidden, attended)
 
@@ -201,7 +213,66 @@ class Layer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-# --- which keys the blocks of a training forward see ---
+# --- which keys a slot sees ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Which keys the slots of a block see. Places count from the block's anchor: those of the context are below 0."""
+
+    window: int | None = None  # keys fewer than this before the slot; None: all
+    causal: bool = False  # no keys behind the slot
+
+    @staticmethod
+    def of(config: DraftConfig) -> "Sight":
+        return Sight(config.sliding_window, config.causal_block)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every slot sees everything: the context and its block."""
+        return self.window is None and not self.causal
+
+    @property
+    def reach(self) -> int | None:
+        """Positions before its anchor that a block sees at most; None: all."""
+        return None if self.window is None else self.window - 1
+
+    def sees(self, slot: Tensor, place: Tensor) -> Tensor:
+        """Whether each slot sees the key at each place of the context and its own block (they broadcast), bool."""
+        seen = torch.ones_like(place, dtype=torch.bool)
+        if self.window is not None:
+            seen = seen & (place > slot - self.window)
+        if self.causal:
+            seen = seen & (place <= slot)
+        return seen
+
+
+def attend_with_sinks(
+    queries: Tensor,  # [B, heads, n, d]
+    keys: Tensor,  # [B, kv_heads, K, d]
+    values: Tensor,  # [B, kv_heads, K, d]
+    mask: Tensor | None,  # bool, broadcasts to [B, heads, n, K]
+    sinks: Tensor | None,  # [heads], or [heads, n] where they differ by query; None: there are none
+) -> Tensor:
+    """Attention [B, heads, n, d] with one key more per head, which has ``sinks`` as its score and no value.
+
+    One component more of queries and keys gives it this score, so it needs no kernel of its own.
+    """
+    if sinks is None:
+        grouped = queries.shape[1] != keys.shape[1]
+        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+    head_dim = queries.shape[-1]
+    scores = sinks.to(queries.dtype).view(1, len(sinks), -1, 1).expand(*queries.shape[:-1], 1)
+    sink = functional.pad(keys.new_full((*keys.shape[:2], 1, 1), head_dim**0.5), (head_dim, 0))
+    attended = functional.scaled_dot_product_attention(
+        torch.cat((queries, scores), dim=-1),
+        torch.cat((functional.pad(keys, (0, 1)), sink), dim=2),
+        functional.pad(values, (0, 1, 0, 1)),
+        attn_mask=None if mask is None else functional.pad(mask, (0, 1), value=True),
+        enable_gqa=queries.shape[1] != keys.shape[1],
+        scale=head_dim**-0.5,
+    )
+    return attended[..., :head_dim]
 
 
 def block_attention(
@@ -209,6 +280,7 @@ def block_attention(
     context_length: int,  # S
     block_size: int,  # γ
     kind: AttentionKind = "auto",
+    sight: Sight = Sight(),
 ) -> Attend:
     """The attention of A blocks per row over S context positions and the blocks themselves, for all layers.
 
@@ -218,67 +290,88 @@ def block_attention(
     if kind == "auto":
         kind = "flex" if anchors.is_cuda else "dense"
     if kind == "flex":
-        return functools.partial(_flex_attention, _flex_mask(anchors, context_length, block_size))
-    return functools.partial(_dense_attention, _dense_masks(anchors, context_length, block_size), context_length)
+        return functools.partial(_flex_attention, _flex_mask(anchors, context_length, block_size, sight))
+    return functools.partial(_dense_attention, _dense_masks(anchors, context_length, block_size, sight), context_length)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskChunk:
     """The dense mask of some neighbouring blocks."""
 
-    seen: int  # context positions that any of them sees
+    seen: slice  # context positions that any of them sees
     mask: Tensor  # bool [B, 1, a·γ, seen + a·γ]
 
 
 def _dense_attention(
-    chunks: Sequence[MaskChunk], context_length: int, queries: Tensor, keys: Tensor, values: Tensor
+    chunks: Sequence[MaskChunk],
+    context_length: int,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     sizes = [chunk.mask.shape[2] for chunk in chunks]
     context_keys, block_keys = keys.tensor_split((context_length,), dim=2)
     context_values, block_values = values.tensor_split((context_length,), dim=2)
     parts = (part.split(sizes, dim=2) for part in (queries, block_keys, block_values))
     attended = [
-        functional.scaled_dot_product_attention(
+        attend_with_sinks(
             query,
-            torch.cat((context_keys[:, :, : chunk.seen], own_keys), dim=2),
-            torch.cat((context_values[:, :, : chunk.seen], own_values), dim=2),
-            attn_mask=chunk.mask,
-            enable_gqa=queries.shape[1] != keys.shape[1],
+            torch.cat((context_keys[:, :, chunk.seen], own_keys), dim=2),
+            torch.cat((context_values[:, :, chunk.seen], own_values), dim=2),
+            chunk.mask,
+            sinks,
         )
         for chunk, query, own_keys, own_values in zip(chunks, *parts, strict=True)
     ]
     return torch.cat(attended, dim=2)
 
 
-def _dense_masks(anchors: Tensor, context_length: int, block_size: int) -> list[MaskChunk]:
+def _dense_masks(anchors: Tensor, context_length: int, block_size: int, sight: Sight) -> list[MaskChunk]:
     chunks = []
     for some in anchors.chunk(MASK_CHUNKS, dim=1):
-        limit = some.repeat_interleave(block_size, dim=1)[:, None, :, None]  # [B, 1, a·γ, 1]
-        seen = min(int(some.max()), context_length)
+        last = min(int(some.max()), context_length)
+        first = 0 if sight.reach is None else min(max(0, int(some.min()) - sight.reach), last)
+        anchor = some.repeat_interleave(block_size, dim=1)[:, None, :, None]  # [B, 1, a·γ, 1]
+        slots = torch.arange(block_size, device=anchors.device).repeat(some.shape[1])  # [a·γ]
         block = torch.arange(some.shape[1], device=anchors.device).repeat_interleave(block_size)
-        context = torch.arange(seen, device=anchors.device) < limit
-        own = (block[:, None] == block).expand(len(anchors), 1, -1, -1)
-        chunks.append(MaskChunk(seen, torch.cat((context, own), dim=-1)))
+        place = torch.arange(first, last, device=anchors.device) - anchor  # [B, 1, a·γ, seen]
+        context = (place < 0) & sight.sees(slots[:, None], place)
+        own = (block[:, None] == block) & sight.sees(slots[:, None], slots)
+        own = own.expand(len(anchors), 1, -1, -1)
+        chunks.append(MaskChunk(slice(first, last), torch.cat((context, own), dim=-1)))
     return chunks
 
 
-def _flex_attention(mask: BlockMask, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _flex_attention(
+    mask: BlockMask, queries: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None = None
+) -> Tensor:
     attend = _compiled_flex_attention() if queries.is_cuda else flex_attention
-    return attend(queries, keys, values, block_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
+    grouped = queries.shape[1] != keys.shape[1]
+    if sinks is None:
+        return attend(queries, keys, values, block_mask=mask, enable_gqa=grouped)
+    # A sink takes its share e^s of the softmax's mass e^lse + e^s, and what it takes brings nothing.
+    wanted = AuxRequest(lse=True)
+    attended, found = attend(queries, keys, values, block_mask=mask, enable_gqa=grouped, return_aux=wanted)
+    lse = cast("Tensor", found.lse)  # [B, heads, A·γ]
+    return attended * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None].to(attended.dtype)
 
 
-def _flex_mask(anchors: Tensor, context_length: int, block_size: int) -> BlockMask:
+def _flex_mask(anchors: Tensor, context_length: int, block_size: int, sight: Sight) -> BlockMask:
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // block_size
-        context = key < torch.minimum(anchors[row, block], torch.full_like(key, context_length))
-        return context | ((key >= context_length) & ((key - context_length) // block_size == block))
+        block, slot = query // block_size, query % block_size
+        anchor = anchors[row, block]
+        context = (key < torch.minimum(anchor, torch.full_like(key, context_length))) & sight.sees(slot, key - anchor)
+        of_block = key - context_length
+        same = (key >= context_length) & (of_block // block_size == block)
+        return context | (same & sight.sees(slot, of_block % block_size))
 
     slots = anchors.shape[1] * block_size
     return create_block_mask(visible, anchors.shape[0], None, slots, context_length + slots, device=anchors.device)
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def _compiled_flex_attention() -> Callable[..., Any]:
     # Uncompiled FlexAttention would build every score; sequence lengths change from batch to batch, hence dynamic.
     return torch.compile(flex_attention, dynamic=True)
 
@@ -292,30 +385,55 @@ class DraftContext:
 
     lengths: list[int]  # verified positions per row
     layers: list[RaggedKV]
+    forgotten: list[int]  # the first of them per row, which no slot sees any more
+
+    @property
+    def stored(self) -> list[int]:
+        """Positions per row whose keys and values are there."""
+        return [length - gone for length, gone in zip(self.lengths, self.forgotten, strict=True)]
+
+    def keep_last(self, count: int, room: int) -> None:
+        """Forget all but the last ``count`` stored positions of each row, unless so many and ``room`` more fit in twice
+        ``count``: what is moved seldom costs little."""
+        stored = self.stored
+        if max(stored) + room <= 2 * count:
+            return
+        gone = [max(0, length - count) for length in stored]
+        for kv in self.layers:
+            kv.drop(gone, stored)
+        self.forgotten = [before + more for before, more in zip(self.forgotten, gone, strict=True)]
 
     def select(self, rows: Sequence[int]) -> Self:
         """A copy with ``rows`` in that order."""
-        lengths = [self.lengths[row] for row in rows]
-        return dataclasses.replace(self, lengths=lengths, layers=[kv.select(rows, max(lengths)) for kv in self.layers])
+        stored = self.stored
+        return dataclasses.replace(
+            self,
+            lengths=[self.lengths[row] for row in rows],
+            layers=[kv.select(rows, max(stored[row] for row in rows)) for kv in self.layers],
+            forgotten=[self.forgotten[row] for row in rows],
+        )
 
     def join(self, other: Self) -> None:
         """Put the rows of ``other``, of the same draft, behind these."""
         for kv, new in zip(self.layers, other.layers, strict=True):
-            kv.join(new, max(other.lengths))
+            kv.join(new, max(other.stored))
         self.lengths += other.lengths
+        self.forgotten += other.forgotten
 
     def leave(self, row: int) -> None:
         """Take ``row`` out; the last row gets its place."""
         take_out(self.lengths, row)
+        take_out(self.forgotten, row)
         for kv in self.layers:
-            kv.leave(row, max(self.lengths, default=0))
+            kv.leave(row, max(self.stored, default=0))
 
 
 def context_bytes(config: DraftConfig, length: int, itemsize: int) -> int:
-    """Bytes of the keys and values that decoding remembers of one row of ``length`` positions.
+    """Bytes of the keys and values that decoding remembers of one row of ``length`` positions, or of the window's.
 
     `RaggedKV` reserves up to twice as much while it grows.
     """
+    length = length if config.sliding_window is None else min(length, config.sliding_window - 1)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * itemsize
 
 

@@ -3,7 +3,8 @@
 DSpark:
 - deepspec: flat, architecture `Qwen3DSparkModel`; tap i is the output of layer i; with or without the target's
   embedding and LM head. DeepSpec and NeMo AutoModel read it.
-- vllm: the same, always with a Markov head.
+- vllm: the same, always with a Markov head. What DeepSpec's blocks have not (`DraftConfig.beyond_deepspec`) stands in a
+  `dflash_config`, as in NVIDIA's draft for Nemotron 3.5 Lightning.
 - sglang: as vllm, always without embedding and head.
 - speculators: a Qwen3 config nested in it; taps count from the embedding, so i + 1. speculators, vLLM and llama.cpp's
   converter read it.
@@ -54,6 +55,10 @@ _LAYERS = (
     "attention_bias",
     "layer_types",
 )
+_BLOCKS = ("dflash_config", "sliding_window", "is_causal", "attention_sink_bias", "sample_from_anchor")
+_WINDOWED = frozenset(("sliding_window", "causal_block", "attention_sinks"))
+_BEHIND_ANCHOR = frozenset(("sample_from_anchor",))
+_ANY_BLOCK = _WINDOWED | _BEHIND_ANCHOR
 _DEFAULTS: Json = {"markov_rank": 256, "markov_head_type": "vanilla", "enable_confidence_head": True}
 
 
@@ -79,6 +84,7 @@ class Format:
     heads: tuple[str, ...] = ("vanilla", "gated", "rnn")
     config: type[SavedConfig] = DraftConfig
     reduced: bool = False  # may hold a draft of a part of the vocabulary
+    blocks: frozenset[str] = frozenset()  # of `DraftConfig.beyond_deepspec`, what it can say
 
     def tensor_name(self, name: str, *, back: bool = False) -> str:
         """A tensor's name in this format, or ``back``: DeepSpec's."""
@@ -91,6 +97,17 @@ class Format:
 
 def _deepspec(config: SavedConfig, verifier: Verifier) -> Json:
     return config.to_json()
+
+
+def _from_deepspec(values: Json) -> Json:
+    """What others leave out where it is off, and quantised weights refused."""
+    if values.get("quantization_config"):
+        raise InputError(
+            "The draft's weights are quantised, and drafts here are not.",
+            "Import the one in bfloat16, which their makers publish beside it.",
+        )
+    off: Json = {"enable_confidence_head": False, "markov_rank": 0, "markov_head_type": "vanilla"}
+    return off | {"confidence_head_with_markov": False} | values
 
 
 def _speculator(algorithm: str, class_name: str, config: SavedConfig, tokens: int, verifier: Verifier) -> Json:
@@ -115,22 +132,26 @@ def _speculator(algorithm: str, class_name: str, config: SavedConfig, tokens: in
 
 
 def _to_speculators(config: DraftConfig, verifier: Verifier) -> Json:
-    flat, anchored = config.to_json(), config.sample_from_anchor
-    kind = ("dspark", "DSparkSpeculator") if anchored else ("dflash", "DFlashSpeculator")
+    flat, dflash = config.to_json(), isinstance(config, DFlashConfig)
+    if config.markov_head_type == "rnn" and not config.sample_from_anchor:
+        raise InputError(
+            "speculators begins an rnn head at the anchor's slot, and this draft one behind it.",
+            "Train with draft.sample_from_anchor=true, or export it for SGLang.",
+        )
+    kind = ("dflash", "DFlashSpeculator") if dflash else ("dspark", "DSparkSpeculator")
     return {
         **_speculator(*kind, config, config.block_size, verifier),
         "block_size": config.block_width,
         "aux_hidden_state_layer_ids": [tap + 1 for tap in config.target_layer_ids],
         "mask_token_id": config.mask_token_id,
-        "sample_from_anchor": anchored,
+        "sample_from_anchor": config.sample_from_anchor,
         "sliding_window_non_causal": False,
         **_present(flat, _HEADS),
     }
 
 
 def _from_speculators(values: Json) -> Json:
-    _refuse("sample_from_anchor", values.get("sample_from_anchor", True), True)
-    return _block_of_speculators(values) | _heads(values)
+    return _block_of_speculators(values) | _heads(values) | _present(values, ("sample_from_anchor",))
 
 
 def _dflash_from_speculators(values: Json) -> Json:
@@ -140,6 +161,11 @@ def _dflash_from_speculators(values: Json) -> Json:
 
 def _block_of_speculators(values: Json) -> Json:
     layers = values.get("transformer_layer_config") or {}
+    if "sliding_attention" in (layers.get("layer_types") or ()):
+        raise InputError(
+            "speculators counts a window from the anchor, and drafts here from each slot, as vLLM does.",
+            "Serve it with vLLM.",
+        )
     return {
         **_present(layers, (*_LAYERS, "rope_theta")),
         **_present(values, ("block_size", "mask_token_id", "draft_vocab_size", *_KEPT)),
@@ -150,7 +176,6 @@ def _block_of_speculators(values: Json) -> Json:
 def _from_dflash(values: Json) -> Json:
     nested = values.get("dflash_config") or {}
     _refuse("dflash_config.sample_from_anchor", nested.get("sample_from_anchor", False), False)
-    _refuse_other_blocks(values, nested)
     return values
 
 
@@ -164,13 +189,14 @@ def _to_modelopt(config: DraftConfig, verifier: Verifier) -> Json:
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": list(config.target_layer_ids),
             "causal": False,
+            **config.attention_keys,
             "projector_type": "dspark",
             "shift_label": True,
             "markov_rank": config.markov_rank,
             "markov_head_type": config.markov_head_type,
             "use_confidence_head": config.enable_confidence_head,
         },
-        **_present(flat, _LAYERS),
+        **_present(flat, (*_LAYERS, "sliding_window", "attention_sink_bias")),
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "tie_word_embeddings": False,
@@ -183,21 +209,14 @@ def _from_modelopt(values: Json) -> Json:
     nested = values.get("dflash_config") or {}
     _refuse("dflash_config.shift_label", nested.get("shift_label", True), True)
     _refuse("dflash_config.sample_from_anchor", nested.get("sample_from_anchor", True), True)
-    _refuse_other_blocks(values, nested)
     confident = nested.get("use_confidence_head", nested.get("enable_confidence_head", False))
     return {
-        **_present(values, (*_LAYERS, "rope_theta", "block_size", *_KEPT)),
+        **_present(values, (*_LAYERS, *_BLOCKS, "rope_theta", "block_size", *_KEPT)),
         **_present(nested, ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")),
         "dtype": values.get("dtype") or values.get("torch_dtype") or "float32",
         "enable_confidence_head": confident,
         "confidence_head_with_markov": confident and nested.get("confidence_head_with_markov", True),
     }
-
-
-def _refuse_other_blocks(values: Json, nested: Json) -> None:
-    _refuse("dflash_config.causal", nested.get("causal", False), False)
-    _refuse("attention_sink_bias", bool(values.get("attention_sink_bias", nested.get("attention_sink_bias"))), False)
-    _refuse("dflash_config.use_swa", nested.get("use_swa", False), False)
 
 
 def _to_specforge(config: DraftConfig, verifier: Verifier) -> Json:
@@ -302,20 +321,48 @@ _BARE_HEADS["confidence_head.proj."] = "confidence_proj."
 FORMATS: dict[str, Format] = {
     found.name: found
     for found in (
-        Format("deepspec", True, _deepspec, dict),
-        Format("vllm", True, _deepspec, dict, needs_head=True, heads=("vanilla",), reduced=True),
-        Format("sglang", False, _deepspec, dict, needs_head=True),
-        Format("speculators", False, _to_speculators, _from_speculators, needs_head=True, reduced=True),
-        Format("modelopt", False, _to_modelopt, _from_modelopt, _BARE_HEADS, needs_head=True, reads_token=True),
+        Format("deepspec", True, _deepspec, _from_deepspec),
+        Format("vllm", True, _deepspec, dict, needs_head=True, heads=("vanilla",), reduced=True, blocks=_ANY_BLOCK),
+        Format("sglang", False, _deepspec, dict, needs_head=True, blocks=_ANY_BLOCK),
+        Format(
+            "speculators",
+            False,
+            _to_speculators,
+            _from_speculators,
+            needs_head=True,
+            reduced=True,
+            blocks=_BEHIND_ANCHOR,
+        ),
+        Format(
+            "modelopt",
+            False,
+            _to_modelopt,
+            _from_modelopt,
+            _BARE_HEADS,
+            needs_head=True,
+            reads_token=True,
+            blocks=_WINDOWED,
+        ),
         Format("specforge", False, _to_specforge, _from_specforge),
     )
 }
 DFLASH_FORMATS: dict[str, Format] = {
-    name: Format(name, False, _deepspec, _from_dflash, config=DFlashConfig, reduced=name == "vllm")
-    for name in ("vllm", "sglang", "modelopt", "specforge")
+    name: Format(name, False, _deepspec, _from_dflash, config=DFlashConfig, reduced=name == "vllm", blocks=blocks)
+    for name, blocks in {
+        "vllm": _ANY_BLOCK,
+        "sglang": _ANY_BLOCK,
+        "modelopt": _ANY_BLOCK,
+        "specforge": _BEHIND_ANCHOR,
+    }.items()
 }
 DFLASH_FORMATS["speculators"] = Format(
-    "speculators", False, _to_speculators, _dflash_from_speculators, config=DFlashConfig, reduced=True
+    "speculators",
+    False,
+    _to_speculators,
+    _dflash_from_speculators,
+    config=DFlashConfig,
+    reduced=True,
+    blocks=_BEHIND_ANCHOR,
 )
 EAGLE3_FORMATS: dict[str, Format] = {
     found.name: found

@@ -100,6 +100,13 @@ def _format(config: DraftConfig | Eagle3Config, name: str) -> Format:
         raise InputError(f"{name} has no draft of a part of the vocabulary.", f"Formats that hold one are {holding}.")
     if isinstance(config, Eagle3Config):
         return form
+    beyond = [words for field, words in config.beyond_deepspec.items() if field not in form.blocks]
+    if beyond:
+        others = [other.name for other in known.values() if other.blocks >= config.beyond_deepspec.keys()]
+        raise InputError(
+            f"{name} has no {config.kind} draft with {' or '.join(beyond)}.",
+            f"Formats that hold this one are {', '.join(others)}." if others else "Serve it with `nds serve`.",
+        )
     if config.markov_head_type not in form.heads:
         raise InputError(
             f"{name} reads no {config.markov_head_type} Markov head, only {', '.join(form.heads)}.",

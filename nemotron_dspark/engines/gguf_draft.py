@@ -29,16 +29,15 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
     fields = {key: field.contents() for key, field in reader.fields.items()}
     own = {key.removeprefix(f"{ARCHITECTURE}."): value for key, value in fields.items()}
     stored = {_name(tensor.name, file): _tensor(tensor) for tensor in reader.tensors}
-    anchored = "markov_head.markov_w1.weight" in stored
-    for key, only in (
-        ("sample_from_anchor", anchored),
-        ("attention.sliding_window", None),
-        ("attention.causal", False),
-    ):
-        if own.get(key, only) != only:
-            raise InputError(
-                f"The draft has {key} = {own[key]!r}, and drafts here only {only!r}.", "Serve it with llama.cpp."
-            )
+    dspark = "markov_head.markov_w1.weight" in stored
+    anchored, window = own.get("sample_from_anchor", dspark), own.get("attention.sliding_window")
+    if anchored and not dspark:
+        raise InputError("The draft has sample_from_anchor = True and no Markov head.", "Serve it with llama.cpp.")
+    if window and not all(own.get("attention.sliding_window_pattern", [True])):
+        raise InputError(
+            "Some layers of the draft have a window and others none; drafts here have one for all.",
+            "Serve it with llama.cpp.",
+        )
     noted = {key.removeprefix("nds."): value for key, value in fields.items() if key.startswith("nds.")}
     flat = {
         "hidden_size": own["embedding_length"],
@@ -54,8 +53,14 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
         "block_size": own["block_size"],
         "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
         "target_layer_ids": [place - 1 for place in own["target_layers"]],
+        "dflash_config": {
+            "sample_from_anchor": anchored,
+            "causal": own.get("attention.causal", False),
+            "attention_sink_bias": "layers.0.self_attn.attention_sink_bias" in stored,
+            **({"use_swa": True, "swa_window_size": window} if window else {}),
+        },
     }
-    if not anchored:
+    if not dspark:
         return write_imported(file, "gguf", flat, stored, out, target, kind=DFlashConfig, noted=noted)
     flat |= {
         "markov_rank": stored["markov_head.markov_w1.weight"].shape[1],
@@ -71,10 +76,12 @@ def _name(name: str, file: Path) -> str:
     for ours, theirs in DRAFT_NAMES.items():
         if name == theirs:
             return ours
-    parts = name.split(".")
-    for ours, theirs in LAYER_NAMES.items():
-        if parts[0] == "blk" and parts[2] == theirs:
-            return f"layers.{parts[1]}.{ours}.{parts[3]}"
+    if name.startswith("blk."):
+        _, number, rest = name.split(".", 2)
+        stem, _, kind = rest.rpartition(".")
+        for ours, theirs in LAYER_NAMES.items():
+            if theirs in (rest, stem):
+                return f"layers.{number}.{ours}" + (f".{kind}" if theirs == stem else "")
     raise InputError(
         f"{file} holds the tensor {name}, for which drafts here have no place.", "Serve it with llama.cpp."
     )

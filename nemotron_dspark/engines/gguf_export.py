@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DFlashConfig, DraftConfig
 from nemotron_dspark.drafts.dspark import SHARED
 from nemotron_dspark.engines import gguf_tokenizer
 from nemotron_dspark.engines.exchange import Exchanged, with_markov_head
@@ -41,6 +41,7 @@ LAYER_NAMES = {  # of a draft and of a llama, behind layers.N
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.attention_sink_bias": "attn_sinks.weight",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -130,7 +131,8 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
             "Serve the pair with `nds serve`.",
         )
     own = {name: read() for name, read in tensors.items() if name not in SHARED}
-    full = with_markov_head(config, own, reads_token=True)[1] if config.sample_from_anchor else own
+    dspark = not isinstance(config, DFlashConfig)
+    full = with_markov_head(config, own, reads_token=True)[1] if dspark else own
     written = {_draft_name(name): (lambda tensor=tensor: tensor) for name, tensor in full.items()}
 
     def describe(writer: "GGUFWriter", arch: str) -> None:
@@ -148,9 +150,14 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
         writer.add_bool(f"{arch}.sample_from_anchor", config.sample_from_anchor)
         writer.add_bool(f"{arch}.has_confidence_head", config.enable_confidence_head)
         ours = ("num_target_layers", "num_anchors", "markov_rank")  # nobody's but ours: for the way back
-        for key in ours if config.sample_from_anchor else ours[:2]:
+        if config.causal_block:
+            writer.add_bool(f"{arch}.attention.causal", True)
+        if config.sliding_window is not None:
+            writer.add_sliding_window(config.sliding_window)
+            writer.add_sliding_window_pattern([True] * config.num_hidden_layers)
+        for key in ours if dspark else ours[:2]:
             writer.add_uint32(f"nds.{key}", getattr(config, key))
-        if config.sample_from_anchor:
+        if dspark:
             writer.add_bool("nds.confidence_head_with_markov", config.confidence_head_with_markov)
         gguf_tokenizer.write(writer, target, config.vocab_size)
         writer.add_uint32("tokenizer.ggml.mask_token_id", config.mask_token_id)

@@ -16,6 +16,10 @@ from nemotron_dspark.targets.weights import open_tensors
 
 # vLLM 47635: these hybrids crash at start-up with speculative decoding.
 _VLLM_CRASHES = ("falcon_h1", "granitemoehybrid", "zamba2")
+_READS_BLOCKS = {
+    "sglang": "was read to take for NVIDIA's own drafts alone",
+    "trtllm": "has not been seen to read",
+}
 _GGUF_TYPES = ("llama", "nemotron_h")  # targets that `nds export --to gguf` writes
 
 
@@ -58,6 +62,8 @@ def _drafts(engine: EngineName, pair: Pair) -> Iterator[Finding]:
         return
     if pair.kind == "dflash":
         yield from _dflash(engine)
+    if draft.beyond_deepspec:
+        yield from _beyond_deepspec(engine, draft)
     if engine != "sglang" and draft.markov_rank and draft.markov_head_type != "vanilla":
         yield Finding(
             "refuse",
@@ -91,6 +97,22 @@ def _part_of_vocabulary(engine: EngineName, pair: Pair) -> Iterator[Finding]:
             "refuse",
             "vLLM needs this draft's own part of the LM head, and it is a slim copy.",
             f"Make it whole: nds export --to vllm --target {pair.target} --draft {pair.draft_folder} --out FOLDER.",
+        )
+
+
+def _beyond_deepspec(engine: EngineName, draft: DraftConfig) -> Iterator[Finding]:
+    title, has = engine_table(engine).title, " and ".join(draft.beyond_deepspec.values())
+    if engine in _READS_BLOCKS:
+        yield Finding(
+            "warn",
+            f"The draft has {has}, which {title} {_READS_BLOCKS[engine]}.",
+            "Compare the accepted length with `nds eval --engine`, or serve it with vLLM, llama.cpp or `nds serve`.",
+        )
+    if engine == "vllm" and draft.attention_sinks:
+        yield Finding(
+            "warn",
+            "The draft has attention sinks, and vLLM's FLASH_ATTN has them only where FlashAttention 3 or 4 runs.",
+            "Give the draft another attention_backend where vLLM says so at its start.",
         )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_dspark.drafts.layers import block_attention
+from nemotron_dspark.drafts.layers import Sight, block_attention
 from nemotron_dspark.recipe.probes import Proof
 
 # Largest difference over the reference's largest magnitude. fp32 kernels may multiply in TF32 (10 bits), bf16 has 8.
@@ -84,8 +84,10 @@ def flex_attention(device: str) -> Proof:
         slots = anchors.shape[1] * block
         queries = _random(device, dtype, 2, 4, slots, 64)
         keys, values = (_random(device, dtype, 2, 2, context + slots, 64) for _ in range(2))
-        dense = block_attention(anchors, context, block, "dense")(queries.double(), keys.double(), values.double())
-        yield _difference(block_attention(anchors, context, block, "flex")(queries, keys, values), dense)
+        for sight, sinks in ((Sight(), None), (Sight(48, causal=True), _random(device, dtype, 4))):
+            flex, dense = (block_attention(anchors, context, block, kind, sight) for kind in ("flex", "dense"))
+            wide = [None if part is None else part.double() for part in (queries, keys, values, sinks)]
+            yield _difference(flex(queries, keys, values, sinks), dense(*wide))
 
     return _worst("compiled FlexAttention", differences)
 

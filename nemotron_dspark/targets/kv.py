@@ -43,6 +43,12 @@ class RaggedKV:
         all_keys, all_values = self._stored
         return all_keys[: self._rows, :, :end], all_values[: self._rows, :, :end]
 
+    def drop(self, counts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Forget the first ``counts[b]`` of each row's ``lengths[b]`` positions; the others move to the front."""
+        for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            for stored in self._stored if count else ():
+                stored[row, :, : length - count] = stored[row, :, count:length].clone()
+
     def select(self, rows: Sequence[int], length: int) -> "RaggedKV":
         """A copy that keeps ``rows`` in that order and the first ``length`` positions."""
         picked = RaggedKV(len(rows))

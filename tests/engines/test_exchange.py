@@ -157,13 +157,63 @@ def test_a_dflash_draft_comes_back_equal_to_the_bit(target, tmp_path, format_nam
         assert values["dflash_config"] == {"mask_token_id": 20, "target_layer_ids": [1, 4]}
 
 
-@pytest.mark.parametrize(("key", "value"), [("causal", True), ("use_swa", True), ("sample_from_anchor", True)])
-def test_a_dflash_draft_of_another_block_is_refused(target, tmp_path, key, value):
+BLOCKS = {"sliding_window": 32, "causal_block": True, "attention_sinks": True, "sample_from_anchor": False}
+
+
+@pytest.mark.parametrize(
+    ("format_name", "kinds"),
+    [
+        *(("vllm", kinds) for kinds in ("sliding_window", "causal_block", "attention_sinks", "sample_from_anchor")),
+        ("vllm", tuple(BLOCKS)),
+        ("sglang", tuple(BLOCKS)),
+        ("modelopt", ("sliding_window", "attention_sinks")),
+        ("modelopt", ("causal_block",)),
+        ("speculators", ("sample_from_anchor",)),
+    ],
+)
+def test_blocks_that_deepspec_has_not_come_back_equal_to_the_bit(target, tmp_path, format_name, kinds):
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    draft = saved(tmp_path / "draft", target, **{kind: BLOCKS[kind] for kind in kinds})
+    assert_comes_back(draft, format_name, target, tmp_path)
+    values, tensors = contents(tmp_path / "there")
+    assert ("layers.1.self_attn.attention_sink_bias" in tensors) == ("attention_sinks" in kinds)
+    assert values["block_size"] == 5 + ("sample_from_anchor" in kinds)
+
+
+def test_a_format_that_cannot_say_what_a_block_has_is_refused(target, tmp_path):
+    whole = saved(tmp_path / "whole", target, **BLOCKS)
+    sinks = saved(tmp_path / "sinks", target, attention_sinks=True)
+    dflash = saved_dflash(tmp_path / "dflash", target, sliding_window=32)
+    for draft, form, message in (
+        (whole, "deepspec", "a sliding window or a causal block or attention sinks or a slot 0 that is not sampled"),
+        (whole, "modelopt", "modelopt has no DSpark draft with a slot 0 .* Formats that hold this one are vllm"),
+        (sinks, "specforge", "specforge has no DSpark draft with attention sinks"),
+        (sinks, "speculators", "speculators has no DSpark draft with attention sinks"),
+        (dflash, "speculators", "speculators has no DFlash draft with a sliding window"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export_draft(draft, form, tmp_path / "out", target)
+    gated = saved(tmp_path / "rnn", target, markov_head_type="rnn", sample_from_anchor=False)
+    with pytest.raises(InputError, match="begins an rnn head at the anchor's slot"):
+        export_draft(gated, "speculators", tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dflash_draft_takes_a_window_a_causal_block_and_sinks_along(target, tmp_path):
+    changes = {key: value for key, value in BLOCKS.items() if key != "sample_from_anchor"}
+    draft = saved_dflash(tmp_path / "draft", target, **changes)
+    assert_comes_back(draft, "vllm", target, tmp_path)
+    nested = contents(tmp_path / "there")[0]["dflash_config"]
+    assert (nested["use_swa"], nested["swa_window_size"], nested["causal"]) == (True, 32, True)
+    assert nested["attention_sink_bias"] is True
+
+
+def test_a_dflash_draft_that_samples_from_its_anchor_is_refused(target, tmp_path):
     draft = saved_dflash(tmp_path / "draft", target)
     values = json.loads((draft / "config.json").read_text())
-    values["dflash_config"][key] = value
+    values["dflash_config"]["sample_from_anchor"] = True
     (draft / "config.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=f"dflash_config.{key} = {value}"):
+    with pytest.raises(InputError, match=r"dflash_config.sample_from_anchor = True"):
         import_draft(draft, tmp_path / "back")
 
 
@@ -288,13 +338,13 @@ def test_the_target_s_layers_are_asked_for_where_a_format_lacks_them(target, tmp
 @pytest.mark.parametrize(
     ("format_name", "path", "value", "message"),
     [
-        ("speculators", ("sample_from_anchor",), False, "sample_from_anchor = False"),
+        ("speculators", ("transformer_layer_config", "layer_types"), ["sliding_attention"] * 2, "from the anchor, and"),
         ("speculators", ("draft_vocab_size",), 100, r"lacks d2t, which is not what its config describes"),
-        ("modelopt", ("dflash_config", "causal"), True, "dflash_config.causal = True"),
         ("modelopt", ("dflash_config", "shift_label"), False, "shift_label = False"),
-        ("modelopt", ("dflash_config", "attention_sink_bias"), True, "attention_sink_bias = True"),
-        ("modelopt", ("dflash_config", "use_swa"), True, "use_swa = True"),
-        ("deepspec", ("layer_types",), ["sliding_attention"] * 2, "layer_types"),
+        ("modelopt", ("dflash_config", "attention_sink_bias"), True, "lacks layers.0.self_attn.attention_sink_bias"),
+        ("modelopt", ("dflash_config", "use_swa"), True, "does not say how long"),
+        ("deepspec", ("layer_types",), ["sliding_attention", "full_attention"], "of different types"),
+        ("deepspec", ("quantization_config",), {"quant_algo": "W4A16_NVFP4"}, "weights are quantised"),
         ("deepspec", ("architectures",), ["LlamaForCausalLM"], "describes LlamaForCausalLM, not a draft"),
         ("deepspec", ("target_layer_ids",), [1, 99], "target has layers 0 to 7"),
         ("deepspec", ("mask_token_id",), 10**6, "vocabulary has"),

@@ -136,6 +136,7 @@ def test_a_draft_without_a_markov_head_gets_one_that_adds_nothing(tiny_hybrid, t
         {"confidence_head_with_markov": False},
         {"markov_rank": 0, "confidence_head_with_markov": False},
         {"target_layer_ids": (-1, 2), "num_anchors": 33, "rms_norm_eps": 1e-6, "rope_theta": 12345.0},
+        {"sliding_window": 32, "causal_block": True, "attention_sinks": True, "sample_from_anchor": False},
     ],
 )
 def test_an_exported_draft_comes_back_equal_to_the_bit(tiny_hybrid, tmp_path, changes):
@@ -151,6 +152,23 @@ def test_an_exported_draft_comes_back_equal_to_the_bit(tiny_hybrid, tmp_path, ch
     export_draft(draft.config, open_tensors(tmp_path / "draft"), target, tmp_path / "half.gguf", "bfloat16")
     found = import_gguf(str(tmp_path / "half.gguf"), tmp_path / "full", target=target)
     assert found.embeddings
+
+
+def test_llama_cpp_is_told_of_windows_causal_blocks_and_sinks_where_it_looks(tiny_hybrid, tmp_path):
+    target = Checkpoint.find(tiny_hybrid)
+    blocks = {"sliding_window": 32, "causal_block": True, "attention_sinks": True, "sample_from_anchor": False}
+    draft = saved_draft(tmp_path / "draft", target.read_spec(), **blocks)
+    export_draft(draft.config, open_tensors(tmp_path / "draft"), target, tmp_path / "d.gguf", "bfloat16")
+    fields, tensors = read(tmp_path / "d.gguf")
+    expected = {
+        "dflash.block_size": draft.config.block_size + 1,
+        "dflash.sample_from_anchor": False,
+        "dflash.attention.causal": True,
+        "dflash.attention.sliding_window": 32,
+        "dflash.attention.sliding_window_pattern": [True] * draft.config.num_hidden_layers,
+    }
+    assert {key: fields[key] for key in expected} == expected
+    assert tensors["blk.1.attn_sinks.weight"].tensor_type.name == "F32"
 
 
 def test_a_dflash_draft_has_no_markov_head_and_comes_back_equal_to_the_bit(tiny_hybrid, tmp_path):

@@ -187,6 +187,94 @@ def one_block(draft, target, generator):
     }
 
 
+# Blocks of a sequence in its training forward, under its own mask, and the gradients of their squares.
+MODELOPT_BLOCKS = """
+from types import SimpleNamespace
+from safetensors.torch import load_file
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from modelopt.torch.speculative.plugins import modeling_dflash
+from modelopt.torch.speculative.plugins.hf_dflash import HFDFlashModel
+from modelopt.torch.speculative.plugins.modeling_dspark import DSparkModule
+modeling_dflash._compiled_sink_attention = modeling_dflash._sink_attention_impl
+values = json.load(open(f"{folder}/config.json"))
+nested = values["dflash_config"]
+config = Qwen3Config(**{key: value for key, value in values.items() if key != "dflash_config"})
+config._attn_implementation = "sdpa"
+config.attention_sink_bias = nested.get("attention_sink_bias", False)
+for key, value in nested.items():
+    setattr(config, key, value)
+model = DSparkModule(config).train()
+model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=True)
+model.rotary_emb = Qwen3RotaryEmbedding(config)
+its = SimpleNamespace(
+    dflash_block_size=config.block_size, mask_token_id=config.mask_token_id,
+    dflash_draft_attention="causal" if nested["causal"] else "bidirectional",
+    _base_model_embeddings=lambda found: given["embedding"][found],
+)
+kept = torch.ones_like(given["anchors"], dtype=torch.bool)
+blocks, length = given["anchors"].shape[1], ids.shape[1]
+embedded = HFDFlashModel._build_noise_embedding(its, ids, given["anchors"], kept, blocks)
+places = HFDFlashModel._build_position_ids(its, length, given["anchors"], "cpu")
+window = nested.get("swa_window_size") if nested.get("use_swa") else None
+mask = HFDFlashModel._build_draft_attention_mask(
+    its, length, given["anchors"], kept, blocks, torch.float32, "cpu", window=window
+)
+with torch.enable_grad():
+    hidden = model(embedded, taps, places, mask)
+    hidden.square().mean().backward()
+torch.testing.assert_close(hidden.unflatten(1, (blocks, -1)), given["hidden"], rtol=1e-4, atol=1e-4)
+found = dict(model.named_parameters())
+for name, gradient in given["gradients"].items():
+    torch.testing.assert_close(found[name].grad, gradient, rtol=1e-3, atol=1e-6, msg=lambda said: f"{name}: {said}")
+print("same", len(given["gradients"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 9},
+        {"causal_block": True},
+        {"attention_sinks": True},
+        {"sliding_window": 9, "causal_block": True, "attention_sinks": True},
+    ],
+)
+def test_windows_causal_blocks_and_sinks_are_trained_as_modelopt_trains_them(tiny_llama, tmp_path, changes):
+    if not any(os.path.isdir(os.path.join(folder, "modelopt")) for folder in PEERS.split(":")):
+        pytest.skip("needs modelopt in a folder of NDS_PEERS")
+    target = Checkpoint.find(tiny_llama)
+    section = DraftSection(num_layers=2, block_size=5, taps=[0, 1], intermediate_size=96, markov_rank=8, **changes)
+    config, _ = build_draft_config(target.read_spec(), section, mask_token_id=20)
+    draft, generator = DSparkDraft(config, seed=3), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in draft.trainable_parameters().items():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (1.0 if "sink" in name else 0.1))
+    draft.save(tmp_path / "draft", slim=True)
+    export_draft(tmp_path / "draft", "modelopt", tmp_path / "out", target)
+    found = read_embedding_and_head(target.folder, target.read_spec())
+    draft.set_embeddings(found.embedding.float(), found.head.float())
+    ids = torch.randint(32, config.vocab_size, (2, 40), generator=generator)
+    taps = torch.randn(2, 40, 2 * config.hidden_size, generator=generator)
+    anchors = torch.tensor([[0, 8, 30], [4, 20, 35]])
+    hidden = draft(ids, taps, anchors, torch.ones_like(anchors, dtype=torch.bool))
+    hidden.square().mean().backward()
+    gradients = {name: tensor.grad for name, tensor in draft.trainable_parameters().items() if tensor.grad is not None}
+    assert any("sink" in name for name in gradients) == ("attention_sinks" in changes)
+    given = {"ids": ids, "taps": taps, "anchor": 0, "previous": ids, "anchors": anchors, "hidden": hidden.detach()}
+    given |= {"gradients": gradients, "embedding": draft.embed_tokens.weight.detach()}
+    torch.save(given, tmp_path / "ours.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", BEFORE + MODELOPT_BLOCKS, str(tmp_path / "out"), str(tmp_path / "ours.pt")],
+        env={**os.environ, "PYTHONPATH": PEERS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"same {len(gradients)}" in run.stdout
+
+
 # The loss of a sequence with every block that fits behind position 5, in total variation, which is half of our L1.
 SPECULATORS_DFLASH = """
 from speculators import SpeculatorModel

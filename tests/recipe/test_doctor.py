@@ -221,8 +221,8 @@ def test_wrong_numbers_of_any_kernel_are_seen():
 def test_flex_attention_with_wrong_numbers_is_seen(monkeypatch):
     real = gpu_proofs.block_attention
 
-    def wrong(anchors, context, block, kind):
-        return real(anchors + (kind == "flex"), context, block, kind)
+    def wrong(anchors, context, block, kind, sight):
+        return real(anchors + (kind == "flex"), context, block, kind, sight)
 
     monkeypatch.setattr(gpu_proofs, "block_attention", wrong)
     assert not gpu_proofs.flex_attention("cpu").passed
