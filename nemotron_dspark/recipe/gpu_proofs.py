@@ -86,8 +86,9 @@ def flex_attention(device: str) -> Proof:
         keys, values = (_random(device, dtype, 2, 2, context + slots, 64) for _ in range(2))
         for sight, sinks in ((Sight(), None), (Sight(48, causal=True), _random(device, dtype, 4))):
             flex, dense = (block_attention(anchors, context, block, kind, sight) for kind in ("flex", "dense"))
-            wide = [None if part is None else part.double() for part in (queries, keys, values, sinks)]
-            yield _difference(flex(queries, keys, values, sinks), dense(*wide))
+            wide = None if sinks is None else sinks.double()
+            expected = dense(queries.double(), keys.double(), values.double(), wide)
+            yield _difference(flex(queries, keys, values, sinks), expected)
 
     return _worst("compiled FlexAttention", differences)
 

@@ -51,7 +51,6 @@ def test_file_has_every_key_that_deepspec_and_engines_read(make_config):
         ({"num_key_value_heads": 4}, "divide"),
         ({"markov_head_type": "lstm"}, "'vanilla', 'gated' or 'rnn'"),
         ({"hidden_size": "wide"}, "hidden_size = 'wide' .* valid integer"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],
 )
 def test_impossible_values_are_named(make_config, change, message):
