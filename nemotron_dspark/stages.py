@@ -33,6 +33,7 @@ from nemotron_dspark.engines.hidden_states import load_served
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation import calibration_report, comparison, picture
 from nemotron_dspark.evaluation.calibration_report import CalibrationReport
+from nemotron_dspark.evaluation.expected import expected
 from nemotron_dspark.evaluation.lossless import check_count, sampled_lossless
 from nemotron_dspark.evaluation.measure import conversation_ids, prompt_ids
 from nemotron_dspark.evaluation.measure import evaluate as measure_all
@@ -310,7 +311,13 @@ def evaluate(
             progress=on_progress,
         )
     folder = "" if isinstance(draft, Draft) else str(draft)
-    return EvalReport(config.target.named, folder, named(prompts), len(ids), str(loaded.dtype), found, sampled)
+    report = EvalReport(config.target.named, folder, named(prompts), len(ids), str(loaded.dtype), found, sampled)
+    given = config.eval.profile
+    table = costs.read_costs(Path(given), drafting.config.block_size) if given is not None else drafting.costs
+    if table is None or config.eval.schedule != "off":  # cut blocks do not tell what whole ones would keep
+        return report
+    survival = {label: each.per_position for label, each in report.labelled.items()}
+    return dataclasses.replace(report, expected=expected(table, survival))
 
 
 def compare(

@@ -78,10 +78,14 @@ def evaluate(
 
 
 def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:
-    from nemotron_dspark.evaluation import report
+    from nemotron_dspark.evaluation import expected, report
 
     shell.out.print(report.acceptance_table(found.labelled, f"{found.prompts} prompts of {escape(found.prompts_file)}"))
     shell.out.print(report.speed_table(found.evaluation))
+    if found.expected:
+        shell.out.print(expected.table(found.expected))
+        for sentence in expected.sentences(found.expected):
+            shell.out.print(sentence, soft_wrap=True)
     if found.sampled:
         shell.out.print(found.sampled.sentence(), soft_wrap=True)
     if written:
@@ -100,8 +104,8 @@ def _in_engine(
 ) -> None:
     from nemotron_dspark.engines.measure import evaluate_engine
 
-    if draft is not None or config.eval.schedule != "off":
-        given = "--schedule" if draft is None else "--draft"
+    here = {"--draft": draft, "--schedule": config.eval.schedule != "off", "--profile": config.eval.profile}
+    if given := next((name for name, value in here.items() if value), None):
         raise InputError(
             f"Both {given} and --engine are given, and an engine has a draft and settings of its own.",
             "Leave one of them out.",

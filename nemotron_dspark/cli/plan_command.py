@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemotron_dspark.cli import shell
+from nemotron_dspark.cli.eval_command import PROFILE
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.files import size_text as size
 
@@ -25,7 +26,7 @@ STAGES = {"answers": "answers", "cache": "cache", "train": "train", "eval": "eva
 
 
 def register(app: typer.Typer) -> None:
-    shell.command(app, keys=[shell.TAPS], show=_show)(plan)
+    shell.command(app, keys=[shell.TAPS, PROFILE], show=_show)(plan)
 
 
 def plan(
@@ -85,6 +86,12 @@ def _show(found: "ResourceEstimate") -> None:
     if any(column.dollars is not None for column in found.columns):
         table.add_row("[bold]Dollars[/]", *(f"{column.dollars:,.2f}" for column in found.columns))
     shell.out.print(table)
+    if found.expected:
+        from nemotron_dspark.evaluation import expected
+
+        shell.out.print(expected.table(found.expected))
+        for sentence in expected.sentences(found.expected):
+            shell.out.print(sentence, soft_wrap=True)
     for column in found.columns:
         for problem in column.problems:
             shell.out.print(f"[red]{column.mode} does not fit:[/] {escape(problem)}")

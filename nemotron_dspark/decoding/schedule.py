@@ -107,17 +107,19 @@ class Cost(Schedule):
     def __init__(self, costs: CostTable, signal: Signal | None = None):
         self.signal = signal
         self._costs = costs
-        self._common = Acceptance(costs.gamma, _COMMON_MEMORY)
+        # Of all greedy requests, and of all others: of the two, other drafts are kept.
+        self._common = {greedy: Acceptance(costs.gamma, _COMMON_MEMORY) for greedy in (True, False)}
         self._own: weakref.WeakKeyDictionary[Request, Acceptance] = weakref.WeakKeyDictionary()
         self._credit = math.inf  # seconds that trying again may cost
         self._worth = 0.0  # seconds that a draft saves which is kept in a round that tries
 
     def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
-        common = self._common.shares([_UNSEEN] * gamma)
+        common = {greedy: each.shares([_UNSEEN] * gamma) for greedy, each in self._common.items()}
         shares = []
         for each in generations:
-            own = self._own.setdefault(each, Acceptance(gamma, _OWN_MEMORY))
-            shares.append(own.shares(common) if each.sampling.speculative else [0.0] * gamma)
+            own = self._of(each)[1]
+            prior = common[each.sampling.temperature == 0]
+            shares.append(own.shares(prior) if each.sampling.speculative else [0.0] * gamma)
         seconds = self._costs.rounds(len(generations))
         foretold = [survival(each) for each in shares]
         length, least, self._worth = best_length(foretold, seconds), 0, 0.0
@@ -134,16 +136,19 @@ class Cost(Schedule):
         proposed, kept = generation.proposed[-1], generation.survived[-1]
         judged = kept if kept == generation.accepted[-1] else proposed  # behind a stop token nothing is known
         self._credit += self._worth * kept
-        for acceptance in (self._common, self._own.get(generation)):
-            if acceptance is not None:
-                acceptance.add(kept, judged)
+        for acceptance in self._of(generation):
+            acceptance.add(kept, judged)
 
     def expect(self, generations: Sequence[Request], slot: int, chances: Sequence[float]) -> None:
         """Blocks ended before ``slot``: its chances take the place of what would have been seen there."""
         for generation, chance in zip(generations, chances, strict=True):
-            for acceptance in (self._common, self._own[generation]):
-                if generation.sampling.speculative:
-                    acceptance.expect(slot, chance)
+            for acceptance in self._of(generation) if generation.sampling.speculative else ():
+                acceptance.expect(slot, chance)
+
+    def _of(self, generation: Request) -> tuple["Acceptance", "Acceptance"]:
+        """That of all requests like it, and its own."""
+        own = self._own.setdefault(generation, Acceptance(self._costs.gamma, _OWN_MEMORY))
+        return self._common[generation.sampling.temperature == 0], own
 
     def _try_again(self, generations: Sequence[Request], seconds: Sequence[float]) -> int:
         """The length to try although it promises less than none: the best if all were kept. 0 while it is too dear.
@@ -153,7 +158,7 @@ class Cost(Schedule):
         length = best_length([[1.0] * (len(seconds) - 1)], seconds)
         loss = max(seconds[length] - seconds[0], 0.0)
         self._credit = min(self._credit + _RETRY_SHARE * seconds[0], _MOST_RETRIES * loss)
-        new = any(each.sampling.speculative and not self._own[each].seen for each in generations)
+        new = any(each.sampling.speculative and not self._of(each)[1].seen for each in generations)
         if not length or self._credit < (loss if new else 2 * loss):  # one is kept for a request that comes new
             return 0
         self._credit -= loss

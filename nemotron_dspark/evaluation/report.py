@@ -10,6 +10,7 @@ from rich.table import Table
 from nemotron_dspark import files
 from nemotron_dspark.errors import CheckError
 from nemotron_dspark.evaluation import picture
+from nemotron_dspark.evaluation.expected import Expected
 from nemotron_dspark.evaluation.lossless import SampledLossless
 from nemotron_dspark.evaluation.measure import Evaluation, Measurement
 
@@ -25,11 +26,13 @@ class EvalReport:
     dtype: str  # of the target's weights
     evaluation: Evaluation
     sampled: SampledLossless | None = None  # where it was asked for
+    expected: tuple[Expected, ...] = ()  # by block length, where whole blocks were measured and rounds were profiled
 
     def to_json(self) -> dict[str, Any]:
         names = {"target": self.target, "draft": self.draft, "prompts_file": self.prompts_file}
         sampled = {"sampled_lossless": self.sampled.to_json()} if self.sampled else {}
-        return names | self.evaluation.to_json() | sampled
+        expected = {"expected": [each.to_json() for each in self.expected]} if self.expected else {}
+        return names | self.evaluation.to_json() | sampled | expected
 
     @property
     def labelled(self) -> dict[str, Measurement]:

@@ -16,7 +16,11 @@ from nemotron_dspark.cache.needs import capture_bytes, stored_bytes
 from nemotron_dspark.config import CacheConfig, RunConfig
 from nemotron_dspark.data.sources import Given, listed, one_file
 from nemotron_dspark.data.tokens import TOKEN_BYTES
+from nemotron_dspark.drafts.costs import FILE as PROFILE_FILE
+from nemotron_dspark.drafts.costs import FOLDER as PROFILE_FOLDER
+from nemotron_dspark.drafts.costs import CostTable, read_costs
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.evaluation.expected import Expected, assumed_survival, expected
 from nemotron_dspark.files import size_text as size
 from nemotron_dspark.recipe import needs
 from nemotron_dspark.recipe.describe import inspect, tokenizer_in
@@ -127,12 +131,14 @@ class ResourceEstimate:
     reason: str
     commands: tuple[str, ...]
     assumptions: tuple[str, ...]
+    expected: tuple[Expected, ...] = ()  # by block length, where rounds were profiled
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values; bytes and hours."""
         values = dataclasses.asdict(self)
         for column, given in zip(values["columns"], self.columns, strict=True):
             column |= {"total_disk": given.total_disk, "total_hours": given.total_hours, "fits": not given.problems}
+        values["expected"] = [each.to_json() for each in self.expected]
         return values
 
 
@@ -176,7 +182,24 @@ def plan(
         tokenizer, _ = tokenizer_in(Checkpoint.of(config.target))
         workload = from_file(one_file(data or ()), tokenizer, config.data, positions)
     answers = data if data is not None else "answers.jsonl"
-    return estimate(Shape.of(found), config, workload, where, price=price, options=options, data=answers)
+    made = estimate(Shape.of(found), config, workload, where, price=price, options=options, data=answers)
+    costs = profiled(config) if machine == "here" or config.eval.profile is not None else None
+    return made if costs is None else dataclasses.replace(made, expected=expected_of(costs))
+
+
+def profiled(config: RunConfig) -> CostTable | None:
+    """The table that ``eval.profile`` names, or that `nds profile` wrote here for the target or its draft."""
+    if config.eval.profile is not None:
+        return read_costs(Path(config.eval.profile))
+    name = Path(config.target.named).name
+    places = (Path("runs") / name / "draft" / PROFILE_FOLDER, Path("profiles") / name)
+    return next((read_costs(place) for place in places if (place / PROFILE_FILE).is_file()), None)
+
+
+def expected_of(costs: CostTable) -> tuple[Expected, ...]:
+    """Speeds by block length of a draft of which as much is kept as is assumed."""
+    label = f"{ASSUMED.accepted:g} tokens a round of {costs.gamma}"
+    return expected(costs, {label: assumed_survival(ASSUMED.accepted, costs.gamma)})
 
 
 def estimate(

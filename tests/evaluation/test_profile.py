@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from nemotron_dspark import cli
-from nemotron_dspark.config import DraftSection
+from nemotron_dspark import cli, stages
+from nemotron_dspark.config import DraftSection, load_config
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.costs import CostTable, read_costs
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import InputError
+from nemotron_dspark.evaluation.expected import assumed_survival, expected, sentences
 from nemotron_dspark.evaluation.profile import Profile, measure_costs
 from nemotron_dspark.targets import Target
 
@@ -103,6 +104,47 @@ def test_a_table_of_other_blocks_is_refused(tmp_path):
         read_costs(tmp_path, 7)
     with pytest.raises(InputError, match="does not exist"):
         read_costs(tmp_path / "other")
+
+
+def test_the_best_length_is_the_one_with_most_tokens_a_second():
+    costs = CostTable((1, 8), ((1.0, 1.2, 1.4, 1.6), (1.0, 2.0, 3.0, 4.0)), ((0.0, 0.1, 0.1, 0.1),) * 2)
+    alone, together = expected(costs, {"greedy": [0.8, 0.5, 0.1]})
+    assert alone.tokens_per_second == pytest.approx((1.0, 1.8 / 1.3, 2.3 / 1.5, 2.4 / 1.7))
+    assert (alone.best, together.best) == (2, 0)
+    assert alone.gain == pytest.approx(2.3 / 1.5)
+    assert sentences([alone, together]) == ["greedy: best num_speculative_tokens by requests: 2 at 1, none at 8."]
+
+
+@pytest.mark.parametrize("tokens", [1.0, 2.2, 3.9])
+def test_assumed_shares_add_up_to_the_assumed_tokens(tokens):
+    shares = assumed_survival(tokens, GAMMA)
+    assert 1 + sum(shares) == pytest.approx(tokens)
+    assert list(shares) == sorted(shares, reverse=True)
+
+
+def test_an_evaluation_of_a_profiled_draft_expects_speeds_from_its_own_shares(target, draft_folder, tmp_path):
+    profile = profile_of((1, 4), lambda rows, tokens: 0.1 + 0.01 * tokens)
+    profile.save(draft_folder / "profile")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What?"}\n{"prompt": "State."}\n')
+    settings = {"max_new_tokens": 6, "temperatures": [0.0]}
+    config = load_config(str(target.folder), eval=settings)
+    report = stages.evaluate(config, draft_folder, tmp_path / "prompts.jsonl", target=target)
+    shares = report.evaluation.measurements[0].per_position
+    assert [each.rows for each in report.expected] == [1, 4]
+    assert report.expected[1].tokens_per_second == pytest.approx(profile.costs.speeds(4, shares))
+    assert report.to_json()["expected"][0]["best_num_speculative_tokens"] == report.expected[0].best
+    cut = load_config(str(target.folder), eval=settings | {"schedule": "cost"})
+    assert stages.evaluate(cut, draft_folder, tmp_path / "prompts.jsonl", target=target).expected == ()
+
+
+def test_a_plan_has_the_measured_rounds(target, tmp_path, capsys):
+    profile_of((1, 8), lambda rows, tokens: 0.1 + 0.01 * tokens).save(tmp_path)
+    arguments = ["plan", "-t", target.folder, "--samples", 10, "--mean-length", 20, "-m", "dgx-spark"]
+    assert cli.app(list(map(str, [*arguments, "--profile", tmp_path])), standalone_mode=False) in (0, None)
+    said = capsys.readouterr().out
+    assert "3 tokens a round of 3: best num_speculative_tokens by requests: 3 at 1" in said
+    assert cli.app(list(map(str, [*arguments, "--json"])), standalone_mode=False) in (0, None)
+    assert json.loads(capsys.readouterr().out)["expected"] == []
 
 
 def test_measuring_leaves_no_trace_in_the_targets_numbers(target):

@@ -1,0 +1,155 @@
+"""What `schedule=cost` gains and loses against whole blocks and against no draft, by load and by workload.
+
+Three decoders of one target answer the same requests: without a draft, with whole blocks, and scheduled. They take
+turns of a few rounds, the one that has had least time next, so that whatever else the machine does slows all alike.
+Counted are the rounds (not reading prompts): tokens a second by the clock, and by the processor's time.
+
+- 1, 8, 32: so many requests at a time; when one ends the next begins.
+- emptying: the largest number of requests at once, of 1/8 to all of the tokens, and no new ones: from full to one.
+
+Workloads: greedy, sampled at temperature 1, and mixed, every other request sampled.
+
+    nds profile --target T --draft D
+    python benchmarks/schedule.py --target T --draft D --prompts P [--rows 1,8,32] [--tokens 64] [--threads 2] [--json]
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron_dspark.config import TargetConfig
+from nemotron_dspark.decoding.decoder import Decoder, Generation
+from nemotron_dspark.decoding.pair import load_pair
+from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.decoding.schedule import schedule_for
+from nemotron_dspark.evaluation.measure import prompt_ids
+
+TURN = 4  # rounds
+SIDES = ("plain", "whole", "cost")
+WORKLOADS = {"greedy": (0.0,), "sampled": (1.0,), "mixed": (0.0, 1.0)}
+Request = tuple[Sequence[int], Sampling]
+
+
+class Side:
+    """One decoder with its requests."""
+
+    def __init__(self, decoder: Decoder, requests: Sequence[Request], rows: int):
+        self.decoder, self.waiting, self.rows = decoder, list(reversed(requests)), rows
+        self.active: list[Generation] = []
+        self.seconds = self.processor = 0.0
+        self.tokens = self.rounds = self.drafted = 0
+
+    def turn(self) -> bool:
+        """A few rounds; False when all requests are answered."""
+        for _ in range(TURN):
+            while self.waiting and len(self.active) < self.rows:
+                ids, sampling = self.waiting.pop()
+                self.active.append(self.decoder.start(ids, sampling, frozenset()))
+            before = sum(len(each.tokens) for each in self.active)
+            clock, processor = time.perf_counter(), time.process_time()
+            self.decoder.step(self.active)
+            self.seconds += time.perf_counter() - clock
+            self.processor += time.process_time() - processor
+            self.tokens += sum(len(each.tokens) for each in self.active) - before
+            self.rounds += 1
+            self.drafted += max((each.proposed[-1] for each in self.active if each.proposed), default=0)
+            for each in self.active:
+                if each.finished:
+                    self.decoder.drop(each)
+            self.active = [each for each in self.active if not each.finished]
+            if not self.active and not self.waiting:
+                return False
+        return True
+
+
+def run(decoders: dict[str, Decoder], requests: Sequence[Request], rows: int) -> dict[str, Side]:
+    """All sides answer ``requests``, ``rows`` at a time."""
+    sides = {name: Side(decoder, requests, rows) for name, decoder in decoders.items()}
+    running = dict(sides)
+    while running:
+        name = min(running, key=lambda each: running[each].seconds)
+        if not running[name].turn():
+            del running[name]
+    return sides
+
+
+def requests_of(prompts: Sequence[Sequence[int]], workload: str, lengths: Sequence[int]) -> list[Request]:
+    """One of each of ``lengths`` tokens, the workload's temperatures in turn."""
+    temperatures = WORKLOADS[workload]
+    return [
+        (
+            prompts[at % len(prompts)],
+            Sampling(temperature=temperatures[at % len(temperatures)], seed=at, max_new_tokens=length),
+        )
+        for at, length in enumerate(lengths)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--draft", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--profile", type=Path, help="the draft's own, if not given")
+    parser.add_argument("--rows", default="1,8,32")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=8, help="at least, at each number of rows")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    target, draft = load_pair(TargetConfig(name=args.target), args.draft)
+    prompts = prompt_ids(target, args.prompts, new_tokens=args.tokens)
+    # Made once for the whole run, as a server's is: what was learnt of one workload is there when the next begins.
+    decoders = {
+        "plain": Decoder(target),
+        "whole": Decoder(target, draft),
+        "cost": Decoder(target, draft, schedule=schedule_for("cost", draft, args.profile)),
+    }
+    counts = [int(text) for text in args.rows.split(",")]
+    for decoder in decoders.values():
+        decoder.generate(prompts[0], Sampling(temperature=0.0, max_new_tokens=16))
+    found: list[dict[str, Any]] = []
+    if not args.json:
+        print(f"{'load':<10}{'workload':<10}" + "".join(f"{name:>10}" for name in SIDES), end="")
+        print(f"{'cost/plain':>12}{'cost/whole':>12}{'cost/best':>11}{'processor':>11}{'drafted':>9}")
+    for load in [*map(str, counts), "emptying"]:
+        for workload in args.workloads.split(","):
+            rows = max(counts) if load == "emptying" else int(load)
+            if load == "emptying":
+                lengths = [max(1, args.tokens * (1 + at % 8) // 8) for at in range(rows)]
+            else:
+                lengths = [args.tokens] * max(args.requests, rows)
+            sides = run(decoders, requests_of(prompts, workload, lengths), rows)
+            speeds = {name: side.tokens / side.seconds for name, side in sides.items()}
+            by_processor = {name: side.tokens / side.processor for name, side in sides.items()}
+            best = max(speeds["plain"], speeds["whole"])
+            row = {
+                "load": load,
+                "workload": workload,
+                "tokens_per_second": speeds,
+                "tokens_per_processor_second": by_processor,
+                "tokens_a_round": {name: side.tokens / side.rounds for name, side in sides.items()},
+                "drafted": {name: side.drafted / side.rounds for name, side in sides.items()},
+                "of_best": speeds["cost"] / best,
+                "of_best_by_processor": by_processor["cost"] / max(by_processor["plain"], by_processor["whole"]),
+            }
+            found.append(row)
+            if not args.json:
+                print(f"{load:<10}{workload:<10}" + "".join(f"{speeds[name]:>10.1f}" for name in SIDES), end="")
+                print(f"{speeds['cost'] / speeds['plain']:>12.2f}{speeds['cost'] / speeds['whole']:>12.2f}", end="")
+                print(f"{row['of_best']:>11.2f}{row['of_best_by_processor']:>11.2f}", end="")
+                print(f"{row['drafted']['cost']:>9.2f}", flush=True)
+    if args.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
