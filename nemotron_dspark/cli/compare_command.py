@@ -1,13 +1,17 @@
 """`nds compare`: several drafts of one target side by side, against no draft."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
+
+if TYPE_CHECKING:
+    from nemotron_dspark.evaluation.comparison import Comparison
 
 
 def register(app: typer.Typer) -> None:
@@ -39,20 +43,31 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for compare.json and compare.png.")] = None,
 ) -> None:
     """Compare drafts: tokens and cost of a round, speed, equal output; by workload and length."""
-    from nemotron_dspark import stages
-    from nemotron_dspark.evaluation import comparison
+    show(compared(config, drafts, prompts or shell.held_out_prompts(), lengths or (), limit), out)
 
-    prompts = prompts or shell.held_out_prompts()
+
+def compared(
+    config: RunConfig, drafts: Sequence[Path], prompts: Sequence[str], lengths: Sequence[int], limit: int | None
+) -> "Comparison":
+    """`stages.compare` with its progress shown."""
+    from nemotron_dspark import stages
+
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
-        found = stages.compare(
+        return stages.compare(
             config,
             drafts,
             prompts,
-            lengths=lengths or (),
+            lengths=lengths,
             limit=limit,
             on_loaded=status.stop,
             on_progress=bars.update,
         )
+
+
+def show(found: "Comparison", out: Path | None) -> None:
+    """Write ``found`` to the folder ``out``, print it, and fail where a draft changes what comes out."""
+    from nemotron_dspark.evaluation import comparison
+
     written = found.save(out) if out is not None else ()
     if shell.state.json:
         shell.emit(found.to_json())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from nemotron_dspark.cli import shell
+from nemotron_dspark.cli import compare_command, shell
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.errors import InputError
 
@@ -47,9 +47,26 @@ def evaluate(
         int | None,
         typer.Option(metavar="N", help="Compare N sampled answers to each of 8 prompts, drafted and not."),
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--context-lengths",
+            metavar="N,N,…",
+            help="Measure by length of the context: prompts made so many tokens long, by others before them.",
+        ),
+    ] = None,
 ) -> None:
     """Measure a draft: accepted length, acceptance by position, speed, equal output."""
     prompts = prompts or shell.held_out_prompts()
+    if lengths is not None:
+        if engine is not None or lossless is not None:
+            given = "--engine" if engine is not None else "--lossless"
+            raise InputError(f"Both --context-lengths and {given} are given.", "Measure one after the other.")
+        comparison = compare_command.compared(
+            config, [draft or shell.newest_draft(config)], prompts, _numbers(lengths), limit
+        )
+        compare_command.show(comparison, out)
+        return
     if engine is not None:
         _in_engine(config, prompts, draft, limit, out, engine, plain_engine, lossless)
         return
@@ -75,6 +92,13 @@ def evaluate(
         _show(report, written)
     if remark := report.check_lossless():
         shell.note(remark)
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"--context-lengths {text!r} is not a list of numbers.", "Write for example 512,2048,8192.")
+    return [int(part) for part in parts]
 
 
 def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:

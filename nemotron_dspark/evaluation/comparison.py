@@ -89,7 +89,8 @@ class Comparison:
         return {"target": self.target, "dtype": self.dtype, "drafts": dict(self.drafts), "rows": rows}
 
     def save(self, folder: Path) -> tuple[Path, ...]:
-        """Write ``compare.json`` there, and ``compare.png`` if matplotlib is installed; returns their paths."""
+        """Write ``compare.json`` there and, if matplotlib is installed, ``compare.png`` and with several lengths of the
+        context ``lengths.png``; returns their paths."""
         files.write_json(folder / "compare.json", self.to_json())
         if not picture.available():
             return (folder / "compare.json",)
@@ -101,7 +102,19 @@ class Comparison:
         panels = {
             title: [(row.label, row.draft, value(row)) for row in self.rows] for title, value in quantities.items()
         }
-        return folder / "compare.json", picture.draw_bars(folder / "compare.png", panels, title=self.target)
+        drawn = [picture.draw_bars(folder / "compare.png", panels, title=self.target)]
+        if len({row.length for row in self.rows}) > 1:
+            drawn.append(picture.draw_lengths(folder / "lengths.png", self.by_length(), title=self.target))
+        return folder / "compare.json", *drawn
+
+    def by_length(self) -> dict[str, list[tuple[int, float, float | None]]]:
+        """(Context length, accepted length, its standard error) of each draft, workload and temperature."""
+        lines: dict[str, list[tuple[int, float, float | None]]] = {}
+        for row in self.rows:
+            for found in row.measurements if row.length is not None else ():
+                name = f"{row.draft}, {row.workload}, {label_of(found.temperature)}"
+                lines.setdefault(name, []).append((row.length or 0, found.accepted_length, found.standard_error))
+        return lines
 
     def check_lossless(self) -> str | None:
         """A remark on outputs that differ because half precision rounds; None when all are equal.

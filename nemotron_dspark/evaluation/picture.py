@@ -109,6 +109,36 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, str, float]]]
     return path
 
 
+def draw_lengths(path: Path, lines: Mapping[str, Sequence[tuple[int, float, float | None]]], title: str = "") -> Path:
+    """Draw accepted length over the length of the context, a line for each series in ``lines``, as a PNG at ``path``.
+
+    A point is (tokens, accepted length, its standard error or None).
+
+    Raises:
+        EnvironmentFault: matplotlib is not installed.
+    """
+    figure = _new_figure(7.2, 4.2)
+    axis = figure.subplots()
+    for at, (name, points) in enumerate(lines.items()):
+        lengths, values, errors = zip(*sorted(points), strict=True)
+        errors = [error or 0.0 for error in errors]
+        axis.errorbar(
+            lengths, values, errors, fmt="o-", markersize=4, capsize=2, color=_BARS[at % len(_BARS)], label=name
+        )
+    every = sorted({tokens for points in lines.values() for tokens, *_ in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(every, [f"{tokens:,}" for tokens in every], fontsize=8)
+    axis.minorticks_off()
+    axis.set(xlabel="tokens of the prompt", ylabel="tokens a round")
+    axis.set_ylim(bottom=1)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    if title:
+        axis.set_title(title, fontsize=11)
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    return path
+
+
 def draw_costs(path: Path, costs: CostTable, title: str = "") -> Path:
     """Draw what verifying and drafting cost by tokens drafted, a line a number of requests, as a PNG at ``path``.
 

@@ -63,7 +63,8 @@ def test_drafts_of_every_kind_stand_side_by_side(tiny_hybrid, drafts, prompts, t
         assert row["tokens_per_second"] == pytest.approx(row["speedup"] * row["plain_tokens_per_second"])
         assert row["cost"] > 0
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found
-    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("compare.png", "lengths.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_printed_names_every_draft_and_none(tiny_hybrid, drafts, prompts):
@@ -72,6 +73,19 @@ def test_what_is_printed_names_every_draft_and_none(tiny_hybrid, drafts, prompts
     assert run.exit_code == 0, run.output
     for name in ("none", "dspark", "dflash", "eagle3", "2/2"):
         assert name in run.stdout
+
+
+def test_nds_eval_measures_one_draft_by_context_length(tiny_hybrid, drafts, prompts, tmp_path):
+    common = ("eval", "--target", tiny_hybrid, "-d", drafts[0], "-p", prompts[0], "--set", "eval.temperatures=[]")
+    lengths = ("--context-lengths", "24,32", "--set", "eval.max_new_tokens=4", "--out", tmp_path)
+    run = nds(*common, *lengths, "--json")
+    assert run.exit_code == 0, run.output
+    assert [(row["length"], row["prompt_tokens"]) for row in json.loads(run.stdout)["rows"]] == [(24, 24), (32, 32)]
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    for more, said in ((("--lossless", 10), "Both"), (("--context-lengths", "24,long"), "not a list of numbers")):
+        run = nds(*common, *lengths, *more)
+        assert isinstance(run.exception, InputError)
+        assert said in str(run.exception)
 
 
 def test_prompts_are_made_long_by_others_before_them():
