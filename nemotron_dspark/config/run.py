@@ -243,6 +243,12 @@ class ServeConfig(Section):
     no_auth: bool = Field(False, description="answer other machines without an API key")
     max_batch_size: int = Field(8, ge=1, description="requests decoded together; further ones wait in a queue")
     max_queue: int = Field(256, ge=0, description="waiting requests; beyond that the answer is 503")
+    prefill_tokens: int | None = Field(
+        None, ge=1, description="tokens of prompts read between two rounds; null = 256 on a CPU, 2048 elsewhere"
+    )
+    prefix_cache_gb: float = Field(
+        1.0, ge=0, description="gigabytes (10^9 bytes) for what was read, so that no conversation reads its past again"
+    )
     max_new_tokens: int = Field(2048, ge=1, description="default and upper limit of max_tokens")
     schedule: Schedule = Field("off", description=_SCHEDULE)
     profile: str | None = Field(None, description=_PROFILE)

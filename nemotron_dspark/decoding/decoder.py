@@ -17,12 +17,15 @@ from torch import Tensor
 
 from nemotron_dspark.decoding.accept import accept_greedy, accept_sampled
 from nemotron_dspark.decoding.constraint import Constraint, Likelihood, forbid, likelihoods
+from nemotron_dspark.decoding.memory import Memory
+from nemotron_dspark.decoding.prefixes import Prefixes
+from nemotron_dspark.decoding.reading import Prompt, Reader
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
 from nemotron_dspark.decoding.schedule import Schedule
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.layers import DraftContext
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets import State, Target, Verified
+from nemotron_dspark.targets import State, Target
 from nemotron_dspark.targets.kv import take_out
 
 _UNREAD = 64  # positions of plain rounds that the draft reads at once
@@ -32,7 +35,7 @@ _UNREAD = 64  # positions of plain rounds that the draft reads at once
 class Generation:
     """One answer in the making. Read it freely; only the `Decoder` that started it writes it."""
 
-    prompt_length: int
+    prompt_ids: tuple[int, ...]
     sampling: Sampling
     stop_ids: frozenset[int]
     constraint: Constraint | None = None  # what the answer must look like
@@ -49,6 +52,11 @@ class Generation:
     generator: torch.Generator = dataclasses.field(default_factory=torch.Generator, repr=False)
 
     @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids)
+
+    @property
     def rounds(self) -> int:
         """Passes of the target behind the prompt's."""
         return len(self.accepted)
@@ -62,49 +70,21 @@ class Generation:
         """The next ``count`` numbers [count] in [0, 1) of the generation's own stream."""
         return torch.rand(count, generator=self.generator)
 
+    def taken(self, new: list[int]) -> int:
+        """How many of the tokens ``new`` the answer takes: those up to a stop token and the length limit."""
+        stop = next((at + 1 for at, token in enumerate(new) if token in self.stop_ids), len(new))
+        return min(stop, self.sampling.max_new_tokens - len(self.tokens))
+
     def receive(self, new: list[int]) -> None:
         """Append ``new`` up to the first stop token and the length limit; sets ``finished`` when one is reached."""
         before = len(self.tokens)
-        for token in new:
-            self.tokens.append(token)
-            if token in self.stop_ids:
-                self.finished = "stop"
-            elif len(self.tokens) >= self.sampling.max_new_tokens:
-                self.finished = "length"
-            if self.finished:
-                break
+        self.tokens += new[: self.taken(new)]
+        if self.tokens[-1] in self.stop_ids:
+            self.finished = "stop"
+        elif len(self.tokens) >= self.sampling.max_new_tokens:
+            self.finished = "length"
         if self.constraint is not None:
             self.constraint.advance(self.tokens[before:])
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt that was read, to start answers from."""
-
-    ids: tuple[int, ...]
-    state: State
-    verified: Verified  # its logits end with those of the first token
-
-
-@dataclasses.dataclass(frozen=True)
-class _Memory:
-    """What target and draft remember of some generations, a row each."""
-
-    state: State
-    context: DraftContext | None  # None without a draft
-
-    def select(self, rows: Sequence[int]) -> "_Memory":
-        return _Memory(self.state.select(rows), self.context.select(rows) if self.context is not None else None)
-
-    def join(self, other: "_Memory") -> None:
-        self.state.join(other.state)
-        if self.context is not None and other.context is not None:
-            self.context.join(other.context)
-
-    def leave(self, row: int) -> None:
-        self.state.leave(row)
-        if self.context is not None:
-            self.context.leave(row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +109,7 @@ class Decoder:
         schedule: Schedule | None = None,
         record_confidence: bool = False,
         record_margins: bool = False,
+        prefixes: Prefixes | None = None,
     ):
         """
         Args:
@@ -136,6 +117,7 @@ class Decoder:
             record_confidence: keep the confidence head's logits of every round in `Generation.confidence`, as they are
                 without temperatures.
             record_margins: keep in `Generation.margins` by how much the draft's largest logit exceeds its second.
+            prefixes: where what is read is kept for prompts that begin alike; nothing is without.
 
         Raises:
             InputError: the draft was made for another target, or confidence is asked of one without a head.
@@ -145,23 +127,24 @@ class Decoder:
         self.schedule = schedule or Schedule()
         self.record_confidence = record_confidence
         self.record_margins = record_margins
-        self._taps: tuple[int, ...] = ()
+        taps: tuple[int, ...] = ()
         if draft is not None:
             draft.config.check_target(target.spec)
             asked = record_confidence or self.schedule.signal == "confidence head"
             if asked and draft.confidence_head is None:
                 raise InputError("The draft has no confidence head.", "Set schedule to off or cost.")
-            self._taps = tuple(draft.config.target_layer_ids)
+            taps = tuple(draft.config.target_layer_ids)
+        self.reader = Reader(target, draft, taps, prefixes)
         self._rows: list[Generation] = []  # those of the last round, in the order of the rows of ``_memory``
-        self._memory: _Memory | None = None
+        self._memory: Memory | None = None
         # Of one row each: generations that took no part in the last round, for as long as somebody holds them.
-        self._waiting: weakref.WeakKeyDictionary[Generation, _Memory] = weakref.WeakKeyDictionary()
+        self._waiting: weakref.WeakKeyDictionary[Generation, Memory] = weakref.WeakKeyDictionary()
         # Of rounds without drafts, which the draft has not read yet: taps [B, 1, T·H] and the token after each [B, 1].
         self._unread: list[tuple[Tensor, Tensor]] = []
 
     def read(self, prompt_ids: Sequence[int]) -> Prompt:
         """Prefill ``prompt_ids``, for several answers to `start` from."""
-        return Prompt(tuple(prompt_ids), *self.target.prefill(prompt_ids, self._taps))
+        return self.reader.read(prompt_ids)
 
     def start(
         self,
@@ -170,32 +153,32 @@ class Decoder:
         stop_ids: frozenset[int] | None = None,
         constraint: Constraint | None = None,
     ) -> Generation:
-        """Prefill a prompt, unless it was read before, and pick the first token.
+        """Pick the first token after a prompt, which is prefilled first unless it was read before.
 
         ``stop_ids`` defaults to the target's.
         """
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         if isinstance(prompt, Prompt):
-            read, state = prompt, prompt.state.select([0])
+            read, memory = prompt, prompt.memory.select([0])
         else:
             read = self.read(prompt)
-            state = read.state
+            memory = read.memory
         generation = Generation(
-            prompt_length=len(read.ids),
+            prompt_ids=read.ids,
             sampling=sampling,
             stop_ids=self.target.stop_ids if stop_ids is None else stop_ids,
             constraint=constraint,
         )
         generation.generator.manual_seed(seed)
-        logits = read.verified.logits[:, -1:]
-        first = self._pick([generation], forbid(logits, [[]], [constraint])[:, 0])
-        context = None
-        if self.draft is not None:
-            context = self.draft.new_context()
-            following = torch.tensor([[*read.ids[1:], *first]], device=self.target.device)
-            self.draft.extend(context, read.verified.taps, [len(read.ids)], following)
-        self._waiting[generation] = _Memory(state, context)
-        self._weigh(generation, logits[0], first)
+        first = self._pick([generation], forbid(read.logits[None], [[]], [constraint])[:, 0])
+        if self.draft is not None and memory.context is not None:
+            count = read.taps.shape[1]
+            following = torch.tensor([[*read.ids[len(read.ids) - count + 1 :], *first]], device=self.target.device)
+            self.draft.extend(memory.context, read.taps, [count], following)
+        if self.reader.prefixes is not None:
+            self.reader.prefixes.keep([*read.ids, *first], memory)
+        self._waiting[generation] = memory
+        self._weigh(generation, read.logits, first)
         generation.receive(first)
         return generation
 
@@ -220,6 +203,8 @@ class Decoder:
         seconds = time.perf_counter() - began
         for generation in active:
             generation.seconds += seconds
+            if generation.finished:
+                self._keep(generation)
 
     def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int] | None = None
@@ -233,10 +218,26 @@ class Decoder:
 
     def drop(self, generation: Generation) -> None:
         """Forget a generation, finished or not; it takes no part in later rounds."""
-        generation.finished = generation.finished or "dropped"
-        self._waiting.pop(generation, None)
-        if all(row.finished is not None for row in self._rows):
-            self._rows, self._memory, self._unread = [], None, []
+        try:
+            if generation.finished is None:
+                self._keep(generation)
+        finally:
+            generation.finished = generation.finished or "dropped"
+            self._waiting.pop(generation, None)
+            if all(row.finished is not None for row in self._rows):
+                self._rows, self._memory, self._unread = [], None, []
+
+    def _keep(self, generation: Generation) -> None:
+        """Keep what is remembered of a generation, for a conversation that goes on."""
+        prefixes, known = self.reader.prefixes, [*generation.prompt_ids, *generation.tokens]
+        if prefixes is None or generation not in self._rows or self._memory is None:
+            return
+        self._catch_up()
+        memory = self._memory.select([self._rows.index(generation)])
+        # After a failed round the lengths may be anything.
+        lengths = {memory.length, *(memory.context.lengths if memory.context is not None else ())}
+        if self._memory.state.block is None and lengths == {len(known) - 1}:
+            prefixes.keep(known, memory)
 
     def _pick(self, generations: Sequence[Generation], logits: Tensor) -> list[int]:
         """One token for each row of ``logits`` [B, V]."""
@@ -245,7 +246,7 @@ class Decoder:
         uniforms = torch.cat([generation.uniforms(1) for generation in generations])
         return pick(probabilities(logits, [generation.sampling for generation in generations]), uniforms).tolist()
 
-    def _gather(self, active: list[Generation]) -> tuple[list[Generation], _Memory]:
+    def _gather(self, active: list[Generation]) -> tuple[list[Generation], Memory]:
         """Make ``active`` the rows of the shared batch; returns them in row order, and the batch."""
         wanted, memory = set(active), self._memory
         if wanted != set(self._rows):
@@ -266,7 +267,7 @@ class Decoder:
                 memory.join(joining)
             self._rows.append(generation)
         self._memory = memory
-        return self._rows, cast("_Memory", memory)  # an active generation has a row
+        return self._rows, cast("Memory", memory)  # an active generation has a row
 
     def _speculate(
         self, active: list[Generation], anchors: Tensor, draft: Draft, state: State, context: DraftContext
@@ -292,10 +293,11 @@ class Decoder:
                 torch.cat([uniforms[:, :longest], uniforms[:, -1:]], 1).to(drafted.device),
             )
             outcomes = list(zip(kept.tolist(), following.tolist(), strict=True))
-        # The anchor and the surviving drafts are committed; the token that follows is the next anchor.
-        committed = [kept + 1 for kept, _ in outcomes]
-        self.target.commit(state, committed)
         new = [[*tokens[:kept], last] for tokens, (kept, last) in zip(drafted.tolist(), outcomes, strict=True)]
+        # The anchor and the surviving drafts are committed as far as the answer goes: its last token is not, being the
+        # next anchor, or the place where what is remembered ends.
+        committed = [generation.taken(tokens) for generation, tokens in zip(active, new, strict=True)]
+        self.target.commit(state, committed)
         following = torch.tensor([row + [0] * (longest + 1 - len(row)) for row in new], device=anchors.device)
         if longest:
             draft.extend(context, verified.taps, committed, following)

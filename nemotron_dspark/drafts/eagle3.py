@@ -7,7 +7,7 @@ i for verified positions and the draft's own output from there on; its output pr
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self, cast
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,8 @@ class Eagle3Layer(nn.Module):
 @dataclasses.dataclass
 class Eagle3Context(DraftContext):
     """What decoding remembers, with the layer's output at the last verified position of each row."""
+
+    looks_ahead: ClassVar[bool] = True
 
     hidden: Tensor  # [B, H]
 

@@ -16,7 +16,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -383,6 +383,8 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 class DraftContext:
     """Keys and values of the verified positions of one or more rows, per layer. Belongs to the draft that made it."""
 
+    looks_ahead: ClassVar[bool] = False  # whether it holds the token behind the last position, too
+
     lengths: list[int]  # verified positions per row
     layers: list[RaggedKV]
     forgotten: list[int]  # the first of them per row, which no slot sees any more
@@ -402,6 +404,11 @@ class DraftContext:
         for kv in self.layers:
             kv.drop(gone, stored)
         self.forgotten = [before + more for before, more in zip(self.forgotten, gone, strict=True)]
+
+    @property
+    def size(self) -> int:
+        """Bytes of what counts."""
+        return sum(kv.size(max(self.stored)) for kv in self.layers)
 
     def select(self, rows: Sequence[int]) -> Self:
         """A copy with ``rows`` in that order."""

@@ -23,6 +23,7 @@ def usage_json(usages: Sequence[Usage]) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": usages[0].reused},
     }
     if any(usage.proposed for usage in usages):
         rounds, accepted = sum(usage.rounds for usage in usages), sum(usage.accepted for usage in usages)

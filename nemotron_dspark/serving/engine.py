@@ -1,5 +1,7 @@
 """One thread owns the decoder; requests wait in a bounded queue for a place in its batch and are decoded together.
 
+Between two rounds it reads some tokens of the prompts that came in, so that a long one does not hold up the answers.
+
 Other threads submit and cancel. What a request produces goes to its ``deliver`` function, called on the engine's
 thread: it must only hand the event on.
 """
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_dspark.decoding.constraint import Constraint
 from nemotron_dspark.decoding.decoder import Decoder, Generation
+from nemotron_dspark.decoding.reading import Prompt, Reading
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.errors import NdsError
 from nemotron_dspark.serving.metrics import Metrics
@@ -47,6 +50,7 @@ class Usage:
     """What a request cost."""
 
     prompt_tokens: int
+    reused: int  # of these, what had been read before
     completion_tokens: int  # the stop token included
     rounds: int
     accepted: int  # tokens gained in rounds, the target's own included
@@ -122,7 +126,9 @@ class Ticket:
         self.text = text
         self.cancelled = False
         self.arrived = time.perf_counter()
-        self.generation: Generation | None = None  # once it is in the batch
+        self.reading: Reading | None = None  # while its prompt is read
+        self.reused = 0  # tokens of it that had been read for others
+        self.generation: Generation | None = None  # from its first token on
         self.collected: list[str] = []  # text of an answer that is not streamed
         self.rounds: list[Round] = []  # that were not delivered yet
         self.tokens_read = 0
@@ -139,6 +145,7 @@ class Engine:
         *,
         max_batch_size: int,
         max_queue: int,
+        prefill_tokens: int,
         metrics: Metrics,
     ):
         """
@@ -147,11 +154,13 @@ class Engine:
             tokenizer: likewise only used on the engine's thread.
             max_batch_size: requests decoded together.
             max_queue: requests that may wait for a place in the batch.
+            prefill_tokens: of prompts that are read between two rounds.
         """
         self._decoder = decoder
         self._spelling = Spelling(tokenizer)
         self._max_batch_size = max_batch_size
         self._max_queue = max_queue
+        self._prefill_tokens = prefill_tokens
         self._metrics = metrics
         self._changed = threading.Condition()  # guards everything below
         self._waiting: deque[Ticket] = deque()
@@ -219,13 +228,11 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait():
-                # Bounded, so that many short answers do not hold up the long ones.
-                for _ in range(self._max_batch_size):
-                    if not self._admit():
-                        break
+                while self._admit():
+                    pass
                 self._release_cancelled()
-                if self._active:
-                    self._round()
+                self._read()
+                self._round()
         except BaseException:
             log.exception("the engine's thread died")
         finally:
@@ -262,31 +269,49 @@ class Engine:
                 return False
             ticket = self._waiting.popleft()
             self._active.append(ticket)
-        self._prefill(ticket)
-        return True
-
-    def _prefill(self, ticket: Ticket) -> None:
-        if ticket.cancelled:
-            self._release(ticket)
-            return
-        request = ticket.request
         try:
-            generation = ticket.generation = self._decoder.start(
-                request.prompt_ids, request.sampling, constraint=request.constraint
-            )
+            ticket.reading = self._decoder.reader.begin(ticket.request.prompt_ids)
         except NdsError as error:  # such as a prompt the target cannot read: the sender's fault
             self._release(ticket, Failed(400, str(error)))
-            return
         except Exception as error:
-            log.exception("prefill failed")
-            self._release(ticket, Failed(500, f"The prompt could not be read: {error}. See the server's log."))
+            self._release_unread(ticket, error)
+        return True
+
+    def _release_unread(self, ticket: Ticket, error: Exception) -> None:
+        log.error("a prompt could not be read", exc_info=error)
+        self._release(ticket, Failed(500, f"The prompt could not be read: {error}. See the server's log."))
+
+    def _read(self) -> None:
+        """Read prompts on; those that are read get their first token."""
+        tickets = [(ticket, ticket.reading) for ticket in self._active if ticket.reading is not None]
+        if not tickets:
+            return
+        self._decoder.reader.step([reading for _, reading in tickets], self._prefill_tokens)
+        for ticket, reading in tickets:
+            if reading.error is not None:
+                self._release_unread(ticket, reading.error)
+            elif reading.prompt is not None:
+                self._begin(ticket, reading.prompt)
+
+    def _begin(self, ticket: Ticket, prompt: Prompt) -> None:
+        """Start the answer to a prompt that was read."""
+        request, ticket.reading, ticket.reused = ticket.request, None, prompt.reused
+        try:
+            generation = ticket.generation = self._decoder.start(
+                prompt, request.sampling, constraint=request.constraint
+            )
+        except Exception as error:
+            self._release_unread(ticket, error)
             return
         self._metrics.prompt_tokens.inc(len(request.prompt_ids))
+        self._metrics.reused_tokens.inc(prompt.reused)
         self._metrics.first_token_seconds.observe(time.perf_counter() - ticket.arrived)
         self._advance(ticket, generation)
 
     def _round(self) -> None:
         batch = [(ticket, ticket.generation) for ticket in self._active if ticket.generation is not None]
+        if not batch:
+            return
         try:
             self._decoder.step([generation for _, generation in batch])
         except Exception as error:
@@ -356,6 +381,7 @@ class Engine:
         tokens = tuple(generation.tokens[: ticket.text.used] if stopped else generation.tokens)
         usage = Usage(
             prompt_tokens=len(ticket.request.prompt_ids),
+            reused=ticket.reused,
             completion_tokens=len(tokens),
             rounds=len(generation.accepted),
             accepted=sum(generation.accepted),

@@ -25,7 +25,8 @@ class Metrics:
             "requests by endpoint and outcome: ok, cancelled (client gone), rejected (4xx), failed (5xx)",
             ["endpoint", "outcome"],
         )
-        self.prompt_tokens = count("nds_prompt_tokens", "tokens of prompts that were prefilled")
+        self.prompt_tokens = count("nds_prompt_tokens", "tokens of prompts that are answered")
+        self.reused_tokens = count("nds_reused_tokens", "of these, tokens that had been read before")
         self.generated_tokens = count("nds_generated_tokens", "tokens generated")
         self.rounds = count("nds_rounds", "rounds of the decoder, each for all active requests")
         self.round_requests = spread(

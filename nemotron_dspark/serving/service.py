@@ -17,6 +17,7 @@ from nemotron_dspark.chat.format import Message, RenderError, recognise, render,
 from nemotron_dspark.chat.tool_calls import call_tags
 from nemotron_dspark.config.run import ServeConfig
 from nemotron_dspark.decoding.decoder import Decoder
+from nemotron_dspark.decoding.prefixes import Prefixes
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.decoding.schedule import schedule_for
 from nemotron_dspark.drafts.dspark import Draft
@@ -27,6 +28,7 @@ from nemotron_dspark.serving.metrics import Metrics
 from nemotron_dspark.serving.parts import CLOSES, OPENS
 from nemotron_dspark.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from nemotron_dspark.targets import Target
+from nemotron_dspark.targets.target import PREFILL_BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,21 +48,26 @@ class Served:
     max_positions: int
     stop_ids: frozenset[int] = frozenset()
     block_size: int = 0  # tokens that the draft proposes a round; 0 without a draft
+    prefill_tokens: int = PREFILL_BLOCK  # of prompts that are best read between two rounds
 
     @staticmethod
     def of(target: Target, draft: Draft | None = None, config: ServeConfig | None = None) -> "Served":
         """Serve ``target``, with ``draft`` when there is one; `InputError` when the two do not fit."""
         config = config or ServeConfig()
         name = target.spec.name
+        prefixes = Prefixes(int(config.prefix_cache_gb * 1e9)) if config.prefix_cache_gb else None
         return Served(
             model_id=Path(name).resolve().name if Path(name).is_dir() else name,
             aliases=frozenset({name}),
-            decoder=Decoder(target, draft, schedule=schedule_for(config.schedule, draft, config.profile)),
+            decoder=Decoder(
+                target, draft, schedule=schedule_for(config.schedule, draft, config.profile), prefixes=prefixes
+            ),
             tokenizer=target.tokenizer,
             vocab_size=target.spec.vocab_size,
             max_positions=target.spec.max_position_embeddings,
             stop_ids=target.stop_ids,
             block_size=draft.config.block_size if draft is not None else 0,
+            prefill_tokens=PREFILL_BLOCK if target.device.type == "cpu" else 8 * PREFILL_BLOCK,
         )
 
 
@@ -87,6 +94,7 @@ class Service:
             copy.deepcopy(served.tokenizer),
             max_batch_size=config.max_batch_size,
             max_queue=config.max_queue,
+            prefill_tokens=config.prefill_tokens or served.prefill_tokens,
             metrics=self.metrics,
         )
         self.tokenising = ThreadPoolExecutor(1, "nds-tokenise")
@@ -187,7 +195,7 @@ class Service:
             speculative=request.speculative is not False,
             logprobs=logprobs,
         )
-        constraint = None
+        constraint, ids = None, tuple(prompt.ids)  # one object for all choices: the engine reads it once
         if schema is not None:
             try:
                 constraint = await self.tokenised(self._constraint, schema, prompt)
@@ -195,7 +203,7 @@ class Service:
                 raise ApiError(400, error.what, error.do, param="response_format") from None
         return prompt, [
             GenerationRequest(
-                tuple(prompt.ids),
+                ids,
                 dataclasses.replace(sampling, seed=_nth_seed(request.seed, index)),
                 stops,
                 stream=bool(request.stream),

@@ -49,6 +49,10 @@ class RaggedKV:
             for stored in self._stored if count else ():
                 stored[row, :, : length - count] = stored[row, :, count:length].clone()
 
+    def size(self, length: int) -> int:
+        """Bytes of the first ``length`` positions of all rows."""
+        return sum(self._rows * tensor[0, :, :length].nbytes for tensor in self._stored)
+
     def select(self, rows: Sequence[int], length: int) -> "RaggedKV":
         """A copy that keeps ``rows`` in that order and the first ``length`` positions."""
         picked = RaggedKV(len(rows))
@@ -62,7 +66,7 @@ class RaggedKV:
             self._stored = tuple(tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in other._stored)
         self._rows = joined
         self._stored = tuple(resized(resized(tensor, 2, length), 0, joined) for tensor in self._stored)
-        for stored, new in zip(self._stored, other._stored, strict=True):
+        for stored, new in zip(self._stored, other._stored, strict=bool(other._stored)):
             stored[rows:joined, :, :length] = new[: other._rows, :, :length]
 
     def leave(self, row: int, length: int) -> None:

@@ -36,6 +36,16 @@ class State(abc.ABC):
     def rows(self) -> int:
         return len(self.lengths)
 
+    @property
+    @abc.abstractmethod
+    def shortens(self) -> bool:
+        """Whether a row can be taken back by shortening its length."""
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """Bytes of what counts."""
+
     @abc.abstractmethod
     def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [B, m, H] and taps [B, m, T·H] of a block ``ids`` [B, m] behind each row; commits nothing."""
@@ -63,6 +73,15 @@ class TargetState(State):
 
     attention: dict[int, RaggedKV]  # by layer id
     recurrent: LayerStates | None
+
+    @property
+    def shortens(self) -> bool:
+        return self.recurrent is None
+
+    @property
+    def size(self) -> int:
+        held = sum(kv.size(max(self.lengths)) for kv in self.attention.values())
+        return held + sum(tensor.nbytes for tensor in self.recurrent.tensors()) if self.recurrent is not None else held
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """What an attention layer of `transformers` calls: keep the block's keys and values, return all of them."""
@@ -133,6 +152,15 @@ class ReplayState(State):
 
     def __post_init__(self) -> None:
         self._seen: list[tuple[Tensor, Cache]] = []  # per row: the block's ids [1, m], the cache that holds it
+
+    @property
+    def shortens(self) -> bool:
+        return False
+
+    @property
+    def size(self) -> int:
+        layers = (layer for cache in self.caches for layer in getattr(cache, "layers", ()))
+        return sum(each.nbytes for layer in layers for each in vars(layer).values() if isinstance(each, Tensor))
 
     def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         self.block = ids.shape[1]

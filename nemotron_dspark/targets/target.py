@@ -167,14 +167,28 @@ class Target:
         """
         if len(ids) == 0:
             raise InputError("The prompt has no tokens.", "Give at least one token.")
-        state = self._new_state(tuple(taps))
-        tokens = torch.as_tensor(ids, dtype=torch.long, device=self.device)[None]
-        seen = []
-        for part in tokens.split(len(ids) if self._family.replays else PREFILL_BLOCK, dim=1):
-            hidden, tapped = state.run(part)
-            state.commit([part.shape[1]])
+        state, seen = self.new_state(tuple(taps)), []
+        for start in range(0, len(ids), self.piece or len(ids)):
+            last, tapped = self.read(state, [ids[start : start + (self.piece or len(ids))]])
             seen.append(tapped)
-        return state, Verified(self.logits(hidden[:, -1:]), torch.cat(seen, dim=1))
+        return state, Verified(self.logits(last)[:, None], torch.cat(seen, dim=1))
+
+    @property
+    def piece(self) -> int | None:
+        """Tokens that are best read in one pass of a row; None: the whole prompt, and each row by itself."""
+        return None if self._family.replays else PREFILL_BLOCK
+
+    @torch.no_grad()
+    def read(self, state: State, pieces: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Commit ``pieces``, a row's each, none empty and none longer than `piece`.
+
+        Returns hidden states [B, H] after the last token of each, and taps [B, m, T·H] up to the longest's end.
+        """
+        counts = [len(piece) for piece in pieces]
+        padded = [[*piece] + [0] * (max(counts) - len(piece)) for piece in pieces]
+        hidden, tapped = state.run(torch.tensor(padded, dtype=torch.long, device=self.device))
+        state.commit(counts)
+        return hidden[torch.arange(len(counts)), torch.tensor(counts) - 1], tapped
 
     @torch.no_grad()
     def verify(self, state: State, ids: Tensor) -> Verified:
@@ -201,7 +215,7 @@ class Target:
             last = self._base(**inputs).last_hidden_state
         return last, joined_taps(collected, taps, last)
 
-    def _new_state(self, taps: tuple[int, ...]) -> State:
+    def new_state(self, taps: tuple[int, ...]) -> State:
         """The state of one row before any token."""
         forward = functools.partial(self._forward, taps=taps)
         if self._family.replays:

@@ -450,3 +450,24 @@ def test_a_draft_for_another_target_is_refused(target, change, named):
     )
     with pytest.raises(InputError, match=named):
         Decoder(target, DSparkDraft(config))
+
+
+@pytest.mark.parametrize("budget", [13, 100])
+def test_prompts_read_together_in_pieces_are_answered_as_if_read_alone(target, prompts, plain, budget):
+    draft = make_draft(target)
+    decoder = Decoder(target, draft)
+    waiting, answers = list(range(10)), {}
+    reading, active = {}, {}
+    while waiting or reading or active:
+        if waiting:  # two more come in every round
+            reading |= {at: decoder.reader.begin(prompts[at]) for at in (waiting.pop(0), waiting.pop(0))}
+        decoder.reader.step(list(reading.values()), budget)
+        assert not any(each.error for each in reading.values())
+        for at in [at for at, each in reading.items() if each.prompt is not None]:
+            active[at] = decoder.start(reading.pop(at).prompt, GREEDY)
+        decoder.step(list(active.values()))
+        answers |= {at: each for at, each in active.items() if each.finished}
+        active = {at: each for at, each in active.items() if not each.finished}
+    assert [answers[at].tokens for at in range(10)] == plain[:10]
+    alone = [Decoder(target, draft).generate(prompt, GREEDY) for prompt in prompts[:10]]
+    assert [answers[at].drafted for at in range(10)] == [each.drafted for each in alone]  # the draft read them, too

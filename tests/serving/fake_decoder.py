@@ -24,6 +24,18 @@ class FakeGeneration:
     logprobs: int | None = None
 
 
+@dataclasses.dataclass
+class FakePrompt:
+    reused: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class FakeReading:
+    left: int
+    prompt: FakePrompt | None = None
+    error: Exception | None = None
+
+
 class FakeDecoder:
     """`Decoder` without a model: writes SCRIPT again and again, three tokens a round, each round after ``go``."""
 
@@ -34,20 +46,34 @@ class FakeDecoder:
         self.stop: int | None = None
         self.pause = 0.0  # seconds of a round
         self.together: list[int] = []  # generations of each round
+        self.reader = self
         self.alive: set[int] = set()
         self.fail_start: BaseException | None = None
         self.fail_step: BaseException | None = None
+        self.fail_read: Exception | None = None
 
-    def start(self, prompt_ids, sampling, stop_ids=None, constraint=None):
+    def begin(self, prompt_ids):
         if self.fail_start is not None:
             error, self.fail_start = self.fail_start, None
             raise error
+        return FakeReading(len(prompt_ids))
+
+    def start(self, prompt, sampling, stop_ids=None, constraint=None):
         generation = FakeGeneration(self.script, sampling.max_new_tokens, self.stop, logprobs=sampling.logprobs)
         self.alive.add(id(generation))
         self._write(generation, 1)
         return generation
 
-    def step(self, generations):
+    def step(self, rows, budget=None):
+        if budget is None:
+            self._round(rows)
+        for reading in rows if budget else ():
+            read = min(reading.left, budget)
+            reading.left, budget = reading.left - read, budget - read
+            reading.error, self.fail_read = self.fail_read, None
+            reading.prompt = None if reading.left else FakePrompt()
+
+    def _round(self, generations):
         self.go.wait(20)
         time.sleep(self.pause)
         self.together.append(len(generations))

@@ -34,8 +34,9 @@ class Client:
 def make_engine(fake, serve_tokenizer):
     engines = []
 
-    def make(max_batch_size=2, max_queue=2):
-        engine = Engine(fake, serve_tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, metrics=Metrics())
+    def make(max_batch_size=2, max_queue=2, prefill_tokens=4):
+        sizes = {"max_batch_size": max_batch_size, "max_queue": max_queue, "prefill_tokens": prefill_tokens}
+        engine = Engine(fake, serve_tokenizer, **sizes, metrics=Metrics())
         engines.append(engine)
         engine.start()
         return engine
@@ -124,6 +125,28 @@ def test_a_bad_prompt_is_its_senders_fault_only(engine, fake):
     fake.fail_start = ZeroDivisionError("inside")
     assert Client(engine).end().status == 500
     assert isinstance(Client(engine).end(), Finished)
+
+
+def test_a_prompt_that_cannot_be_read_fails_alone(engine, fake):
+    running = Client(engine, tokens=3000, stream=True)
+    assert isinstance(running.next(), TextDelta)
+    fake.fail_read = RuntimeError("out of memory")
+    end = Client(engine).end()
+    assert end.status == 500
+    assert "out of memory" in end.message
+    assert isinstance(running.end(), Finished)
+    assert engine.active == 0
+
+
+def test_a_long_prompt_is_read_between_the_rounds_of_others(engine, fake):
+    """Of 100 tokens four are read at a time: 25 pieces, and a round of the other's after each."""
+    fake.go.clear()
+    short, long = Client(engine, tokens=10**6, stream=True), Client(engine, tokens=2, prompt=(1,) * 100)
+    fake.go.set()
+    assert isinstance(long.end(), Finished)
+    engine.cancel(short.ticket)
+    assert fake.together[:24] == [1] * 24
+    assert isinstance(short.next(), TextDelta)
 
 
 def test_a_failed_round_fails_its_requests_and_the_engine_goes_on(engine, fake):

@@ -153,7 +153,9 @@ def test_logprobs_belong_to_the_tokens_of_the_text(drafting, target):
     assert "".join(each.token for each in told if each.bytes) in (text := answer.choices[0].message.content) or text
     stream = list(drafting.chat.completions.create(**asked, logprobs=True, stream=True))
     streamed = [each for chunk in stream if chunk.choices[0].logprobs for each in chunk.choices[0].logprobs.content]
-    assert [(each.token, each.logprob) for each in streamed] == [(each.token, each.logprob) for each in told]
+    assert [each.token for each in streamed] == [each.token for each in told]
+    # Not to the last bit: what the first request had read of the prompt is not read again.
+    assert [each.logprob for each in streamed] == pytest.approx([each.logprob for each in told], abs=1e-5)
     plain = drafting.chat.completions.create(**asked)
     assert plain.choices[0].logprobs is None
     assert plain.choices[0].message.content == text
