@@ -6,6 +6,7 @@ exactly what `nds eval` reads.
 
 import dataclasses
 import json
+import os
 import re
 import time
 import urllib.error
@@ -245,6 +246,9 @@ def _get_text(url: str) -> str:
 
 
 def _read(request: urllib.request.Request) -> str:
+    key = os.environ.get("NDS_API_KEY")
+    if key:
+        request.add_unredirected_header("Authorization", f"Bearer {key}")  # for whom it is meant, and nobody else
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
             return response.read().decode("utf-8", "replace")

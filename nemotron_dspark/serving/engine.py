@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STUCK_SECONDS = 300  # without an end of a round while there is something to do
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
@@ -165,6 +167,7 @@ class Engine:
         self._changed = threading.Condition()  # guards everything below
         self._waiting: deque[Ticket] = deque()
         self._active: list[Ticket] = []
+        self._moved = time.perf_counter()  # when the thread last began a round, or had nothing to do
         self._deadline: float | None = None  # set once stopping: what is active then has until this moment
         self._thread = threading.Thread(target=self._run, name="nds-engine", daemon=True)
         metrics.watch(lambda: self.waiting, lambda: self.active)
@@ -183,6 +186,12 @@ class Engine:
     def healthy(self) -> bool:
         """Whether the thread lives and takes requests."""
         return self._thread.is_alive() and self._deadline is None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a round has not come to an end for `STUCK_SECONDS`."""
+        busy = bool(self._active or self._waiting)
+        return busy and time.perf_counter() - self._moved > STUCK_SECONDS
 
     def start(self) -> None:
         """Start the thread."""
@@ -214,6 +223,8 @@ class Engine:
                 raise Stopped
             if len(self._waiting) >= self._max_queue + self._max_batch_size - len(self._active):
                 raise Busy
+            if not (self._waiting or self._active):
+                self._moved = time.perf_counter()
             self._waiting.append(ticket)
             self._changed.notify_all()
         return ticket
@@ -252,6 +263,7 @@ class Engine:
     def _wait(self) -> bool:
         """Wait for something to do; false when it is time to end."""
         with self._changed:
+            self._moved = time.perf_counter()
             while not (self._waiting or self._active or self._deadline is not None):
                 self._changed.wait()
             if self._deadline is None:

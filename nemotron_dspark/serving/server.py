@@ -237,10 +237,9 @@ def make_app(served: Served, config: ServeConfig, access: Access) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         engine = service.engine
-        status = "ok" if engine.healthy else "unavailable"
-        return JSONResponse(
-            {"status": status, "active": engine.active, "waiting": engine.waiting}, 200 if engine.healthy else 503
-        )
+        status = "unavailable" if not engine.healthy else "stuck" if engine.stuck else "ok"
+        said = {"status": status, "active": engine.active, "waiting": engine.waiting}
+        return JSONResponse(said, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

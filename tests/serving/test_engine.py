@@ -171,6 +171,19 @@ def test_a_dead_thread_is_not_healthy_and_leaves_nobody_waiting(engine, fake):
         Client(engine)
 
 
+def test_a_round_that_does_not_end_is_stuck_until_it_does(engine, fake, monkeypatch):
+    monkeypatch.setattr("nemotron_dspark.serving.engine.STUCK_SECONDS", 0.05)
+    assert not engine.stuck
+    fake.go.clear()
+    client = Client(engine)
+    assert not engine.stuck  # it has just come
+    time.sleep(0.06)
+    assert engine.stuck
+    fake.go.set()
+    client.end()
+    assert not engine.stuck
+
+
 def test_stopping_lets_active_requests_end_within_the_grace(make_engine, fake):
     engine = make_engine(max_batch_size=1)
     fake.go.clear()

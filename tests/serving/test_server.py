@@ -12,10 +12,13 @@ import pytest
 
 from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.chat.mask import tokenise
+from nemotron_dspark.config.run import ServeConfig
 from nemotron_dspark.data.conversations import read
 from nemotron_dspark.data.regenerate import regenerate
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.sampling import Sampling
+from nemotron_dspark.engines.clients import connect
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.serving import listen
 from nemotron_dspark.serving.listen import Server
 from nemotron_dspark.serving.service import Served
@@ -488,3 +491,12 @@ def test_a_draft_shows_in_the_usage(idle_server):
     with client_of(idle_server) as client:
         usage = client.completions.create(model="fake", prompt="x", max_tokens=10).usage
     assert usage.speculative == {"rounds": 3, "accepted_length": 3.0}
+
+
+def test_an_engine_is_asked_with_the_key_of_the_environment(fake_served, monkeypatch):
+    with Server(fake_served, config=ServeConfig(port=0), api_key="s3cret") as server:
+        monkeypatch.setenv("NDS_API_KEY", "s3cret")
+        assert connect(server.url).model == "fake"
+        monkeypatch.delenv("NDS_API_KEY")
+        with pytest.raises(InputError, match="401"):
+            connect(server.url)
