@@ -73,7 +73,7 @@ def write_checkpoint(folder: Path, layers: int) -> int:
     from transformers import AutoModelForCausalLM
 
     from nemotron_dspark.recipe import tiny
-    from nemotron_dspark.targets.layer_weights import without_weights
+    from nemotron_dspark.targets.skeleton import without_weights
 
     config = tiny.nemotron_h_config(PATTERN[:layers], VOCAB, HIDDEN, **SHAPES, dtype="bfloat16")
     with without_weights():

@@ -100,7 +100,7 @@ def build_cache(
     An unfinished cache is continued, a finished one of the same inputs is left as it is. The target is loaded when all
     conversations are tokenised and the disk is known to suffice. ``processes`` share the work, each with the target;
     None is one a GPU. With ``engines``, addresses of vLLM's servers or a folder of their files, the states are theirs,
-    compared with our own capture on one sample. ``masked`` is False for a kind of draft that has no mask token. Each
+    compared with our own capture on a few samples. ``masked`` is False for a kind of draft that has no mask token. Each
     rank of ``context`` calls this alike, builds a part in the same ``out``, and may divide it among ``processes`` of
     its own if it is alone on its machine.
 

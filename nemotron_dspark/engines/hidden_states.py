@@ -3,7 +3,7 @@
 vLLM keeps the outputs of chosen layers of a request's prompt in a file (``extract_hidden_states`` with a hidden-states
 connector; `nds engine vllm --hidden-states` prints how it is started). Its layer id i is the output of layer i - 1, and
 0 the embedding; the id after the last layer is that layer's raw output, to which the target's own final norm is applied
-here. So one pass gives the taps and the last state. A row is compared with our own capture before any is believed.
+here. So one pass gives the taps and the last state. Rows are compared with our own capture before any is believed.
 """
 
 import contextlib
@@ -187,7 +187,7 @@ class EngineTarget(StreamedTarget):
                     rows = [self._checked(future.result(), ids) for future in futures]
                     found = self._together(rows, batch.ids.shape[1], ids, taps)
                     if not self._proven:
-                        self._prove(_rows(batch)[0], found, taps)
+                        self._prove(_rows(batch), found, taps)
                     yield found
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -217,22 +217,22 @@ class EngineTarget(StreamedTarget):
         tapped = torch.cat([states[:, :, ids.index(tap + 1)] for tap in taps], dim=-1).to(self.device)
         return Captured(tapped, last)
 
-    def _prove(self, ids: Sequence[int], found: Captured, taps: Sequence[int]) -> None:
-        """`CheckError` unless the first row is what our own capture gives, to the rounding of the type."""
-        (own,) = super().captures([Sequences(torch.tensor([list(ids)]))], taps)
+    def _prove(self, rows: Sequence[list[int]], found: Captured, taps: Sequence[int]) -> None:
+        """`CheckError` unless a few rows are what our own capture gives, to the rounding of the type."""
+        chosen = sorted({0, len(rows) // 2, len(rows) - 1})
+        alone = [Sequences(torch.tensor([rows[row]])) for row in chosen]
         width, most = self.spec.hidden_size, _TOLERANCE.get(self.dtype, _ROUNDED)
-        parts = [
-            *zip((f"tap {tap}" for tap in taps), own.taps.split(width, -1), found.taps.split(width, -1), strict=True),
-            ("the last state", own.last, found.last),
-        ]
-        for name, ours, theirs in parts:
-            ours, theirs = ours[0].float(), theirs[0, : len(ids)].float()
-            error = float(((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).median())
-            if not error <= most:
-                raise CheckError(
-                    f"The engine's hidden states are not the target's: {name} differs by {error:.1%} of its norm.",
-                    f"{_START} Check that it serves the same weights.",
-                )
+        names = [f"tap {tap}" for tap in taps]
+        for row, own in zip(chosen, super().captures(alone, taps), strict=True):
+            tapped = zip(own.taps.split(width, -1), found.taps.split(width, -1), strict=True)
+            for name, (ours, theirs) in zip([*names, "the last state"], [*tapped, (own.last, found.last)], strict=True):
+                ours, theirs = ours[0].float(), theirs[row, : len(rows[row])].float()
+                error = float(((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).median())
+                if not error <= most:
+                    raise CheckError(
+                        f"The engine's hidden states are not the target's: {name} differs by {error:.1%} of its norm.",
+                        f"{_START} Check that it serves the same weights.",
+                    )
         self._proven = True
 
 

@@ -6,9 +6,7 @@ and what layers share, stays in the model.
 """
 
 import contextlib
-import copy
 import dataclasses
-import inspect
 import itertools
 import os
 import re
@@ -19,12 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.memory import available_memory, is_unified
 from nemotron_dspark.targets.experts import GroupedExperts, mixtures
 from nemotron_dspark.targets.quantised import Weight
+from nemotron_dspark.targets.skeleton import Skeleton
 from nemotron_dspark.targets.target import checked_weights, refuse_absent
 from nemotron_dspark.targets.weights import weights_in
 
@@ -32,23 +31,6 @@ _CACHE_LINE = 64  # bytes
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _USED = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk")  # in a config
-
-
-@contextlib.contextmanager
-def without_weights() -> Iterator[None]:
-    """Models built in the block have their parameters on the meta device, and their buffers as they are."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # pyrefly: ignore[bad-assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +66,14 @@ class LayerWeights:
             InputError: a file of the checkpoint is missing or truncated, a tensor is missing or has another shape than
                 the model wants, or its names do not tell its layer. Nothing but headers is read.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         self._model, self._device, self._layers = model, device, layers
-        self._conversions = get_model_conversion_mapping(model)
+        self._skeleton = Skeleton(model)
         self._divided: dict[int, _Divided] = {}
         self.read_bytes, self.read_seconds = 0, 0.0  # of all layers so far
         self._folder = folder
         stored = checked_weights(folder)
-        self._empty = dict(model.named_parameters(remove_duplicate=False))
-        self._own = {name: _layer_of(name) if name.startswith(f"{layers}.") else None for name in self._empty}
+        inside = f"{layers}."
+        self._own = {name: _layer_of(name) if name.startswith(inside) else None for name in self._skeleton.parameters}
         base = layers.rpartition(".")[0]
         groups: defaultdict[int | None, dict[str, Tensor]] = defaultdict(dict)  # the checkpoint's tensors, by layer
         for name, weight in stored.items():
@@ -118,8 +98,7 @@ class LayerWeights:
         absent = {name for name in names if self._model.get_parameter(name).is_meta}
         self._load_only(absent)
         yield
-        for name in absent:
-            self._put(name, self._empty[name])
+        self._skeleton.clear(absent)
 
     def _load_only(self, names: Collection[str]) -> None:
         for layer in [layer for layer, loaded in self._loaded.items() if loaded & set(names)]:
@@ -147,7 +126,7 @@ class LayerWeights:
             if found is None:
                 continue
             parameters, sources, module = found
-            of_experts, count = sum(_bytes(self._empty[name]) for name in parameters), module.num_experts
+            of_experts, count = self._skeleton.bytes_of(parameters), module.num_experts
             rest = size - of_experts
             beside = min((room - rest) / 2, room - 2 * rest)  # for the next group, or the next layer but its experts
             most = max(1, int(beside / (of_experts / count)))
@@ -171,7 +150,7 @@ class LayerWeights:
             number = divided.sources[name]
             return experts is not None and (number is None or number in experts)
 
-        kept = {name: getattr(*_owner(self._model, name)) for name in fills}
+        put, kept = self._skeleton.put, {name: self._skeleton.get(name) for name in fills}
         weights = weights_in(self._folder, lambda name: _layer_of(name) == layer)  # opens files, and closes them below
         weights = {name: weight for name, weight in weights.items() if chosen(name)}
         tensors = {name: weight.read() for name, weight in weights.items()}
@@ -179,18 +158,17 @@ class LayerWeights:
         del weights
         if divided is not None and experts is not None:
             tensors = _cut(tensors, divided, experts)
-            self._shrink(divided.parameters, len(experts))
+            self._skeleton.make_room(divided.parameters, len(experts))
         mapped = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
-        self._fill(tensors, "cpu")
+        self._skeleton.fill(tensors, "cpu")
         for name in fills:
-            module, leaf = _owner(self._model, name)
-            tensor = getattr(module, leaf)
+            tensor = self._skeleton.get(name)
             if only is not None and name not in only:
-                self._put(name, kept.get(name, tensor))
+                put(name, kept[name])
             elif tensor.untyped_storage().data_ptr() in mapped:  # a view of the file, which is read when it is touched
-                self._put(name, _copied_to(tensor, self._device))
+                put(name, _copied_to(tensor, self._device))
             else:
-                self._put(name, tensor.to(self._device))
+                put(name, tensor.to(self._device))
             del tensor  # what is mapped is not given back
         tensors.clear()
         if self._drops_pages:
@@ -205,8 +183,7 @@ class LayerWeights:
             return
         divided = self._divided[part.layer]
         held = {leaf: getattr(divided.module, leaf) for leaf in divided.parameters.values()}
-        for name in divided.parameters:
-            self._put(name, self._empty[name])
+        self._skeleton.clear(divided.parameters)
         divided.compute.use(part.experts, held)
 
     def free(self, part: Part) -> None:
@@ -219,13 +196,11 @@ class LayerWeights:
             divided.compute.drop()
             if part.experts != divided.groups[-1]:
                 return
-        for name in self._filled_by(part.layer, None) - self._resident:
-            if name in self._empty:  # a buffer stays
-                self._put(name, self._empty[name])
+        self._skeleton.clear(self._filled_by(part.layer, None) - self._resident)
 
     def bytes_of(self, layer: int | None, experts: range | None = None) -> int:
         """Bytes of what `load` puts into the model for ``layer``, or for some ``experts`` of it."""
-        size = sum(_bytes(self._empty[name]) for name in self._filled_by(layer, experts) if name in self._empty)
+        size = self._skeleton.bytes_of(self._filled_by(layer, experts))
         return size if experts is None else size * len(experts) // self._divided[cast(int, layer)].module.num_experts
 
     @property
@@ -264,7 +239,7 @@ class LayerWeights:
         ((path, module),) = found.items()
         parameters = {f"{self._layers}.{layer}.{path}.{leaf}": leaf for leaf in module._parameters}
         loaded, stored = self._loaded[layer], self._stored[layer]
-        stacks = all(self._empty[name].shape[0] == module.num_experts for name in parameters)
+        stacks = all(self._skeleton.shape(name)[:1] == (module.num_experts,) for name in parameters)
         if not stacks or not set(parameters) <= loaded - self._resident:
             return None
         sources: dict[str, int | None] = {name: int(at[1]) for name in stored if (at := _EXPERT.search(name))}
@@ -290,36 +265,24 @@ class LayerWeights:
     ) -> set[str]:
         """What the meta tensors ``like`` fill, with room for ``experts`` in ``parameters``; all if they misfit."""
         if experts is not None:
-            self._shrink(parameters, len(experts))
-        report = self._fill(like, "meta")
-        names = set(self._model.state_dict())
-        for name in self._loaded[layer] - self._resident:
-            if name in self._empty:
-                self._put(name, self._empty[name])
-        return names if report.mismatched_keys or report.conversion_errors else names - set(report.missing_keys)
-
-    def _shrink(self, parameters: Collection[str], experts: int) -> None:
-        """Make room in the model for so many ``experts``."""
-        for name in parameters:
-            empty = self._empty[name]
-            self._put(name, torch.empty((experts, *empty.shape[1:]), dtype=empty.dtype, device="meta"))
+            self._skeleton.make_room(parameters, len(experts))
+        filled, misfits = self._skeleton.fill(like, "meta")
+        self._skeleton.clear(self._loaded[layer] - self._resident)
+        return set(self._model.state_dict()) if misfits else filled
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all parameters."""
-        return sum(_bytes(parameter) for parameter in dict(self._model.named_parameters()).values())
+        return self._skeleton.bytes_of(dict(self._model.named_parameters()))
 
     def _check(self, folder: Path, groups: Mapping[int | None, dict[str, Tensor]]) -> None:
         """Go through the loading with shapes alone: meta tensors in place of the checkpoint's, by layer."""
         missing = set(self._model.state_dict()) - set(getattr(self._model, "all_tied_weights_keys", {}))
         for layer, like in groups.items():
-            report = self._fill(like, "meta")
-            self._loaded[layer] = set(self._model.state_dict()) - set(report.missing_keys)
-            wrong = [*report.mismatched_keys, *report.conversion_errors]
-            if wrong:
-                name = wrong[0] if isinstance(wrong[0], str) else wrong[0][0]  # some come with their shapes
+            self._loaded[layer], misfits = self._skeleton.fill(like, "meta")
+            if misfits:
                 raise InputError(
-                    f"{name} of the checkpoint in {folder} has not the shape that its config.json says.",
+                    f"{misfits[0]} of the checkpoint in {folder} has not the shape that its config.json says.",
                     "Use the config.json that belongs to these weights, or download the weights again.",
                 )
             strangers = [name for name in self._loaded[layer] if self._own.get(name, layer) not in (layer, None)]
@@ -329,39 +292,8 @@ class LayerWeights:
                     "Load the target whole (--stream off).",
                 )
             missing -= self._loaded[layer]
-        for name, empty in self._empty.items():
-            self._put(name, empty)
+        self._skeleton.clear(self._skeleton.parameters)
         refuse_absent(folder, missing)
-
-    def _fill(self, tensors: dict[str, Tensor], device: str) -> Any:
-        """Put ``tensors`` into the model as transformers does; its report."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model as fill
-        from transformers.modeling_utils import LoadStateDictConfig
-        from transformers.utils import logging
-
-        dtype, bars = self._model.dtype, logging.is_progress_bar_enabled()
-        how = LoadStateDictConfig(
-            device_map={"": device},
-            dtype=dtype,
-            dtype_plan=self._model._get_dtype_plan(dtype),
-            weight_mapping=cast(Any, copy.deepcopy(self._conversions)),  # they hold what they convert
-            ignore_mismatched_sizes=True,
-        )
-        parallel = {"tp_plan": None} if "tp_plan" in inspect.signature(fill).parameters else {}  # until 5.2x
-        logging.disable_progress_bar()  # one a layer would say nothing
-        try:
-            report, _ = fill(model=self._model, state_dict=tensors, load_config=how, **parallel)
-        finally:
-            if bars:
-                logging.enable_progress_bar()
-        return report
-
-    def _put(self, name: str, tensor: Tensor) -> None:
-        module, leaf = _owner(self._model, name)
-        if leaf in module._buffers:
-            module._buffers[leaf] = tensor
-        else:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _cut(tensors: dict[str, Tensor], divided: _Divided, experts: range) -> dict[str, Tensor]:
@@ -378,11 +310,6 @@ def _layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
 def _drop_pages(file: Path) -> None:
     """Let the system forget what it keeps of ``file`` in memory."""
     descriptor = os.open(file, os.O_RDONLY)
@@ -390,10 +317,6 @@ def _drop_pages(file: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _copied_to(tensor: Tensor, device: torch.device) -> Tensor:

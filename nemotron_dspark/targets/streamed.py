@@ -23,9 +23,10 @@ from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.memory import available_memory, is_unified
 from nemotron_dspark.targets.checkpoint import Checkpoint
 from nemotron_dspark.targets.families import family_for
-from nemotron_dspark.targets.layer_weights import LayerWeights, without_weights
+from nemotron_dspark.targets.layer_weights import LayerWeights
 from nemotron_dspark.targets.mamba2 import even_chunks
 from nemotron_dspark.targets.schemes import scheme_of
+from nemotron_dspark.targets.skeleton import without_weights
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.target import (
     Captured,
