@@ -20,6 +20,7 @@ from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
 from nemotron_dspark.recipe.workload import Workload
 from nemotron_dspark.targets.spec import TargetSpec
+from nemotron_dspark.targets.streamed import divides, layers_room
 from nemotron_dspark.training import checkpoints, optimiser
 from nemotron_dspark.training.batches import batch_bytes, read_ahead_bytes
 from nemotron_dspark.training.tiling import objective_bytes
@@ -195,9 +196,17 @@ def engine_bytes(shape: Shape, weight_bytes: int) -> float:
     return float(shape.stored_bytes if shape.quantised else weight_bytes * shape.parameters)
 
 
-def streamed_bytes(shape: Shape, weight_bytes: int) -> float:
-    """What is resident of a target whose layers are streamed: the embedding, and two layers."""
-    return float(weight_bytes * (2 * shape.largest_layer + shape.vocab * shape.hidden))
+def streamed_bytes(shape: Shape, weight_bytes: int, free: float) -> float:
+    """What is resident of a target whose layers are streamed, with ``free`` bytes: the embedding, and two layers or
+    as many of a mixture's experts as there is room for."""
+    embedding, layers = weight_bytes * shape.vocab * shape.hidden, 2.0 * weight_bytes * shape.largest_layer
+    return embedding + (layers_room(free - embedding) if in_groups(shape, weight_bytes, free) else layers)
+
+
+def in_groups(shape: Shape, weight_bytes: int, free: float) -> bool:
+    """Whether a streamed mixture's experts are read in groups, with ``free`` bytes."""
+    embedding, layers = weight_bytes * shape.vocab * shape.hidden, 2.0 * weight_bytes * shape.largest_layer
+    return shape.active < shape.parameters and divides(layers, free - embedding)
 
 
 # --- time ---

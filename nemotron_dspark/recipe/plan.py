@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_dspark.cache.deepspec_layout import bytes_per_token
-from nemotron_dspark.cache.needs import capture_bytes, stored_bytes
+from nemotron_dspark.cache.needs import capture_bytes, config_size, stored_bytes
 from nemotron_dspark.config import CacheConfig, RunConfig
 from nemotron_dspark.data.sources import Given, listed, one_file
 from nemotron_dspark.data.tokens import TOKEN_BYTES
@@ -29,6 +29,7 @@ from nemotron_dspark.recipe.machines import machine as machine_called
 from nemotron_dspark.recipe.needs import ASSUMED, Shape
 from nemotron_dspark.recipe.workload import ANSWER_SHARE, Workload, from_file, from_numbers
 from nemotron_dspark.targets import Checkpoint
+from nemotron_dspark.targets.layer_weights import USED_EXPERTS
 from nemotron_dspark.targets.streamed import KEPT_FREE, pass_tokens, streams, token_bytes
 
 _SEGMENTS = 2  # of a rolling cache, on the disk at once
@@ -92,6 +93,7 @@ class Streaming:
     passes: int  # of one process, in all
     tokens: int  # of a pass
     read: float  # bytes from the disk, of all passes and processes
+    in_groups: bool  # the experts of a layer are read in groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +301,7 @@ class _Case:
         target = float(self.shape.parameters * width)
         streaming = self.streaming(mode)
         if streaming:
-            target = needs.streamed_bytes(self.shape, width) + streaming.tokens * self.token_bytes
+            target = self.resident_bytes + streaming.tokens * self.token_bytes
         serve = needs.serving_bytes(self.shape, width, 1, self.workload.longest)
         found = {}  # on the device; in main memory; there for each further process, and how many there are
         others = mode.processes(self.config, self.machine) - 1
@@ -357,7 +359,17 @@ class _Case:
     @property
     def token_bytes(self) -> int:
         """Of a token in flight."""
-        return token_bytes(self.shape.taps, self.shape.hidden, self.machine.weight_bytes)
+        used = config_size(self.shape.config, 1, *USED_EXPERTS) if self._in_groups else 0
+        return token_bytes(self.shape.taps, self.shape.hidden, self.machine.weight_bytes, used)
+
+    @property
+    def resident_bytes(self) -> float:
+        """Of a streamed target, beside its tokens."""
+        return needs.streamed_bytes(self.shape, self.machine.weight_bytes, self.free_bytes)
+
+    @property
+    def _in_groups(self) -> bool:
+        return needs.in_groups(self.shape, self.machine.weight_bytes, self.free_bytes)
 
     @property
     def free_bytes(self) -> float:
@@ -375,7 +387,7 @@ class _Case:
         if not (mode.streams and streams(config.target.stream, shape.parameters * width, self.free_bytes)):
             return None
         processes = max(1, machine.gpus) if mode.setting is None else mode.processes(config, machine)
-        free = self.free_bytes - needs.streamed_bytes(shape, width) - (self.training().device if mode.setting else 0)
+        free = self.free_bytes - self.resident_bytes - (self.training().device if mode.setting else 0)
         share = math.ceil(self.workload.tokens / processes)
         whole = self.states(mode)
         at_once = share if mode.setting is None else share * mode.stored(whole, config.cache) / whole / _SEGMENTS
@@ -386,7 +398,7 @@ class _Case:
         # What main memory holds beside a GPU is read from the disk once.
         kept = machine.gpus and not machine.unified and shape.stored_bytes < 0.9 * machine.host_bytes
         reads = 1 if kept else produced * passes * processes
-        return Streaming(int(produced * passes), tokens, float(reads * shape.stored_bytes))
+        return Streaming(int(produced * passes), tokens, float(reads * shape.stored_bytes), self._in_groups)
 
     def states(self, mode: Mode) -> int:
         """Bytes of all hidden states as ``mode`` would store them."""
@@ -467,7 +479,8 @@ def _without(best: Column, shape: Shape, machine: Machine) -> str:
     """What an engine elsewhere has to do where the target does not fit as a whole."""
     if best.streaming is None:
         return ""
-    text = f" The layers of the target, {size(shape.parameters * machine.weight_bytes)} in all, are streamed."
+    grouped = ", the experts of a layer in groups" if best.streaming.in_groups else ""
+    text = f" The layers of the target, {size(shape.parameters * machine.weight_bytes)} in all, are streamed{grouped}."
     stages = [
         verb for stage, verb in (("answers", "write the answers"), ("eval", "measure")) if stage not in best.hours
     ]

@@ -30,7 +30,7 @@ from nemotron_dspark.targets.weights import weights_in
 _CACHE_LINE = 64  # bytes
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_USED = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk")  # in a config
+USED_EXPERTS = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk")  # in a config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ class LayerWeights:
         if not self._divided:
             return 0
         config = self._model.config.get_text_config()
-        return int(next((getattr(config, key) for key in _USED if getattr(config, key, None)), 1))
+        return int(next((getattr(config, key) for key in USED_EXPERTS if getattr(config, key, None)), 1))
 
     def _filled_by(self, layer: int | None, experts: range | None) -> set[str]:
         divided = self._divided.get(layer) if layer is not None else None

@@ -69,9 +69,14 @@ def streams(stream: str, weights: float, memory: float) -> bool:
     return stream == "on" or (stream == "auto" and not weights < _MOST_OF_MEMORY * memory)
 
 
-def layers_bytes(two_layers: float, memory: float, divisible: bool) -> float:
-    """Bytes for two layers, with ``memory`` free: those of the largest, or of mixtures a share of it."""
-    return min(two_layers, _LAYERS_SHARE * memory) if divisible else two_layers
+def divides(two_layers: float, memory: float) -> bool:
+    """Whether the experts of a layer are read in groups, with ``memory`` bytes free and two layers of that size."""
+    return two_layers > layers_room(memory)
+
+
+def layers_room(memory: float) -> float:
+    """Bytes of ``memory`` for two layers."""
+    return _LAYERS_SHARE * memory
 
 
 def token_bytes(num_taps: int, hidden_size: int, itemsize: int, used_experts: int = 0) -> int:
@@ -134,7 +139,7 @@ class StreamedTarget(Target):
         super().__init__(model, tokenizer, spec, folder)
         self._weights = weights
         self._waited, self._captured = 0.0, 0.0  # seconds: for layers, and in all passes
-        weights.divide(_LAYERS_SHARE * _free(self.device), _pause)
+        weights.divide(layers_room(_free(self.device)), _pause)
         for at, layer in enumerate(self._layers):
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
             layer.register_forward_hook(self._keep(at))

@@ -137,7 +137,9 @@ def test_a_target_that_does_not_fit_is_streamed_and_leaves_two_stages_to_an_engi
     assert (streaming.passes - 1) * streaming.tokens < found.workload.tokens <= streaming.passes * streaming.tokens
     assert streaming.read == streaming.passes * super_120b.stored_bytes
     of_a_token = (super_120b.taps + 3) * super_120b.hidden * 2
-    assert cached.memory["cache"].gpu > needs.streamed_bytes(super_120b, 2) + streaming.tokens * of_a_token
+    resident = needs.streamed_bytes(super_120b, 2, 100e9)
+    assert cached.memory["cache"].gpu > resident + streaming.tokens * of_a_token
+    assert not streaming.in_groups
     assert online.streaming is None
     assert {problem.partition(":")[0] for problem in online.problems} == {"train", "eval"}
     assert found.reason.endswith("An engine that holds the target must write the answers and measure.")
@@ -169,7 +171,20 @@ def test_resident_bytes_of_a_streamed_target_are_those_of_one(tiny_hybrid):
     target = StreamedTarget.load(str(tiny_hybrid), dtype="float32")
     layers = max(target._weights.bytes_of(layer) for layer in range(shape.spec.num_layers))
     embedding = target.model.get_input_embeddings().weight.numel()
-    assert needs.streamed_bytes(shape, 4) == 2 * layers + 4 * embedding
+    assert needs.streamed_bytes(shape, 4, 1e9) == 2 * layers + 4 * embedding
+
+
+def test_of_layers_that_do_not_fit_twice_the_experts_are_planned_in_groups(super_120b):
+    small = dataclasses.replace(MACHINES["dgx-spark"], gpu_bytes=30e9, host_bytes=30e9)
+    found = column(planned(super_120b, small), "cached")
+    two_layers = 2 * 2 * super_120b.largest_layer
+    assert found.streaming.in_groups
+    assert needs.streamed_bytes(super_120b, 2, 15e9) < two_layers + 2 * super_120b.vocab * super_120b.hidden
+    assert found.memory["cache"].gpu < 30e9
+    asked = plan._Case(super_120b, load_config(), from_numbers(10, 800, load_config().data, 8192), small)
+    wide = dataclasses.replace(asked, machine=MACHINES["dgx-spark"])
+    used = super_120b.config["num_experts_per_tok"]
+    assert asked.token_bytes - wide.token_bytes == (used + 2) * super_120b.hidden * 2
 
 
 def test_a_draft_that_does_not_fit_is_told_how_many_layers_would(super_120b):
