@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -46,14 +47,29 @@ def train_target(
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    stream = _token_stream(tokenizer, passages(texts, 12_000, seed))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    loss = fit(model, token_stream(tokenizer, passages(texts, 12_000, seed)), steps, seed=seed, progress=progress)
+    tiny.save_target(folder, model.eval(), tokenizer)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return TargetTraining(steps, steps * BATCH * LENGTH, loss, parameters)
+
+
+def fit(
+    model: Any,
+    stream: torch.Tensor,  # [tokens]
+    steps: int,
+    *,
+    peak_lr: float = PEAK_LR,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> float:
+    """Train a transformers model on random pieces of a row of tokens; the smoothed loss at the end."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     smoothed = None
     for step in range(steps):
         rate = min(1.0, (step + 1) / 30) * max(1 - step / steps, 0.02)
         for group in optimiser.param_groups:
-            group["lr"] = PEAK_LR * rate
+            group["lr"] = peak_lr * rate
         starts = torch.randint(0, len(stream) - LENGTH, (BATCH, 1), generator=generator)
         batch = stream[starts + torch.arange(LENGTH)]
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -64,12 +80,10 @@ def train_target(
         smoothed = loss.item() if smoothed is None else 0.97 * smoothed + 0.03 * loss.item()
         if progress:
             progress(step + 1, smoothed)
-    tiny.save_target(folder, model.eval(), tokenizer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return TargetTraining(steps, steps * BATCH * LENGTH, smoothed or float("nan"), parameters)
+    return smoothed or float("nan")
 
 
-def _token_stream(tokenizer, items: list[Passage]) -> torch.Tensor:
+def token_stream(tokenizer: Any, items: list[Passage]) -> torch.Tensor:
     """All conversations rendered by the chat template, one after the other, as one row of tokens."""
     rendered = [
         tokenizer.apply_chat_template(
