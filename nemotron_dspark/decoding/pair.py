@@ -31,7 +31,8 @@ def load_draft(folder: Path, target: Target) -> Draft:
     if not draft.has_embeddings:
         own = draft.lm_head.weight  # an imported draft of a part of the vocabulary may bring its part of the head
         head = target.head.weight if own.is_meta or draft.d2t is None else own
-        draft.set_embeddings(target.model.get_input_embeddings().weight, head)
+        embedding = draft.embed_tokens if draft.config.own_embedding else target.model.get_input_embeddings()
+        draft.set_embeddings(embedding.weight, head)
     same = draft.lm_head.weight.data_ptr() == target.head.weight.data_ptr()
     draft.lm_head = cast("nn.Linear", target.packed_head if same else packed(draft.lm_head))  # called as one
     return draft

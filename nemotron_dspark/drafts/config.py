@@ -59,6 +59,7 @@ class SavedConfig(BaseModel):
     num_target_layers: int
     target_logit_multiplier: float = 1.0  # from the bare output of the target's LM head to its logits
     target_logit_softcap: float | None = None
+    own_embedding: bool = False  # its embedding is not the target's, so that no slim copy leaves it out
     dtype: str = "float32"  # of the saved weights
 
     @model_validator(mode="wrap")
@@ -154,8 +155,10 @@ class SavedConfig(BaseModel):
             "sliding_window": None,
             **self.model_dump(mode="json"),
         }
-        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these three keys
+        if self.target_logit_multiplier == 1.0:  # DeepSpec does not know these four keys
             del values["target_logit_multiplier"]
+        if not self.own_embedding:
+            del values["own_embedding"]
         if self.target_logit_softcap is None:
             del values["target_logit_softcap"]
         if self.draft_vocab_size is None:

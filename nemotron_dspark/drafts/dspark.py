@@ -51,7 +51,7 @@ from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.spec import finish_logits
 
 WEIGHTS_FILE = "model.safetensors"
-SHARED = ("embed_tokens.weight", "lm_head.weight")  # the target's own, frozen; a slim copy leaves them out
+SHARED = ("embed_tokens.weight", "lm_head.weight")  # the target's, frozen; a slim copy leaves them out
 INITIAL_STD = 0.02
 
 ConfigT = TypeVar("ConfigT", DraftConfig, Eagle3Config)
@@ -194,12 +194,17 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
         for module, weight in ((self.embed_tokens, embedding), (self.lm_head, head)):
             module.weight = nn.Parameter(weight, requires_grad=False)
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of its weights that are the target's."""
+        return SHARED[1:] if self.config.own_embedding else SHARED
+
     def save(self, folder: Path, *, slim: bool = False) -> None:
         """Write ``model.safetensors`` and ``config.json`` in the type that is computed in; ``slim`` leaves out the
-        target's two matrices."""
+        target's matrices."""
         if not slim:
             self._require_embeddings()
-        kept = {name: tensor for name, tensor in self.state_dict().items() if not (slim and name in SHARED)}
+        kept = {name: tensor for name, tensor in self.state_dict().items() if not (slim and name in self.shared)}
         tensors = {name: _cast(tensor.detach(), self.compute_dtype) for name, tensor in kept.items()}
         if not slim and tensors[SHARED[0]].data_ptr() == tensors[SHARED[1]].data_ptr():  # a target that ties them
             tensors[SHARED[1]] = tensors[SHARED[1]].clone()

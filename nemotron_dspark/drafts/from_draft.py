@@ -33,7 +33,10 @@ def section_like(config: SavedConfig, section: DraftSection) -> DraftSection:
 
 
 def start_from_draft(draft: Draft, folder: Path) -> None:
-    """Copy all that is trained from the draft in ``folder``, whose config ``draft`` has."""
-    given = kinds.load(folder).trainable_parameters()
+    """Copy all that is trained from the draft in ``folder``, whose config ``draft`` has; also an own embedding."""
+    given = kinds.load(folder)
+    trained = given.trainable_parameters()
     for name, parameter in draft.trainable_parameters().items():
-        parameter.data.copy_(given[name].data)
+        parameter.data.copy_(trained[name].data)
+    if draft.config.own_embedding:
+        draft.set_embeddings(given.embed_tokens.weight, draft.target_head)

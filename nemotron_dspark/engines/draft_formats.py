@@ -83,6 +83,7 @@ class Format:
     reads_token: bool = False  # and its confidence head reads the previous token
     heads: tuple[str, ...] = ("vanilla", "gated", "rnn")
     config: type[SavedConfig] = DraftConfig
+    own_embedding: bool = False  # an embedding that is not the target's may be there where ``embeddings`` may not
     reduced: bool = False  # may hold a draft of a part of the vocabulary
     blocks: frozenset[str] = frozenset()  # of `DraftConfig.beyond_deepspec`, what it can say
 
@@ -323,7 +324,7 @@ FORMATS: dict[str, Format] = {
     for found in (
         Format("deepspec", True, _deepspec, _from_deepspec),
         Format("vllm", True, _deepspec, dict, needs_head=True, heads=("vanilla",), reduced=True, blocks=_ANY_BLOCK),
-        Format("sglang", False, _deepspec, dict, needs_head=True, blocks=_ANY_BLOCK),
+        Format("sglang", False, _deepspec, dict, needs_head=True, blocks=_ANY_BLOCK, own_embedding=True),
         Format(
             "speculators",
             False,

@@ -73,6 +73,7 @@ def export_draft(
     elif form.name == "speculators":
         raise InputError("A speculators config names its target.", "Give it with --target.")
     keep = set(SHARED) if form.embeddings and not slim else {SHARED[1]} if config.draft_vocab_size else set()
+    keep |= {SHARED[0]} if config.own_embedding else set()
     tensors = _with_embeddings(_read(folder, config), target, keep)
     if config.draft_vocab_size and SHARED[1] not in tensors:
         raise InputError("The draft is a slim copy, and engines need its part of the LM head.", "Give --target.")
@@ -95,6 +96,11 @@ def _format(config: DraftConfig | Eagle3Config, name: str) -> Format:
     if name not in known:
         raise InputError(f"{name} has no {config.kind} draft.", f"Formats that hold one are {', '.join(known)}.")
     form = known[name]
+    if config.own_embedding and not (form.embeddings or form.own_embedding):
+        holding = ", ".join(each.name for each in known.values() if each.embeddings or each.own_embedding)
+        raise InputError(
+            f"{name} takes the target's embedding, and this draft has its own.", f"Formats that hold it are {holding}."
+        )
     if config.draft_vocab_size and not form.reduced:
         holding = ", ".join(each.name for each in known.values() if each.reduced)
         raise InputError(f"{name} has no draft of a part of the vocabulary.", f"Formats that hold one are {holding}.")
@@ -189,6 +195,13 @@ def write_imported(
     """
     remarks = []
     flat, named = _without_added(flat, named, noted)
+    if target is not None and SHARED[0] in named:
+        its = read_embedding_and_head(target.folder, target.read_spec()).embedding
+        flat["own_embedding"] = not torch.equal(named[SHARED[0]], its.to(named[SHARED[0]].dtype))
+        if flat["own_embedding"]:
+            remarks.append("Its embedding is not the target's, and stays with it.")
+    elif SHARED[0] in named and SHARED[1] not in named:  # what the target's is like is not known here
+        flat["own_embedding"] = True
     if not flat.get("num_target_layers"):
         if target is None:
             raise InputError(f"{source} does not say how many layers its target has.", "Give it with --target.")

@@ -53,6 +53,7 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
         "block_size": own["block_size"],
         "mask_token_id": fields.get("tokenizer.ggml.mask_token_id"),
         "target_layer_ids": [place - 1 for place in own["target_layers"]],
+        "own_embedding": "embed_tokens.weight" in stored,
         "dflash_config": {
             "sample_from_anchor": anchored,
             "causal": own.get("attention.causal", False),

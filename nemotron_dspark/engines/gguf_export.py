@@ -47,6 +47,7 @@ LAYER_NAMES = {  # of a draft and of a llama, behind layers.N
     "mlp.down_proj": "ffn_down",
 }
 DRAFT_NAMES = {
+    "embed_tokens.weight": "token_embd.weight",
     "fc.weight": "fc.weight",
     "hidden_norm.weight": "enc.output_norm.weight",
     "norm.weight": "output_norm.weight",
@@ -130,7 +131,8 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
             "llama.cpp adds a Markov head to unscaled logits, and this target scales or caps its own.",
             "Serve the pair with `nds serve`.",
         )
-    own = {name: read() for name, read in tensors.items() if name not in SHARED}
+    left = SHARED[1:] if config.own_embedding else SHARED
+    own = {name: read() for name, read in tensors.items() if name not in left}
     dspark = not isinstance(config, DFlashConfig)
     full = with_markov_head(config, own, reads_token=True)[1] if dspark else own
     written = {_draft_name(name): (lambda tensor=tensor: tensor) for name, tensor in full.items()}
