@@ -11,6 +11,9 @@ Workloads: greedy, sampled at temperature 1, and mixed, every other request samp
 
     nds profile --target T --draft D
     python benchmarks/schedule.py --target T --draft D --prompts P [--rows 1,8,32] [--tokens 64] [--threads 2] [--json]
+
+On a machine that others use, `--processor-time` with one thread counts processor time alone, in place of the clock
+everywhere: rounds are profiled so first, for `--profile-seconds`, and the ratios are its.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from nemotron_dspark.decoding.pair import load_pair
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.decoding.schedule import schedule_for
 from nemotron_dspark.evaluation.measure import prompt_ids
+from nemotron_dspark.evaluation.profile import measure_costs
 
 TURN = 4  # rounds
 SIDES = ("plain", "whole", "cost")
@@ -72,7 +76,7 @@ def run(decoders: dict[str, Decoder], requests: Sequence[Request], rows: int) ->
     sides = {name: Side(decoder, requests, rows) for name, decoder in decoders.items()}
     running = dict(sides)
     while running:
-        name = min(running, key=lambda each: running[each].seconds)
+        name = min(running, key=lambda each: running[each].processor)
         if not running[name].turn():
             del running[name]
     return sides
@@ -101,19 +105,28 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8, help="at least, at each number of rows")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--processor-time", action="store_true", help="profile and compare by it, with one thread")
+    parser.add_argument("--profile-seconds", type=float, default=10.0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    target, draft = load_pair(TargetConfig(name=args.target), args.draft)
+    if args.threads or args.processor_time:
+        torch.set_num_threads(1 if args.processor_time else args.threads)
+    target, draft = load_pair(TargetConfig(name=args.target, proofs=False), args.draft)
     prompts = prompt_ids(target, args.prompts, new_tokens=args.tokens)
+    counts = [int(text) for text in args.rows.split(",")]
+    if args.processor_time:
+        context = sum(map(len, prompts)) // len(prompts) + args.tokens // 2
+        given = {"rows": counts, "context": context, "seconds": args.profile_seconds, "clock": time.thread_time}
+        draft.costs = measure_costs(target, draft, draft.config.block_size, **given).costs
+        if not args.json:
+            for rows in counts:
+                print(f"a round of {rows}, ms:", *(f"{1e3 * each:.1f}" for each in draft.costs.rounds(rows)))
     # Made once for the whole run, as a server's is: what was learnt of one workload is there when the next begins.
     decoders = {
         "plain": Decoder(target),
         "whole": Decoder(target, draft),
         "cost": Decoder(target, draft, schedule=schedule_for("cost", draft, args.profile)),
     }
-    counts = [int(text) for text in args.rows.split(",")]
     for decoder in decoders.values():
         decoder.generate(prompts[0], Sampling(temperature=0.0, max_new_tokens=16))
     found: list[dict[str, Any]] = []
@@ -128,23 +141,23 @@ def main() -> None:
             else:
                 lengths = [args.tokens] * max(args.requests, rows)
             sides = run(decoders, requests_of(prompts, workload, lengths), rows)
-            speeds = {name: side.tokens / side.seconds for name, side in sides.items()}
-            by_processor = {name: side.tokens / side.processor for name, side in sides.items()}
-            best = max(speeds["plain"], speeds["whole"])
+            clock = {name: side.tokens / side.seconds for name, side in sides.items()}
+            processor = {name: side.tokens / side.processor for name, side in sides.items()}
             row = {
                 "load": load,
                 "workload": workload,
-                "tokens_per_second": speeds,
-                "tokens_per_processor_second": by_processor,
+                "tokens_per_second": clock,
+                "tokens_per_processor_second": processor,
                 "tokens_a_round": {name: side.tokens / side.rounds for name, side in sides.items()},
                 "drafted": {name: side.drafted / side.rounds for name, side in sides.items()},
-                "of_best": speeds["cost"] / best,
-                "of_best_by_processor": by_processor["cost"] / max(by_processor["plain"], by_processor["whole"]),
+                "of_best": clock["cost"] / max(clock["plain"], clock["whole"]),
+                "of_best_by_processor": processor["cost"] / max(processor["plain"], processor["whole"]),
             }
             found.append(row)
             if not args.json:
-                print(f"{load:<10}{workload:<10}" + "".join(f"{speeds[name]:>10.1f}" for name in SIDES), end="")
-                print(f"{speeds['cost'] / speeds['plain']:>12.2f}{speeds['cost'] / speeds['whole']:>12.2f}", end="")
+                shown = processor if args.processor_time else clock
+                print(f"{load:<10}{workload:<10}" + "".join(f"{shown[name]:>10.1f}" for name in SIDES), end="")
+                print(f"{shown['cost'] / shown['plain']:>12.2f}{shown['cost'] / shown['whole']:>12.2f}", end="")
                 print(f"{row['of_best']:>11.2f}{row['of_best_by_processor']:>11.2f}", end="")
                 print(f"{row['drafted']['cost']:>9.2f}", flush=True)
     if args.json:

@@ -336,7 +336,7 @@ class Decoder:
         self._catch_up()
         block = draft.begin(context, anchors)
         signal = self.schedule.signal
-        weights, biases = draft.calibrated(signal, [each.temperature for each in samplings]) if signal else (None, None)
+        weights, biases = draft.calibrated([each.temperature for each in samplings]) if signal else (None, None)
 
         def ends(slot: int, values: Tensor) -> bool:
             """Whether all blocks end before ``slot``, given a logit or margin [B]. It sees no token of the slot."""

@@ -19,14 +19,14 @@ from nemotron_dspark.targets.proofs import prove
 def load_draft(folder: Path, target: Target) -> Draft:
     """The draft in ``folder`` on the target's device and in its type; a slim one takes the target's embedding and head.
 
-    A calibrated one has its `temperatures` or `margins`, a profiled one its `costs`.
+    A calibrated one has its `temperatures` and `lines`, a profiled one its `costs`.
 
     Raises:
         InputError: no whole draft there, one for another target, or a calibration or costs of another one.
     """
     draft = kinds.load(folder, device=target.device, dtype=target.dtype)
     draft.config.check_target(target.spec)
-    draft.temperatures, draft.margins = read_calibration(folder, draft.config.block_size)
+    draft.temperatures, draft.lines = read_calibration(folder, draft.config.block_size)
     draft.costs = costs_beside(folder, draft.config.block_size)
     if not draft.has_embeddings:
         own = draft.lm_head.weight  # an imported draft of a part of the vocabulary may bring its part of the head

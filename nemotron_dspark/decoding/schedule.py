@@ -255,6 +255,8 @@ def schedule_for(name: str, draft: Draft | None, profile: Path | str | None = No
     if kind == "threshold":
         if draft.confidence_head is None:
             raise InputError("The draft has no confidence head for a threshold.", "Set schedule to off or cost.")
+        if draft.lines and not draft.temperatures:
+            raise InputError("The draft was calibrated by its margins.", "Calibrate its confidence head, or take cost.")
         return Threshold(float(number or THRESHOLD))
     costs = read_costs(Path(profile), draft.config.block_size) if profile is not None else draft.costs
     if costs is None:
@@ -262,6 +264,6 @@ def schedule_for(name: str, draft: Draft | None, profile: Path | str | None = No
             "schedule=cost needs to know what a round costs on this machine, and the draft was not profiled.",
             "Run `nds profile` with this target and draft once, or give a table with --profile.",
         )
-    if draft.confidence_head is not None:
-        return Cost(costs, "confidence head")
-    return Cost(costs, "margin" if draft.margins else None)
+    if draft.lines and not draft.temperatures:
+        return Cost(costs, "margin")
+    return Cost(costs, "confidence head" if draft.confidence_head is not None else None)

@@ -85,8 +85,8 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
     confidence_head: "ConfidenceHead | None"
     # What divides the confidence head's logits, by slot, for each temperature of sampling that it was calibrated at.
     temperatures: Mapping[float, tuple[float, ...]] | None = None
-    # Weights and biases, by slot, that make a chance of a margin, likewise.
-    margins: Mapping[float, tuple[tuple[float, ...], tuple[float, ...]]] | None = None
+    # Weights and biases, by slot, likewise: of the head's logits, or of margins where there are no temperatures.
+    lines: Mapping[float, tuple[tuple[float, ...], tuple[float, ...]]] | None = None
     costs: CostTable | None = None  # of rounds on this machine, where they were measured
 
     def __init__(
@@ -266,18 +266,16 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
             return logits
         return logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf).index_copy_(-1, tokens, logits)
 
-    def calibrated(self, signal: str, sampled: Sequence[float]) -> tuple[Tensor, Tensor]:
+    def calibrated(self, sampled: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Weights and biases [B, γ] with which σ(w z + b) is a slot's chance, for rows sampled at ``sampled`` [B].
 
-        ``signal`` is what z is: a logit of the "confidence head", or a "margin". They are those of the nearest
-        temperature of sampling that the draft is calibrated at; 1 and 0 for a head that is not calibrated.
+        They are those of the nearest temperature of sampling that the draft is calibrated at: its `lines`, else its
+        `temperatures`; and 1 and 0 for a head that is not calibrated.
         """
         slots = self.config.block_size
-        if signal == "margin":
-            fitted = self.margins or {}
-        else:
-            heads = self.temperatures or {0.0: (1.0,) * slots}
-            fitted = {at: (tuple(1 / each for each in fit), (0.0,) * slots) for at, fit in heads.items()}
+        heads = self.temperatures or {0.0: (1.0,) * slots}
+        scaled = {at: (tuple(1 / each for each in fit), (0.0,) * slots) for at, fit in heads.items()}
+        fitted = self.lines or scaled
         nearest = [fitted[min(fitted, key=lambda at: abs(at - temperature))] for temperature in sampled]
         weights, biases = zip(*nearest, strict=True)
         return torch.tensor(weights, device=self.device), torch.tensor(biases, device=self.device)

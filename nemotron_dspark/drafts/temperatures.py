@@ -1,4 +1,4 @@
-"""The calibration of a draft, in a folder beside it: temperatures of its confidence head, or lines of its margins.
+"""The calibration of a draft, in a folder beside it: temperatures of its confidence head, lines of that or its margins.
 
 `calibration.json` is ours: of what draft they are, and a fit for each temperature of sampling. Engines read one fit:
 SGLang's `--speculative-dspark-confidence-sts-path` and TensorRT-LLM's `confidence_sts_path` take a file with a list
@@ -43,11 +43,11 @@ def digest(draft_folder: Path) -> str:
 
 
 Temperatures = dict[float, tuple[float, ...]]  # [γ] by temperature of sampling
-Margins = dict[float, tuple[tuple[float, ...], tuple[float, ...]]]  # weights [γ] and biases [γ], likewise
+Lines = dict[float, tuple[tuple[float, ...], tuple[float, ...]]]  # weights [γ] and biases [γ], likewise
 
 
-def read_calibration(draft_folder: Path, block_size: int) -> tuple[Temperatures | None, Margins | None]:
-    """The draft's calibration, of its confidence head or else of its margins; neither if it has none.
+def read_calibration(draft_folder: Path, block_size: int) -> tuple[Temperatures | None, Lines | None]:
+    """The draft's calibration: temperatures of its confidence head, and lines of that, or of margins where it has none.
 
     Raises:
         InputError: it is not a number a slot, or was fitted to other weights.
@@ -61,16 +61,16 @@ def read_calibration(draft_folder: Path, block_size: int) -> tuple[Temperatures 
         fits = {float(fit["sampled_at"]): fit for fit in found["fits"]}
         made_for = found["draft_digest"]
         heads = {at: _numbers(fit["temperatures"], block_size) for at, fit in fits.items() if fit["temperatures"]}
-        margins = {
-            at: (_numbers(fit["weights"], block_size, -math.inf), _numbers(fit["biases"], block_size, -math.inf))
+        lines = {
+            at: tuple(_numbers(line[name], block_size, -math.inf) for name in ("weights", "biases"))
             for at, fit in fits.items()
-            if not fit["temperatures"]
+            if (line := fit.get("with_bias") if fit["temperatures"] else fit)
         }
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{path} does not hold {block_size} numbers, one a slot.", again) from None
     if made_for != digest(draft_folder):
         raise InputError(f"{path} was fitted to a draft with other weights.", again)
-    return heads or None, margins or None
+    return heads or None, lines or None
 
 
 def _numbers(values: Any, count: int, least: float = 0.0) -> tuple[float, ...]:

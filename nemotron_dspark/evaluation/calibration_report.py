@@ -93,7 +93,9 @@ class Fit:
     signal: Signal
     calibration: Calibration
     figures: tuple[Figures, ...]  # all workloads together, and, of several, each
-    with_bias: float | None  # of a head: mean error after a fit of weights and biases, which no engine reads
+    # Of a head: a fit of weights and biases, which no engine reads but this, and its mean error.
+    biased: Calibration | None
+    with_bias: float | None
     panels: tuple[Reliability, ...]  # for the picture
 
     @property
@@ -129,6 +131,7 @@ class Fit:
             "weights": self.calibration.weights,
             "biases": self.calibration.biases,
             "workloads": [each.to_json() for each in self.figures],
+            "with_bias": dataclasses.asdict(self.biased) if self.biased else None,
             "mean_with_bias": self.with_bias,
             "verdict": self.verdict,
         }
@@ -248,9 +251,10 @@ def fit(workloads: Sequence[Halves], sampled_at: float, signal: Signal) -> Fit:
     panels += [
         _panel(f"slot {slot + 1}", figures[0], together.held_out, fitted, [slot]) for slot in sorted({0, gamma - 1})
     ]
-    with_bias = _figures(together, fit_margins(together.fit)).means[1] if signal == HEAD else None
+    biased = fit_margins(together.fit) if signal == HEAD else None
+    with_bias = _figures(together, biased).means[1] if biased else None
     titled = [dataclasses.replace(each, title=f"{label_of(sampled_at)}: {each.title}") for each in panels]
-    return Fit(sampled_at, signal, fitted, figures, with_bias, tuple(titled))
+    return Fit(sampled_at, signal, fitted, figures, biased, with_bias, tuple(titled))
 
 
 def _figures(workload: Halves, fitted: Calibration) -> Figures:

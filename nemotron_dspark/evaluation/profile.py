@@ -126,12 +126,13 @@ def measure_costs(
     context: int | None = None,
     seconds: float = 40.0,
     draft_name: str = "",
+    clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> Profile:
     """Measure rounds of ``rows`` requests that draft 0 to ``gamma`` tokens of each, for about ``seconds``.
 
     Numbers of requests that the free memory does not hold are left out. ``context`` None is `CONTEXT`, or what the
-    target has room for.
+    target has room for. ``clock`` tells the time: `time.thread_time`, with one thread, leaves out what others take.
 
     Raises:
         InputError: the target has no room for so long a context.
@@ -145,15 +146,15 @@ def measure_costs(
             f"{target.spec.max_position_embeddings} positions.",
             f"Give --context between 1 and {longest}." if longest > 0 else "Profile a target of more positions.",
         )
-    base = _Rounds.begin(target, draft, context)
+    base = _Rounds.begin(target, draft, context, clock)
     batches, left_out = _batches(base, sorted({*rows}), gamma)
     cells = [(batch.rows, k) for batch in batches.values() for k in range(gamma + 1)]
-    began = time.perf_counter()
+    began = clock()
     for at, (count, k) in enumerate(cells):  # untimed: buffers, threads and kernels warm up
         batches[count].run(k)
         if progress:
             progress("warm-up", at + 1, len(cells))
-    once = time.perf_counter() - began
+    once = clock() - began
     repeats = min(max(int(seconds / once), _FEWEST), _MOST)
     found: dict[Cell, list[tuple[float, float]]] = {cell: [] for cell in cells}
     order = random.Random(0)
@@ -193,9 +194,10 @@ class _Rounds:
     state: State
     context: DraftContext | None
     generator: torch.Generator
+    clock: Callable[[], float]
 
     @staticmethod
-    def begin(target: Target, draft: Draft | None, length: int) -> "_Rounds":
+    def begin(target: Target, draft: Draft | None, length: int, clock: Callable[[], float]) -> "_Rounds":
         """One request behind ``length`` random tokens."""
         generator = torch.Generator().manual_seed(0)
         ids = _random_tokens(target, (length + 1,), generator).tolist()
@@ -205,7 +207,7 @@ class _Rounds:
         if draft is not None:
             context = draft.new_context()
             draft.extend(context, verified.taps, [length], torch.tensor([ids[1:]], device=target.device))
-        return _Rounds(target, draft, state, context, generator)
+        return _Rounds(target, draft, state, context, generator, clock)
 
     @property
     def rows(self) -> int:
@@ -243,7 +245,7 @@ class _Rounds:
     def _now(self) -> float:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
-        return time.perf_counter()
+        return self.clock()
 
 
 def _batches(base: _Rounds, rows: Sequence[int], gamma: int) -> tuple[dict[int, _Rounds], str | None]:

@@ -172,7 +172,7 @@ def table(gamma: int, step: float, draft: float = 0.0) -> CostTable:
 def test_greedy_output_of_a_hybrid_is_the_same_whatever_lengths_are_scheduled(target, prompts, plain, signal):
     draft = make_draft(target, cls=ForetellingDraft, markov_rank=0, confidence_with_markov=False)
     draft.errors = torch.Generator().manual_seed(2)
-    draft.margins = {0.0: ((1.0,) * GAMMA, (0.3,) * GAMMA)}
+    draft.lines = {0.0: ((1.0,) * GAMMA, (0.3,) * GAMMA)}
     with torch.no_grad():
         draft.confidence_head.proj.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(3))
     decoder = Decoder(target, draft, schedule=Cost(table(GAMMA, step=0.2, draft=0.05), signal))
@@ -316,7 +316,7 @@ def test_sampled_output_is_distributed_as_the_target_where_chances_end_blocks(sm
     prompt, sampling = [1, 4, 2], {"temperature": 1.0, "max_new_tokens": 3}
     expected = exact_distribution(small_target, prompt, Sampling(**sampling), 3)
     draft = make_draft(small_target, seed=6, block_size=2, num_taps=1, taps=[0], markov_rank=4)
-    draft.margins = {1.0: ((2.0, 2.0), (-1.5, -1.5))}
+    draft.lines = {1.0: ((2.0, 2.0), (-1.5, -1.5))}
     with torch.no_grad():
         draft.markov_head.markov_w2.weight.normal_(0, 1.0, generator=torch.Generator().manual_seed(7))
         draft.markov_head.markov_w1.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(8))

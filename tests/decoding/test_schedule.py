@@ -190,7 +190,7 @@ def test_a_configuration_names_a_schedule(target, tmp_path):
     headless = make_draft(target, confidence_head=False)
     headless.costs = draft.costs
     assert schedule_for("cost", headless).signal is None
-    headless.margins = {0.0: ((1.0,) * GAMMA, (0.0,) * GAMMA)}
+    headless.lines = {0.0: ((1.0,) * GAMMA, (0.0,) * GAMMA)}
     assert schedule_for("cost", headless).signal == "margin"
     with pytest.raises(InputError, match="no confidence head"):
         schedule_for("threshold:0.3", headless)
