@@ -6,6 +6,7 @@ is one plain step, through the same verify and commit.
 """
 
 import dataclasses
+import math
 import secrets
 import time
 import weakref
@@ -335,13 +336,13 @@ class Decoder:
             return _Proposal(tokens, probs, plan.lengths, None, None)
         self._catch_up()
         block = draft.begin(context, anchors)
-        signal = self.schedule.signal
-        weights, biases = draft.calibrated([each.temperature for each in samplings]) if signal else (None, None)
+        signal = plan.signal
+        lines = draft.calibrated([each.temperature for each in samplings]) if signal else []
 
         def ends(slot: int, values: Tensor) -> bool:
             """Whether all blocks end before ``slot``, given a logit or margin [B]. It sees no token of the slot."""
-            if weights is not None and biases is not None:
-                plan.look(slot, torch.sigmoid(weights[:, slot] * values + biases[:, slot]).tolist())
+            logits = [w[slot] * value + b[slot] for (w, b), value in zip(lines, values.tolist(), strict=True)]
+            plan.look(slot, [1 / (1 + math.exp(-max(each, -500.0))) for each in logits])
             return max(plan.lengths) <= slot
 
         previous, confidence, margins = anchors, [], []

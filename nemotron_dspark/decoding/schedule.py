@@ -10,7 +10,10 @@ request's block the best is one length k for all of them, the k that maximises
     (B + Σ_r Σ_{j≤k} s_rj) / T(B, k)
 
 for B requests, where s_rj is the chance that the first j drafts of request r are kept. The maximum is over all k: a
-cost that rises in stairs has several local ones.
+cost that rises in stairs has several local ones. That is foretold before a block is drafted. While it is drafted the
+chances of its own slots become known, and it goes on while the tokens that it may still gain are worth their seconds
+at the rate that was foretold, λ: the best rule for the long run is the k of most Σ_r Σ_{j≤k} s_rj - λ T(B, k)
+(Dinkelbach 1967), and not of the most tokens a second in each round.
 
 Whether a slot is verified is decided before its token is drawn, from tokens before it, so that the output stays the
 target's (Leviathan et al. 2023 hold for every length that is a stopping time). Chances of slots that are not drafted
@@ -20,7 +23,7 @@ yet are what the request, or requests before it, had kept there.
 import itertools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -47,10 +50,15 @@ _PRIOR = 2.0  # tries that the shares of all requests weigh among those of one
 _OWN_MEMORY, _COMMON_MEMORY = 48, 1000  # tries after which one weighs 1/e, of a request and of all together
 _RETRY_SHARE = 0.01  # of the time without drafting that may go into trying whether it pays again
 _MOST_RETRIES = 3  # that are saved up for
+_WORTH_LOOKING = 1.25  # times what a token costs that a whole block must cost, for its chances to be looked at
+_ARM_MEMORY = 128  # rounds after which one weighs 1/e in the comparison of looking with not looking
+_OTHER_ARM = 12  # every so many rounds the way is taken that has gained less
 
 
 class Plan:
     """The lengths of one round's blocks. While they are drafted they may only become shorter."""
+
+    signal: Signal | None = None  # what the chances of a slot are made of, if it looks at them
 
     def __init__(self, lengths: list[int]):
         self.lengths = lengths
@@ -58,14 +66,14 @@ class Plan:
     def look(self, slot: int, chances: Sequence[float]) -> None:
         """End blocks before ``slot`` where it does not pay, given each request's chance that this slot is kept.
 
-        It is called before the slot's tokens are drawn, where the schedule has a signal.
+        It is called before the slot's tokens are drawn, if there is a signal.
         """
 
 
 class Schedule:
     """Whole blocks: what `off` is, and what the others change."""
 
-    signal: Signal | None = None  # what the chances of a slot are made of
+    signal: Signal | None = None  # what its plans may look at
 
     def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
         """The plan of a round of ``generations``, whose blocks have at most ``gamma`` tokens."""
@@ -88,6 +96,8 @@ class Threshold(Schedule):
 
 
 class _ThresholdPlan(Plan):
+    signal = "confidence head"
+
     def __init__(self, lengths: list[int], least: float):
         super().__init__(lengths)
         self.least = least
@@ -112,8 +122,14 @@ class Cost(Schedule):
         self._own: weakref.WeakKeyDictionary[Request, Acceptance] = weakref.WeakKeyDictionary()
         self._credit = math.inf  # seconds that trying again may cost
         self._worth = 0.0  # seconds that a draft saves which is kept in a round that tries
+        self._arms: dict[int, Arms] = {}  # by the binary digits of the number of requests
+        self._last: Callable[[int], None] | None = None  # tells of the last round's tokens to its arm
+        self._gained = 0  # in the last round
 
     def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
+        if self._last is not None:
+            self._last(self._gained)
+        self._last, self._gained = None, 0
         common = {greedy: each.shares([_UNSEEN] * gamma) for greedy, each in self._common.items()}
         shares = []
         for each in generations:
@@ -127,15 +143,24 @@ class Cost(Schedule):
             least = 1 if self.signal else length
         if not length:
             return Plan([0] * len(generations))
-        most = gamma if self.signal else length
-        lengths = [most if any(each) else 0 for each in shares]
-        begun = seconds[0] + self._costs.at(len(generations))[0][1]  # a block is begun before it is looked at
-        return _CostPlan(lengths, self, generations, shares, [begun, *seconds[1:]], least)
+        lengths = [length if any(each) else 0 for each in shares]
+        if not self.signal or seconds[gamma] <= _WORTH_LOOKING * seconds[1]:
+            return Plan(lengths)
+        plan, arms = Plan(lengths), self._arms.setdefault(len(generations).bit_length(), Arms())
+        begun = [seconds[0] + self._costs.at(len(generations))[0][1], *seconds[1:]]  # before anything is looked at
+        looks = arms.choose()
+        if looks:
+            lengths = [gamma if any(each) else 0 for each in shares]
+            rate = (len(generations) + sum(map(sum, (each[:length] for each in foretold)))) / seconds[length]
+            plan = _CostPlan(lengths, self, generations, shares, begun, rate, least)
+        self._last = lambda tokens: arms.add(looks, tokens, begun[max(plan.lengths)])
+        return plan
 
     def learn(self, generation: Request) -> None:
         proposed, kept = generation.proposed[-1], generation.survived[-1]
         judged = kept if kept == generation.accepted[-1] else proposed  # behind a stop token nothing is known
         self._credit += self._worth * kept
+        self._gained += kept + 1
         for acceptance in self._of(generation):
             acceptance.add(kept, judged)
 
@@ -174,24 +199,55 @@ class _CostPlan(Plan):
         generations: Sequence[Request],
         shares: Sequence[Sequence[float]],
         seconds: Sequence[float],
+        rate: float,
         least: int,
     ):
         super().__init__(lengths)
+        self.signal = schedule.signal
         self._schedule, self._generations, self._least = schedule, list(generations), least
         self._shares = [list(each) for each in shares]
-        self._seconds = seconds  # by length
+        self._alive = [float(any(each)) for each in shares]  # chance that all drafts so far are kept, by request
+        self._worth = [rate * each for each in seconds]  # tokens that a round of a length must gain
         self._ended = False
 
     def look(self, slot: int, chances: Sequence[float]) -> None:
         if self._ended:
             return
-        for share, chance in zip(self._shares, chances, strict=True):
-            share[slot] = chance if any(share) else 0.0
-        longer = best_length([survival(share) for share in self._shares], self._seconds) > slot
+        self._alive = [alive * chance for alive, chance in zip(self._alive, chances, strict=True)]
+        alive, gain, longer = self._alive, 0.0, False
+        for ahead in range(slot, len(self._worth) - 1):
+            if ahead > slot:
+                alive = [each * share[ahead] for each, share in zip(alive, self._shares, strict=True)]
+            gain += sum(alive)
+            longer = longer or gain > self._worth[ahead + 1] - self._worth[slot]
         if not longer and slot >= self._least:
             self._ended = True
             self.lengths = [min(length, slot) for length in self.lengths]
             self._schedule.expect(self._generations, slot, chances)
+
+
+class Arms:
+    """Whether looking at a block's chances gains more than not looking: both are done, and compared.
+
+    Chances may mislead, where texts are other than those that they were calibrated on.
+    """
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds, self._rounds = [0.0, 0.0], [0.0, 0.0], 0
+
+    def choose(self) -> bool:
+        """Whether to look in this round."""
+        self._rounds += 1
+        if not all(self._seconds):
+            return not self._seconds[True]
+        rates = [tokens / seconds for tokens, seconds in zip(self._tokens, self._seconds, strict=True)]
+        return (rates[True] > rates[False]) != (self._rounds % _OTHER_ARM == 0)
+
+    def add(self, looked: bool, tokens: int, seconds: float) -> None:
+        """A round gained ``tokens`` and took ``seconds``."""
+        fade = 1 - 1 / _ARM_MEMORY
+        self._tokens[looked] = fade * self._tokens[looked] + tokens
+        self._seconds[looked] = fade * self._seconds[looked] + seconds
 
 
 class Acceptance:

@@ -266,8 +266,8 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
             return logits
         return logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf).index_copy_(-1, tokens, logits)
 
-    def calibrated(self, sampled: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Weights and biases [B, γ] with which σ(w z + b) is a slot's chance, for rows sampled at ``sampled`` [B].
+    def calibrated(self, sampled: Sequence[float]) -> list[tuple[Sequence[float], Sequence[float]]]:
+        """Weights and biases [γ] with which σ(w z + b) is a slot's chance, for each row sampled at ``sampled`` [B].
 
         They are those of the nearest temperature of sampling that the draft is calibrated at: its `lines`, else its
         `temperatures`; and 1 and 0 for a head that is not calibrated.
@@ -276,9 +276,7 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
         heads = self.temperatures or {0.0: (1.0,) * slots}
         scaled = {at: (tuple(1 / each for each in fit), (0.0,) * slots) for at, fit in heads.items()}
         fitted = self.lines or scaled
-        nearest = [fitted[min(fitted, key=lambda at: abs(at - temperature))] for temperature in sampled]
-        weights, biases = zip(*nearest, strict=True)
-        return torch.tensor(weights, device=self.device), torch.tensor(biases, device=self.device)
+        return [fitted[min(fitted, key=lambda at: abs(at - temperature))] for temperature in sampled]
 
     # --- parts ---
 

@@ -62,7 +62,7 @@ def read_calibration(draft_folder: Path, block_size: int) -> tuple[Temperatures 
         made_for = found["draft_digest"]
         heads = {at: _numbers(fit["temperatures"], block_size) for at, fit in fits.items() if fit["temperatures"]}
         lines = {
-            at: tuple(_numbers(line[name], block_size, -math.inf) for name in ("weights", "biases"))
+            at: (_numbers(line["weights"], block_size, -math.inf), _numbers(line["biases"], block_size, -math.inf))
             for at, fit in fits.items()
             if (line := fit.get("with_bias") if fit["temperatures"] else fit)
         }

@@ -303,7 +303,7 @@ class EachAlone(Schedule):
                     plan.look(slot, [chance])
             joint.lengths = [plan.lengths[0] for plan in plans]
 
-        joint.look = look
+        joint.look, joint.signal = look, self.signal
         return joint
 
     def learn(self, generation):
@@ -312,7 +312,8 @@ class EachAlone(Schedule):
 
 
 @pytest.mark.parametrize("signal", ["confidence head", "margin"])
-def test_sampled_output_is_distributed_as_the_target_where_chances_end_blocks(small_target, signal):
+def test_sampled_output_is_distributed_as_the_target_where_chances_end_blocks(small_target, signal, monkeypatch):
+    monkeypatch.setattr("nemotron_dspark.decoding.schedule._WORTH_LOOKING", 1.0)
     prompt, sampling = [1, 4, 2], {"temperature": 1.0, "max_new_tokens": 3}
     expected = exact_distribution(small_target, prompt, Sampling(**sampling), 3)
     draft = make_draft(small_target, seed=6, block_size=2, num_taps=1, taps=[0], markov_rank=4)

@@ -133,15 +133,45 @@ def test_a_block_ends_where_the_rest_does_not_pay_and_not_before_a_stair_that_do
     assert plan.lengths == [3, 3]
     plan.look(1, [0.05, 0.02])
     assert plan.lengths == [1, 1]
-    stairs = CostTable((1,), ((1.0, 1.9, 1.9, 1.9),), ((0.0,) * 4,))
+    stairs = CostTable((1,), ((1.0, 1.5, 1.9, 1.9),), ((0.0,) * 4,))
     schedule = Cost(stairs, "confidence head")
     answer = Answer()
     for _ in range(50):
         schedule.begin([answer], 3)
         answer.gain(schedule, 3, kept=3)
+    schedule._arms.clear()  # as if it had not compared yet
     plan = schedule.begin([answer], 3)
-    plan.look(0, [0.85])  # alone it does not pay, with those behind it, which are free, it does
+    plan.look(0, [0.85])  # alone it does not pay, with the last one, which is free, it does
     assert plan.lengths == [3]
+    plan.look(1, [0.1])
+    assert plan.lengths == [1]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_chances_are_followed_where_they_gain_more_than_lengths_that_do_not_look(tells):
+    """Half of the rounds keep all, half nothing; the chances tell which, or they tell the contrary."""
+    costs, answer = table(4, step=0.4, draft=0.05), Answer()
+    schedule, draws, tokens, seconds, fixed = Cost(costs, "confidence head"), random.Random(0), 0, 0.0, [0.0] * 5
+    begun = costs.rounds(1)
+    for _ in range(3000):
+        kept = draws.choice((0, 4))
+        plan = schedule.begin([answer], 4)
+        for slot in range(max(plan.lengths)):
+            if plan.signal is not None and plan.lengths[0] > slot:
+                plan.look(slot, [0.97 if (kept > 0) == tells else 0.03])
+        (length,) = plan.lengths
+        answer.gain(schedule, length, kept)
+        tokens, seconds = tokens + 1 + min(kept, length), seconds + begun[length]
+        fixed = [total + 1 + min(kept, at) for at, total in enumerate(fixed)]
+    best = max(total / (3000 * each) for total, each in zip(fixed, begun, strict=True))
+    gain = tokens / seconds / best
+    assert gain > 1.2 if tells else 0.97 < gain <= 1.0
+
+
+def test_chances_are_not_looked_at_where_looking_costs_more_than_it_can_save():
+    flat = CostTable((1,), ((1.0, 1.1, 1.15, 1.2),), ((0.0,) * 4,))
+    assert Cost(flat, "confidence head").begin([Answer()], 3).signal is None
+    assert Cost(table(3, step=0.5), "confidence head").begin([Answer()], 3).signal == "confidence head"
 
 
 # --- in a decoder ---
