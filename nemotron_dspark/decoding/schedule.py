@@ -47,7 +47,7 @@ class Request(Protocol):
 THRESHOLD = 0.5  # of a threshold that is not given
 _UNSEEN = 0.7  # chance of a slot of which nothing is known yet: drafting begins with hope
 _PRIOR = 2.0  # tries that the shares of all requests weigh among those of one
-_OWN_MEMORY, _COMMON_MEMORY = 48, 1000  # tries after which one weighs 1/e, of a request and of all together
+_OWN_MEMORY, _COMMON_MEMORY = 128, 1000  # tries after which one weighs 1/e, of a request and of all together
 _RETRY_SHARE = 0.01  # of the time without drafting that may go into trying whether it pays again
 _MOST_RETRIES = 3  # that are saved up for
 _WORTH_LOOKING = 1.25  # times what a token costs that a whole block must cost, for its chances to be looked at
@@ -125,6 +125,7 @@ class Cost(Schedule):
         self._arms: dict[int, Arms] = {}  # by the binary digits of the number of requests
         self._last: Callable[[int], None] | None = None  # tells of the last round's tokens to its arm
         self._gained = 0  # in the last round
+        self._looks = False  # in the last round
 
     def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
         if self._last is not None:
@@ -139,20 +140,22 @@ class Cost(Schedule):
         seconds = self._costs.rounds(len(generations))
         foretold = [survival(each) for each in shares]
         length, least, self._worth = best_length(foretold, seconds), 0, 0.0
-        if not length and any(map(any, shares)) and (length := self._try_again(generations, seconds)):
-            least = 1 if self.signal else length
-        if not length:
+        wanted, arms = any(map(any, shares)), self._arms.setdefault(len(generations).bit_length(), Arms())
+        can_look = bool(self.signal) and seconds[gamma] > _WORTH_LOOKING * seconds[1]
+        looks = can_look and wanted and (arms.choose() if length else arms.beats(len(generations) / seconds[0]))
+        if not length and not looks and wanted and (length := self._try_again(generations, seconds)):
+            looks = can_look and not arms.looked
+            least = 1 if looks else length
+        self._looks = looks
+        if not length and not looks:
             return Plan([0] * len(generations))
         lengths = [length if any(each) else 0 for each in shares]
-        if not self.signal or seconds[gamma] <= _WORTH_LOOKING * seconds[1]:
-            return Plan(lengths)
-        plan, arms = Plan(lengths), self._arms.setdefault(len(generations).bit_length(), Arms())
+        plan = Plan(lengths)
         begun = [seconds[0] + self._costs.at(len(generations))[0][1], *seconds[1:]]  # before anything is looked at
-        looks = arms.choose()
         if looks:
             lengths = [gamma if any(each) else 0 for each in shares]
             rate = (len(generations) + sum(map(sum, (each[:length] for each in foretold)))) / seconds[length]
-            plan = _CostPlan(lengths, self, generations, shares, begun, rate, least)
+            plan = _CostPlan(lengths, self.signal, shares, begun, rate, least)
         self._last = lambda tokens: arms.add(looks, tokens, begun[max(plan.lengths)])
         return plan
 
@@ -161,14 +164,10 @@ class Cost(Schedule):
         judged = kept if kept == generation.accepted[-1] else proposed  # behind a stop token nothing is known
         self._credit += self._worth * kept
         self._gained += kept + 1
-        for acceptance in self._of(generation):
+        for acceptance in (
+            self._of(generation) if not self._looks else ()
+        ):  # what is looked at is chosen: no fair sample
             acceptance.add(kept, judged)
-
-    def expect(self, generations: Sequence[Request], slot: int, chances: Sequence[float]) -> None:
-        """Blocks ended before ``slot``: its chances take the place of what would have been seen there."""
-        for generation, chance in zip(generations, chances, strict=True):
-            for acceptance in self._of(generation) if generation.sampling.speculative else ():
-                acceptance.expect(slot, chance)
 
     def _of(self, generation: Request) -> tuple["Acceptance", "Acceptance"]:
         """That of all requests like it, and its own."""
@@ -195,16 +194,14 @@ class _CostPlan(Plan):
     def __init__(
         self,
         lengths: list[int],
-        schedule: Cost,
-        generations: Sequence[Request],
+        signal: Signal | None,
         shares: Sequence[Sequence[float]],
         seconds: Sequence[float],
         rate: float,
         least: int,
     ):
         super().__init__(lengths)
-        self.signal = schedule.signal
-        self._schedule, self._generations, self._least = schedule, list(generations), least
+        self.signal, self._least = signal, least
         self._shares = [list(each) for each in shares]
         self._alive = [float(any(each)) for each in shares]  # chance that all drafts so far are kept, by request
         self._worth = [rate * each for each in seconds]  # tokens that a round of a length must gain
@@ -223,7 +220,6 @@ class _CostPlan(Plan):
         if not longer and slot >= self._least:
             self._ended = True
             self.lengths = [min(length, slot) for length in self.lengths]
-            self._schedule.expect(self._generations, slot, chances)
 
 
 class Arms:
@@ -242,6 +238,15 @@ class Arms:
             return not self._seconds[True]
         rates = [tokens / seconds for tokens, seconds in zip(self._tokens, self._seconds, strict=True)]
         return (rates[True] > rates[False]) != (self._rounds % _OTHER_ARM == 0)
+
+    @property
+    def looked(self) -> bool:
+        """Whether it is known what looking gains."""
+        return self._seconds[True] > 0
+
+    def beats(self, rate: float) -> bool:
+        """Whether looking is known to gain more tokens a second than ``rate``."""
+        return self.looked and self._tokens[True] / self._seconds[True] > rate
 
     def add(self, looked: bool, tokens: int, seconds: float) -> None:
         """A round gained ``tokens`` and took ``seconds``."""
