@@ -157,7 +157,7 @@ def test_a_disk_that_is_slower_than_the_layers_is_named_with_its_rate(hybrid, mo
     layers = range(hybrid.spec.num_layers)
     slept = 0.01 * len(load_file(hybrid.folder / "model.safetensors"))
     assert 10 < int(waited) <= 100
-    assert int(rate) <= sum(map(hybrid._weights.bytes_of, layers)) / (0.9 * slept) / 1e6
+    assert int(rate) <= sum(map(hybrid._weights.bytes_of, layers)) / (0.9 * slept) / 1e6 + 0.5  # it is rounded
 
 
 def test_a_fast_disk_is_not_named(hybrid):
