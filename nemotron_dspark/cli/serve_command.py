@@ -1,6 +1,7 @@
 """`nds serve`: the target, with a draft or without, as an OpenAI-compatible server."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +43,9 @@ def serve(
     ] = None,
 ) -> None:
     """Answer OpenAI's API with the target, made faster by a draft."""
+    # OpenMP's threads would else spin where they wait for one that HTTP or a client has taken the core from: read when
+    # PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from nemotron_dspark import stages
     from nemotron_dspark.serving.guard import reachable_by_others
 
