@@ -1,9 +1,6 @@
 """A target and a saved draft, loaded, fitted to each other and proven."""
 
 from pathlib import Path
-from typing import cast
-
-from torch import nn
 
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.drafts import kinds
@@ -12,7 +9,7 @@ from nemotron_dspark.drafts.costs import costs_beside
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.temperatures import read_calibration
 from nemotron_dspark.targets import Target
-from nemotron_dspark.targets.packed import packed
+from nemotron_dspark.targets.packed import PackedLinear, packed
 from nemotron_dspark.targets.proofs import prove
 
 
@@ -34,7 +31,8 @@ def load_draft(folder: Path, target: Target) -> Draft:
         embedding = draft.embed_tokens if draft.config.own_embedding else target.model.get_input_embeddings()
         draft.set_embeddings(embedding.weight, head)
     same = draft.lm_head.weight.data_ptr() == target.head.weight.data_ptr()
-    draft.lm_head = cast("nn.Linear", target.packed_head if same else packed(draft.lm_head))  # called as one
+    head = target.packed_head if same else packed(draft.lm_head)
+    draft.packed_head = head.forward if isinstance(head, PackedLinear) else None
     return draft
 
 

@@ -103,7 +103,7 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., N], the tokens that it can draft."""
-        return self.lm_head(self.norm(hidden))
+        return (self.packed_head or self.lm_head)(self.norm(hidden))
 
     @property
     def _layer(self) -> Eagle3Layer:

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from nemotron_dspark.config import DraftSection
+from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft
+from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.recipe import tiny
@@ -56,9 +58,18 @@ def test_a_slim_draft_shares_the_targets_packed_head(target, tmp_path):
     section = DraftSection(num_layers=1, block_size=4, taps=[0], markov_rank=8)
     DSparkDraft(build_draft_config(target.spec, section, mask_token_id=5)[0], seed=0).save(tmp_path, slim=True)
     draft = load_draft(tmp_path, target)
-    assert draft.lm_head is target.packed_head
+    assert draft.packed_head == target.packed_head.forward
     hidden = torch.randn(2, 256).bfloat16()
     assert torch.equal(draft.base_logits(hidden), nn.functional.linear(hidden, target.head.weight))
+    assert draft.state_dict().keys() == DSparkDraft(draft.config, seed=0).state_dict().keys()
+
+
+def test_no_weight_is_unpacked_while_decoding(target, tmp_path, monkeypatch):
+    section = DraftSection(num_layers=1, block_size=4, taps=[0], markov_rank=8)
+    DSparkDraft(build_draft_config(target.spec, section, mask_token_id=5)[0], seed=0).save(tmp_path, slim=True)
+    decoder = Decoder(target, load_draft(tmp_path, target))
+    monkeypatch.setattr(PackedLinear, "weight", property(lambda layer: pytest.fail("unpacked")))
+    assert len(decoder.generate([40, 41, 42], Sampling(temperature=0.0, max_new_tokens=6)).tokens) == 6
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(256, 256), nn.Linear(256, 256, bias=False), nn.Linear(8, 8, bias=False)])
