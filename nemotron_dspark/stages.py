@@ -341,7 +341,7 @@ def compare(
         CheckError: a proof failed.
     """
     if not drafts:
-        raise InputError("There is no draft to compare.", "Give folders of trained drafts, each with --drafts.")
+        raise InputError("There is no draft to compare.", "Give folders of trained drafts, each with --draft.")
     if len({Path(folder).resolve() for folder in drafts}) < len(drafts):
         raise InputError("The same draft is given twice.", "Give each folder once.")
     folders, new_tokens = [Path(folder) for folder in drafts], config.eval.max_new_tokens
@@ -353,7 +353,7 @@ def compare(
         raise InputError(
             f"Prompts of {max(lengths)} tokens and {new_tokens} new ones are more than the target's "
             f"{loaded.spec.max_position_embeddings}.",
-            "Give a smaller --length, or --set eval.max_new_tokens.",
+            "Give smaller --context-lengths, or --set eval.max_new_tokens.",
         )
     loaded_drafts = [load_draft(folder, loaded) for folder in folders]
     by_name = dict(zip(comparison.names_of(folders), loaded_drafts, strict=True))

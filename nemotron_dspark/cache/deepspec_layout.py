@@ -95,7 +95,7 @@ class Manifest(ManifestFile):
         if "format" in values:
             raise InputError(
                 f"{folder} is a cache in the format {values['format']}, not in DeepSpec's.",
-                f"Make one that DeepSpec reads: nds cache convert {folder} OUT --to deepspec.",
+                f"Make one that DeepSpec reads: nds cache convert {folder} --out OUT --to deepspec.",
             )
         return Manifest.of(values, path, _REMEDY)
 

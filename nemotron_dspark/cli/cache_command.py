@@ -113,7 +113,7 @@ def verify(
 def convert(
     config: RunConfig,
     source: FolderArgument,
-    out: Annotated[Path, typer.Argument(help="Folder of the new cache; an unfinished one is continued.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new cache; an unfinished one is continued.")],
 ) -> "ConvertReport":
     """Write a cache in the other format: compact for less disk, deepspec for DeepSpec's own trainer."""
     from nemotron_dspark.cache.convert import convert_cache

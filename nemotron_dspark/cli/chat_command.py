@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     config: RunConfig,
-    file: Annotated[list[str], typer.Option("--file", "-f", help=shell.several("JSON lines of conversations"))],
+    data: Annotated[list[str], typer.Option("--data", "-d", help=shell.several("JSON lines of conversations"))],
     limit: Annotated[int, typer.Option(min=1, help="Show this many conversations.")] = 5,
 ) -> None:
     """Show each conversation as the tokens of its samples, coloured by what trains the draft.
@@ -40,7 +40,7 @@ def chat(
 
     tokenizer = Checkpoint.of(config.target).load_tokenizer()
     chat_format = recognise(tokenizer)
-    items = read_samples(one_file(file), tokenizer, config.data)
+    items = read_samples(one_file(data), tokenizer, config.data)
     shown, skipped, more = _first(items, limit)
     samples = [sample.tokens for conversation, _ in shown for sample in conversation]
     counts = {

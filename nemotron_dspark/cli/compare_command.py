@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 def compare(
     config: RunConfig,
     drafts: Annotated[
-        list[Path], typer.Option("--drafts", "-d", help="Folder of a trained draft, of any kind; repeat for each.")
+        list[Path], typer.Option("--draft", "-d", help="Folder of a trained draft, of any kind; repeat for each.")
     ],
     prompts: Annotated[
         list[str] | None,
@@ -31,23 +31,16 @@ def compare(
             help="JSON lines of prompts the drafts have not seen, without it a recipe's; repeated, each a workload.",
         ),
     ] = None,
-    lengths: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length",
-            min=1,
-            help="Make every prompt so many tokens long, by others of its workload before it; repeat for several.",
-        ),
-    ] = None,
+    lengths: Annotated[str | None, shell.CONTEXT_LENGTHS] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts of each.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for compare.json and compare.png.")] = None,
 ) -> None:
     """Compare drafts: tokens and cost of a round, speed, equal output; by workload and length."""
-    show(compared(config, drafts, prompts or shell.held_out_prompts(), lengths or (), limit), out)
+    show(compared(config, drafts, prompts or shell.held_out_prompts(), lengths, limit), out)
 
 
 def compared(
-    config: RunConfig, drafts: Sequence[Path], prompts: Sequence[str], lengths: Sequence[int], limit: int | None
+    config: RunConfig, drafts: Sequence[Path], prompts: Sequence[str], lengths: str | None, limit: int | None
 ) -> "Comparison":
     """`stages.compare` with its progress shown."""
     from nemotron_dspark import stages
@@ -57,7 +50,7 @@ def compared(
             config,
             drafts,
             prompts,
-            lengths=lengths,
+            lengths=shell.numbers("--context-lengths", lengths) if lengths is not None else (),
             limit=limit,
             on_loaded=status.stop,
             on_progress=bars.update,

@@ -44,14 +44,19 @@ def demo(
         float | None,
         typer.Option(min=0.01, max=4.0, help="hybrid: share of the usual budgets; less is sooner and worse."),
     ] = None,
-    budget: Annotated[float | None, typer.Option(min=2.0, help="smollm2: minutes of all stages together (60).")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="smollm2: time of all stages together, such as 60m or 2h; 60m.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of text, weights and sampling.")] = 0,
 ) -> "DemoResult":
     """Run the whole recipe here: a small hybrid target or a published one, a draft for it, its server."""
     if target == "hybrid" and budget is not None:
         raise InputError("--budget belongs to --target smollm2.", "Give --scale, or --target smollm2.")
     if target == "smollm2" and scale is not None:
-        raise InputError("--scale belongs to the hybrid demo.", "Give --budget and a number of minutes.")
+        raise InputError("--scale belongs to the hybrid demo.", "Give --budget 60m, or another time.")
+    minutes = shell.duration("--budget", budget) / 60 if budget is not None else 60.0
+    if minutes < 2:
+        raise InputError(f"A demo in {budget} holds no training.", "Give --budget 2m or more.")
     shell.quiet_libraries()
     shell.stop_on_sigterm()
     from nemotron_dspark.recipe.demo import STAGES, Budget, new_run_dir, run_demo
@@ -74,7 +79,7 @@ def demo(
                 bars.update("demo", done, total, text=f"    {text}")
 
         if target == "smollm2":
-            return run_smollm2_demo(out, budget or 60.0, seed=seed, progress=Shown())
+            return run_smollm2_demo(out, minutes, seed=seed, progress=Shown())
         return run_demo(new_run_dir(out), Budget().scaled(scale or 1.0), seed=seed, progress=Shown())
 
 

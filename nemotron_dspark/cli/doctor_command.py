@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     folder: Annotated[
-        Path, typer.Option("--dir", exists=True, file_okay=False, help="Folder whose disk is measured.")
+        Path, typer.Option("--folder", exists=True, file_okay=False, help="Folder whose disk is measured.")
     ] = Path("."),
 ) -> "Report":
     """Say what this machine is and whether it is ready. A bug report should hold what --json prints."""

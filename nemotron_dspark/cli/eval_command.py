@@ -47,14 +47,7 @@ def evaluate(
         int | None,
         typer.Option(metavar="N", help="Compare N sampled answers to each of 8 prompts, drafted and not."),
     ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            "--context-lengths",
-            metavar="N,N,…",
-            help="Measure by length of the context: prompts made so many tokens long, by others before them.",
-        ),
-    ] = None,
+    lengths: Annotated[str | None, shell.CONTEXT_LENGTHS] = None,
 ) -> None:
     """Measure a draft: accepted length, acceptance by position, speed, equal output."""
     prompts = prompts or shell.held_out_prompts()
@@ -62,10 +55,8 @@ def evaluate(
         if engine is not None or lossless is not None:
             given = "--engine" if engine is not None else "--lossless"
             raise InputError(f"Both --context-lengths and {given} are given.", "Measure one after the other.")
-        comparison = compare_command.compared(
-            config, [draft or shell.newest_draft(config)], prompts, _numbers(lengths), limit
-        )
-        compare_command.show(comparison, out)
+        drafts = [draft or shell.newest_draft(config)]
+        compare_command.show(compare_command.compared(config, drafts, prompts, lengths, limit), out)
         return
     if engine is not None:
         _in_engine(config, prompts, draft, limit, out, engine, plain_engine, lossless)
@@ -92,13 +83,6 @@ def evaluate(
         _show(report, written)
     if remark := report.check_lossless():
         shell.note(remark)
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"--context-lengths {text!r} is not a list of numbers.", "Write for example 512,2048,8192.")
-    return [int(part) for part in parts]
 
 
 def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:

@@ -8,7 +8,6 @@ from rich.markup import escape
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
-from nemotron_dspark.errors import InputError
 
 _BUSY = 0.15  # of the median between the quartiles and it
 
@@ -22,8 +21,8 @@ def profile(
     draft: Annotated[
         Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft; without one, the target alone.")
     ] = None,
-    rows: Annotated[
-        str, typer.Option("--rows", help="Numbers of requests, as far as the memory holds them.")
+    requests: Annotated[
+        str, typer.Option("--requests", metavar="N,N,…", help="Requests at once, as far as the memory holds them.")
     ] = "1,2,4,8,16,32",
     context: Annotated[
         int | None,
@@ -41,13 +40,13 @@ def profile(
     from nemotron_dspark import stages
     from nemotron_dspark.evaluation.profile import spread, tables
 
-    counts = _numbers(rows)
+    rows = shell.numbers("--requests", requests)
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
         found, written = stages.profile(
             config,
             draft,
             out=out,
-            rows=counts,
+            rows=rows,
             context=context,
             seconds=seconds,
             on_loaded=status.stop,
@@ -63,10 +62,3 @@ def profile(
     if found.left_out:
         shell.note(f"{found.left_out}: not measured.")
     shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"--rows {text!r} is no list of numbers of requests.", "Write for example --rows 1,8,32.")
-    return [int(part) for part in parts]

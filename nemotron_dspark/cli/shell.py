@@ -75,6 +75,11 @@ _CONFIG_OPTIONS = {
     "config_file": Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with sections of keys.")],
     "assignments": Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")],
 }
+CONTEXT_LENGTHS = typer.Option(
+    "--context-lengths",
+    metavar="N,N,…",
+    help="Measure by length of the context: prompts made so many tokens long, by others of theirs before them.",
+)
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -236,6 +241,14 @@ def duration(option: str, text: str) -> float:
     if not seconds:
         raise InputError(f"{option} {text!r} is no duration.", "Write for example 8h, 90m or 45s.")
     return seconds
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The whole numbers above 0 in ``text``, such as 1,8,32; `InputError` where it is something else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"{option} {text!r} is not a list of numbers.", f"Write for example {option} 16,64,256.")
+    return [int(part) for part in parts]
 
 
 def newest_draft(config: RunConfig) -> Path:

@@ -27,9 +27,8 @@ def train(
         typer.Option("--data", "-d", help=shell.several("Instead of --cache: conversations to run the target over")),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/<target> when not given.")] = None,
-    engine: Annotated[
-        Literal["native", "deepspec"],
-        typer.Option("--engine", help="native, or deepspec: DeepSpec's own loop on your GPUs."),
+    trainer: Annotated[
+        Literal["native", "deepspec"], typer.Option(help="native, or deepspec: DeepSpec's own loop on your GPUs.")
     ] = "native",
     budget: Annotated[
         str | None,
@@ -46,9 +45,9 @@ def train(
     Without --cache and --data it takes the newest cache of the target here, or its newest answers.
     """
     seconds = shell.duration("--budget", budget) if budget is not None else None
-    if engine == "deepspec" and seconds is not None:
-        raise InputError("--budget belongs to --engine native.", "Set train.epochs or train.max_steps.")
-    if engine == "deepspec":  # it starts its processes itself, and reads torchrun's variables in a way of its own
+    if trainer == "deepspec" and seconds is not None:
+        raise InputError("--budget belongs to --trainer native.", "Set train.epochs or train.max_steps.")
+    if trainer == "deepspec":  # it starts its processes itself, and reads torchrun's variables in a way of its own
         config = read_config()
         from nemotron_dspark.deepspec.launch import train_on_cache
         from nemotron_dspark.stages import check_source, run_folder

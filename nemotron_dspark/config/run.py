@@ -183,7 +183,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="compute each layer again in the backward: less memory, a forward of the layers more"
     )
-    local_batch_size: int = Field(1, ge=1, description="samples of one forward")
+    local_batch_size: int = Field(1, ge=1, description="samples of a micro-batch")
     global_batch_size: int = Field(512, ge=1, description="samples of one optimiser step")
     epochs: int = Field(10, ge=1, description="passes over the cache")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps of the run; when set, epochs is unused")

@@ -66,7 +66,7 @@ def check_logits(spec: TargetSpec) -> None:
     if spec.logit_multiplier != 1.0 or spec.logit_softcap is not None:
         raise InputError(
             f"{spec.name} scales or caps its logits after the LM head, and DeepSpec's objective does not.",
-            "Train with the native engine: `nds train` without --engine deepspec.",
+            "Train with `nds train` without --trainer deepspec.",
         )
 
 

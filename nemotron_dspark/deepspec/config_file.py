@@ -56,12 +56,12 @@ def config_text(
     if algorithm == "dflash":
         raise InputError(
             "DeepSpec trains no DFlash as engines read it, whose anchor predicts nothing.",
-            "Train it with --engine native, or DeepSpec's own with draft.markov_rank=0 and draft.kind=dspark.",
+            "Train it with --trainer native, or DeepSpec's own with draft.markov_rank=0 and draft.kind=dspark.",
         )
     if run.draft.vocabulary is not None:
         raise InputError(
             "DeepSpec trains no draft of a part of the vocabulary.",
-            "Leave draft.vocabulary out, or use --engine native.",
+            "Leave draft.vocabulary out, or use --trainer native.",
         )
     if algorithm not in ALGORITHMS:
         raise InputError(f"There is no algorithm {algorithm!r}.", f"Use {' or '.join(ALGORITHMS)}.")
@@ -73,7 +73,7 @@ def config_text(
     if config.beyond_deepspec:
         raise InputError(
             f"DeepSpec trains no draft with {' or '.join(config.beyond_deepspec.values())}.",
-            f"Leave {' and '.join(f'draft.{key}' for key in config.beyond_deepspec)} out, or use --engine native.",
+            f"Leave {' and '.join(f'draft.{key}' for key in config.beyond_deepspec)} out, or use --trainer native.",
         )
     if algorithm == "eagle3" and config.num_taps != EAGLE3_TAPS:
         raise InputError(

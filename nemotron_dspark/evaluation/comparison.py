@@ -157,7 +157,7 @@ def lengthened(workload: str, prompts: Sequence[Sequence[int]], lengths: Sequenc
             made.append([*before[len(before) + len(own) - length :], *own])
         if not made:
             raise InputError(
-                f"Every prompt of {workload} is longer than {length} tokens.", "Give a larger --length, or none."
+                f"Every prompt of {workload} is longer than {length} tokens.", "Give larger --context-lengths, or none."
             )
         groups.append(Group(workload, length, made))
     return groups

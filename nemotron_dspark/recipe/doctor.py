@@ -171,7 +171,7 @@ def disk(probes: Probes) -> Finding:
     """Free space and measured speed of the disk."""
     free = probes.free_disk()
     where = f"{size(free)} free at {probes.folder}"
-    mend = f"df -h {shlex.quote(str(probes.folder))} && nds doctor --dir /another/disk"
+    mend = f"df -h {shlex.quote(str(probes.folder))} && nds doctor --folder /another/disk"
     if free < FREE_DISK:
         return _finding("fault", f"{where}, too little for any run; speed not measured", mend)
     try:

@@ -127,7 +127,7 @@ class _State:
         if (known["minutes"], known["seed"]) != (minutes, seed):
             raise InputError(
                 f"{folder} holds a demo of {known['minutes']:g} minutes with seed {known['seed']}.",
-                f"Go on with --budget {known['minutes']:g} --seed {known['seed']}, or give another --out.",
+                f"Go on with --budget {known['minutes']:g}m --seed {known['seed']}, or give another --out.",
             )
         return cls(folder, **known)
 

@@ -365,12 +365,12 @@ def test_the_commands_know_both_formats(nds, tiny_hybrid, conversations, compact
     assert json.loads(nds("info", tmp_path / "c", "--json").stdout)["format"] == "compact, int4"
     assert "compact, int4" in nds("info", compact).stdout
     assert nds("verify", compact).exit_code == 0
-    found = json.loads(nds("convert", tmp_path / "c", tmp_path / "d", "--to", "deepspec", "--json").stdout)
+    found = json.loads(nds("convert", tmp_path / "c", "--out", tmp_path / "d", "--to", "deepspec", "--json").stdout)
     assert (found["samples"], found["source_bytes"]) == (made["samples"], made["bytes"])
-    shown = nds("convert", built, tmp_path / "e", "--to", "compact").stdout
+    shown = nds("convert", built, "--out", tmp_path / "e", "--to", "compact").stdout
     assert "compact, int4" in shown
     with pytest.raises(InputError, match="'deepspec' or 'compact'"):
-        nds("convert", built, tmp_path / "f", "--to", "tiny")
+        nds("convert", built, "--out", tmp_path / "f", "--to", "tiny")
 
 
 # --- training ---

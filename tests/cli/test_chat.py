@@ -43,7 +43,7 @@ def conversations(tmp_path):
 
 
 def run(target, conversations, *options):
-    return CliRunner().invoke(app, ["chat", "-t", str(target), "-f", str(conversations), *SET, *options])
+    return CliRunner().invoke(app, ["chat", "-t", str(target), "-d", str(conversations), *SET, *options])
 
 
 def test_what_trains_stands_in_brackets_where_there_is_no_colour(target, conversations):

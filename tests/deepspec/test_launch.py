@@ -150,7 +150,7 @@ def test_train_becomes_deepspecs_script(cfg, executed, tmp_path, cache):
 
 def test_nds_train_with_the_deepspec_engine_is_the_same_thing(deepspec_on_cpu, executed, tiny_hybrid, cache, tmp_path):
     out = tmp_path / "run"
-    command = ["train", "--engine", "deepspec", "--target", str(tiny_hybrid), "--cache", str(cache), "--out", str(out)]
+    command = ["train", "--trainer", "deepspec", "--target", str(tiny_hybrid), "--cache", str(cache), "--out", str(out)]
     result = CliRunner().invoke(app, [*command, *(part for key in SMALL for part in ("--set", key))])
     assert result.exit_code == 0, result.output
     ((arguments, _),) = executed

@@ -46,7 +46,7 @@ def options(name, values):
 
 
 def test_drafts_of_every_kind_stand_side_by_side(tiny_hybrid, drafts, prompts, tmp_path):
-    common = ("--target", tiny_hybrid, *options("-d", drafts), *options("-p", prompts), *options("--length", (40, 64)))
+    common = ("--target", tiny_hybrid, *options("-d", drafts), *options("-p", prompts), "--context-lengths", "40,64")
     settings = ("--set", "eval.max_new_tokens=6", "--set", "eval.temperatures=[0.0,1.0]")
     run = nds("compare", *common, *settings, "--out", tmp_path / "out", "--json")
     assert run.exit_code == 0, run.output
@@ -112,7 +112,7 @@ def test_a_draft_that_changes_the_output_is_an_error(tiny_hybrid, drafts, prompt
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--length", 10**6], "are more than the target's"),
+        (["--context-lengths", 10**6], "are more than the target's"),
         (["-d", "SAME"], "given twice"),
         (["-d", "no"], "not a draft"),
     ],

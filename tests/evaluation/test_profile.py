@@ -42,7 +42,7 @@ def profile_of(rows: tuple[int, ...], cost, draft: float = 0.0) -> Profile:
 
 
 def test_the_command_measures_every_cell_and_the_draft_is_loaded_with_it(target, draft_folder, capsys):
-    arguments = ["profile", "-t", target.folder, "-d", draft_folder, "--rows", "2,1", "--context", "20"]
+    arguments = ["profile", "-t", target.folder, "-d", draft_folder, "--requests", "2,1", "--context", "20"]
     assert cli.app(list(map(str, [*arguments, "--seconds", "0", "--json"])), standalone_mode=False) in (0, None)
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["context"], found["repeats"]) == ([1, 2], 20, 3)

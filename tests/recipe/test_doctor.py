@@ -405,7 +405,7 @@ def test_no_disk_left_is_a_fault_and_nothing_is_written_to_it(folder):
     found = named(examine(folder, probes))["disk"]
     assert found.state == "fault"
     assert "2 GB free" in found.found
-    assert "--dir" in found.mend
+    assert "--folder" in found.mend
 
 
 @pytest.mark.parametrize(("free", "speed"), [(30e9, (3e9, 6e9)), (3e12, (2e8, 6e9)), (3e12, (3e9, 2e8))])
@@ -430,7 +430,7 @@ def test_a_folder_that_cannot_be_written_is_a_fault_of_the_disk(folder):
     found = named(examine(folder, probes))["disk"]
     assert found.state == "fault"
     assert "Permission denied" in found.found
-    assert "--dir" in found.mend
+    assert "--folder" in found.mend
 
 
 def test_a_port_in_use_is_a_warning_with_another(folder):
@@ -525,7 +525,7 @@ def test_without_faults_it_exits_0(nds, folder):
 
 def test_the_command_runs_on_this_machine(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_TOKEN": ""}
-    command = [sys.executable, "-m", "nemotron_dspark", "doctor", "--json", "--dir", str(tmp_path)]
+    command = [sys.executable, "-m", "nemotron_dspark", "doctor", "--json", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     found = json.loads(done.stdout)
     assert done.returncode == (0 if found["ready"] else 1), done.stderr
