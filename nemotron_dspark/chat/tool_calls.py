@@ -27,13 +27,29 @@ class ToolCall:
     arguments: Mapping[str, Any]
 
 
-def call_tags(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str] | None:
-    """The tags between which this tokenizer's template prints calls that `read_calls` understands; None without."""
+EXAMPLE = ToolCall("get_weather", {"city": "New York", "days": 3})
+
+
+@dataclasses.dataclass(frozen=True)
+class CallFormat:
+    """How a target writes calls: between which tags, and what stands there of `EXAMPLE`."""
+
+    opening: str
+    closing: str
+    example: str
+
+    @property
+    def tags(self) -> tuple[str, str]:
+        return self.opening, self.closing
+
+
+def call_format(tokenizer: "PreTrainedTokenizerBase") -> CallFormat | None:
+    """How this tokenizer's template prints calls, if `read_calls` understands it; None if not."""
     text = {"type": "string"}
     parameters = {"type": "object", "properties": {"city": text, "days": {"type": "integer"}}, "required": ["city"]}
-    function = {"name": "get_weather", "description": "The weather.", "parameters": parameters}
+    function = {"name": EXAMPLE.name, "description": "The weather.", "parameters": parameters}
     tool = {"type": "function", "function": function}
-    call = {"name": "get_weather", "arguments": {"city": "New York", "days": 3}}
+    call = {"name": EXAMPLE.name, "arguments": dict(EXAMPLE.arguments)}
     turns = (
         Message("user", "What is the weather?"),
         Message("assistant", "", more={"tool_calls": [{"id": "call00001", "type": "function", "function": call}]}),
@@ -43,7 +59,7 @@ def call_tags(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str] | None:
         printed = render(tokenizer, turns, tools=[tool])
     except RenderError:
         return None
-    if "get_weather" not in offered:
+    if EXAMPLE.name not in offered:
         return None
     printed = printed[len(offered) :] if printed.startswith(offered) else printed
     for opening, closing in _TAGS:
@@ -53,8 +69,8 @@ def call_tags(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str] | None:
                 found = read_calls(inner[0], [tool])
             except ValueError:
                 continue
-            if found == [ToolCall("get_weather", {"city": "New York", "days": 3})]:
-                return opening, closing
+            if found == [EXAMPLE]:
+                return CallFormat(opening, closing, inner[0])
     return None
 
 

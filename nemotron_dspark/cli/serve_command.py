@@ -19,6 +19,7 @@ _KEYS = [
     shell.KeyOption("--host", "serve.host"),
     shell.KeyOption("--port", "serve.port"),
     shell.KeyOption("--no-auth", "serve.no_auth"),
+    shell.KeyOption("--alias", "serve.aliases"),
     shell.KeyOption("--schedule", "serve.schedule"),
     shell.KeyOption("--profile", "serve.profile"),
 ]

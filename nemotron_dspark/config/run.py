@@ -53,6 +53,11 @@ def _on_off(value: Any) -> Any:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _names(value: Any) -> Any:
+    """A list of names, or names with commas between them."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 def read_schedule(value: Any) -> Any:
     """What ``schedule`` accepts: off, cost, threshold, or threshold:NUMBER with a number from 0 to 1.
 
@@ -241,6 +246,9 @@ class ServeConfig(Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = a free one")
     no_auth: bool = Field(False, description="answer other machines without an API key")
+    aliases: Annotated[list[str], BeforeValidator(_names)] = Field(
+        [], description="further names of the target, such as one that a program asks for; commas between them"
+    )
     max_batch_size: int = Field(8, ge=1, description="requests decoded together; further ones wait in a queue")
     max_queue: int = Field(256, ge=0, description="waiting requests; beyond that the answer is 503")
     prefill_tokens: int | None = Field(

@@ -28,7 +28,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "echo": (False,),
     "suffix": ("",),
-    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "structured_outputs": (),
@@ -203,6 +202,7 @@ class ChatRequest(CommonRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None
 
     @property
@@ -218,13 +218,11 @@ class ChatRequest(CommonRequest):
         return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
 
     def offered(self) -> tuple[Any, ...]:
-        """The functions that the target may call; `ApiError` when they are none or it is to be made to call one."""
-        if self.tool_choice not in (None, "auto", "none"):
-            what = "tool_choice is not supported by this server with this value."
-            raise ApiError(400, what, 'Send "auto" or "none".', param="tool_choice", code="unsupported")
+        """The functions that the target may call; `ApiError` when they are none."""
         for index, tool in enumerate(self.tools or ()):
             function = tool.get("function")
-            if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
+            named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
+            if tool.get("type") != "function" or not named:
                 raise ApiError(
                     400,
                     f"tools.{index} is no function with a name.",
@@ -235,7 +233,43 @@ class ChatRequest(CommonRequest):
         if tools and self.answer_schema() is not None:
             what = "A response_format leaves the target no way to call tools."
             raise ApiError(400, what, 'Leave one of the two out, or send tool_choice "none".', param="response_format")
+        if tools and self.parallel_tool_calls is False and not self.demanded():
+            what = "parallel_tool_calls = false is supported only where a call is demanded."
+            do = 'Leave it out, or send tool_choice "required".'
+            raise ApiError(400, what, do, param="parallel_tool_calls", code="unsupported")
         return _checked_value(tools, "tools")
+
+    def demanded(self) -> tuple[Any, ...]:
+        """The functions of which the target must call one, if it must; `ApiError` for a tool_choice that is none."""
+        tools = tuple(self.tools or ())
+        if self.tool_choice in (None, "auto", "none"):
+            return ()
+        if self.tool_choice == "required":
+            found = tools
+        else:
+            name = self._chosen
+            if name is None:
+                what = "tool_choice is none that this server knows."
+                do = 'Send "auto", "none", "required", or {"type": "function", "function": {"name": …}}.'
+                raise ApiError(400, what, do, param="tool_choice", code="unsupported")
+            found = tuple(tool for tool in tools if tool["function"]["name"] == name)[:1]
+        if not found:
+            what = "tool_choice demands a function that is not among tools."
+            raise ApiError(400, what, "Send its description in tools.", param="tool_choice")
+        return found
+
+    @property
+    def _chosen(self) -> str | None:
+        """The name of the function that tool_choice says, if it says one."""
+        choice = self.tool_choice if isinstance(self.tool_choice, dict) else {}
+        function = choice.get("function")
+        name = function.get("name") if choice.get("type") == "function" and isinstance(function, dict) else None
+        return name if isinstance(name, str) else None
+
+    @property
+    def several_calls(self) -> bool:
+        """Whether a demanded call may be followed by others."""
+        return self.tool_choice == "required" and self.parallel_tool_calls is not False
 
     @property
     def speaks_of_tools(self) -> bool:

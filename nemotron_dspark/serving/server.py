@@ -173,7 +173,7 @@ async def respond(service: Service, body: ChatRequest | CompletionRequest, reque
     splitter = None
     if isinstance(body, ChatRequest):
         reasoning = None if body.separate_reasoning is False else prompt.reasoning
-        splitter = partial(Splitter, reasoning, prompt.tags, prompt.tools)
+        splitter = partial(Splitter, reasoning, prompt.calls.tags if prompt.calls else None, prompt.tools)
     answer = Answer(
         service.served.model_id,
         len(jobs),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nemotron_dspark.chat.format import Message, RenderError, recognise, render, template_source
-from nemotron_dspark.chat.tool_calls import call_tags
+from nemotron_dspark.chat.tool_calls import CallFormat, call_format
 from nemotron_dspark.config.run import ServeConfig
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.prefixes import Prefixes
@@ -23,7 +23,7 @@ from nemotron_dspark.decoding.schedule import schedule_for
 from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.serving.engine import Engine, GenerationRequest
-from nemotron_dspark.serving.grammar import Grammars, JsonConstraint
+from nemotron_dspark.serving.grammar import GrammarConstraint, Grammars
 from nemotron_dspark.serving.metrics import Metrics
 from nemotron_dspark.serving.parts import CLOSES, OPENS
 from nemotron_dspark.serving.protocol import ApiError, ChatRequest, CompletionRequest
@@ -58,7 +58,7 @@ class Served:
         prefixes = Prefixes(int(config.prefix_cache_gb * 1e9)) if config.prefix_cache_gb else None
         return Served(
             model_id=Path(name).resolve().name if Path(name).is_dir() else name,
-            aliases=frozenset({name}),
+            aliases=frozenset({name, *config.aliases}),
             decoder=Decoder(
                 target, draft, schedule=schedule_for(config.schedule, draft, config.profile), prefixes=prefixes
             ),
@@ -77,7 +77,7 @@ class Prompt:
 
     ids: list[int]
     reasoning: Literal["open", "possible"] | None = None  # see `Splitter`
-    tags: tuple[str, str] | None = None
+    calls: CallFormat | None = None  # how ``tools`` are called
     tools: tuple[Any, ...] = ()
 
 
@@ -119,26 +119,28 @@ class Service:
         """The prompt's tokens; `ApiError` when the chat template refuses it."""
         if isinstance(request, ChatRequest):
             messages, tools = request.conversation(), request.offered()
-            tags = await self.tokenised(lambda: self.call_tags) if tools or request.speaks_of_tools else None
-            if tags is None and (tools or request.speaks_of_tools):
+            calls = await self.tokenised(lambda: self.call_format) if tools or request.speaks_of_tools else None
+            if calls is None and (tools or request.speaks_of_tools):
                 what = "This target's chat template prints no calls of functions that this server can read."
                 raise ApiError(400, what, "Describe the functions in a message instead.", param="tools")
             try:
-                return await self.tokenised(self._rendered, messages, tools, request.thinking, tags)
+                return await self.tokenised(self._rendered, messages, tools, request.thinking, calls)
             except RenderError as error:
                 raise ApiError(400, error.what, error.do, param="messages") from None
         prompt = request.text_or_ids(self.served.vocab_size)
         return Prompt(await self.tokenised(self.served.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt)
 
     def _rendered(
-        self, messages: list[Message], tools: tuple[Any, ...], thinking: bool | None, tags: tuple[str, str] | None
+        self, messages: list[Message], tools: tuple[Any, ...], thinking: bool | None, calls: CallFormat | None
     ) -> Prompt:
         tokenizer = self.served.tokenizer
         text = render(tokenizer, messages, generation_prompt=True, thinking=thinking, tools=tools)
         reasoning = None
         if self.thinks:
             reasoning = "open" if text.rstrip().endswith(OPENS) else "possible"
-        return Prompt(tokenizer(text, add_special_tokens=False)["input_ids"], reasoning, tags if tools else None, tools)
+        return Prompt(
+            tokenizer(text, add_special_tokens=False)["input_ids"], reasoning, calls if tools else None, tools
+        )
 
     @functools.cached_property
     def thinks(self) -> bool:
@@ -147,23 +149,33 @@ class Service:
         return known.thinking is not None if known else CLOSES in template_source(self.served.tokenizer)
 
     @functools.cached_property
-    def call_tags(self) -> tuple[str, str] | None:
-        """What stands around calls of functions, if this server can read them."""
-        return call_tags(self.served.tokenizer)
+    def call_format(self) -> CallFormat | None:
+        """How the target writes calls of functions, if this server can read them."""
+        return call_format(self.served.tokenizer)
 
     @functools.cached_property
     def grammars(self) -> Grammars:
         """What holds answers to a schema."""
         return Grammars(self.served.tokenizer, self.served.vocab_size, sorted(self.served.stop_ids))
 
-    def _constraint(self, schema: dict[str, Any], prompt: Prompt) -> JsonConstraint:
-        tokenizer, after = self.served.tokenizer, None
+    def _constraint(
+        self, request: ChatRequest | CompletionRequest, schema: dict[str, Any] | None, prompt: Prompt
+    ) -> GrammarConstraint | None:
+        """What the answer must be: JSON of ``schema``, or calls of the functions that the request demands."""
+        called = request.demanded() if isinstance(request, ChatRequest) else ()
+        if schema is not None:
+            made = functools.partial(self.grammars.json, schema)
+        elif called and prompt.calls is not None:
+            made = functools.partial(self.grammars.calls, called, prompt.calls, several=request.several_calls)
+        else:
+            return None
+        after = None
         if prompt.reasoning == "open":
-            after = tokenizer.get_vocab().get(CLOSES)
+            after = self.served.tokenizer.get_vocab().get(CLOSES)
             if after is None:
                 what = f"The prompt opens reasoning, whose end is no token of this target ({CLOSES})."
-                raise InputError(what, "Switch it off with chat_template_kwargs, or leave response_format out.")
-        return self.grammars.json(schema, begins_after=after)
+                raise InputError(what, "Switch it off with chat_template_kwargs, or leave the answer free.")
+        return made(begins_after=after)
 
     def max_new_tokens(self, asked: int | None, prompt_length: int) -> int:
         """What is asked for, at most the server's limit and what the model still holds; both end in "length".
@@ -195,12 +207,12 @@ class Service:
             speculative=request.speculative is not False,
             logprobs=logprobs,
         )
-        constraint, ids = None, tuple(prompt.ids)  # one object for all choices: the engine reads it once
-        if schema is not None:
-            try:
-                constraint = await self.tokenised(self._constraint, schema, prompt)
-            except InputError as error:
-                raise ApiError(400, error.what, error.do, param="response_format") from None
+        ids = tuple(prompt.ids)  # one object for all choices: the engine reads it once
+        try:
+            constraint = await self.tokenised(self._constraint, request, schema, prompt)
+        except InputError as error:
+            param = "tools" if schema is None else "response_format"
+            raise ApiError(400, error.what, error.do, param=param) from None
         return prompt, [
             GenerationRequest(
                 ids,

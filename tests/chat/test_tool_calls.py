@@ -3,7 +3,7 @@
 import pytest
 
 from nemotron_dspark.chat.format import Message, render
-from nemotron_dspark.chat.tool_calls import ToolCall, call_tags, read_calls
+from nemotron_dspark.chat.tool_calls import ToolCall, call_format, read_calls
 from tests.chat.chat_templates import FUNCTION_TAGS, HERMES, LLAMA3, NEMOTRON_3, TOOLCALL_LIST, TOOLS
 
 TEXT = {"type": "string"}
@@ -25,7 +25,8 @@ TOOL = {
     ],
 )
 def test_the_template_tells_how_calls_are_written(make_tokenizer, template, tags):
-    assert call_tags(make_tokenizer(template)) == tags
+    found = call_format(make_tokenizer(template))
+    assert (found.tags if found else None) == tags
 
 
 @pytest.mark.parametrize("template", [HERMES, FUNCTION_TAGS, TOOLCALL_LIST])
@@ -35,7 +36,7 @@ def test_the_template_tells_how_calls_are_written(make_tokenizer, template, tags
 )
 def test_a_call_is_read_as_the_template_prints_it(make_tokenizer, template, arguments):
     tokenizer = make_tokenizer(template)
-    opening, closing = call_tags(tokenizer)
+    opening, closing = call_format(tokenizer).tags
     call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": arguments}}
     turns = [Message("user", "?"), Message("assistant", "", more={"tool_calls": [call, call]})]
     printed = render(tokenizer, turns, tools=[TOOL])

@@ -17,7 +17,7 @@ from nemotron_dspark.recipe import tiny
 from nemotron_dspark.serving.listen import Server
 from nemotron_dspark.serving.service import Served
 from nemotron_dspark.serving.text import Spelling
-from tests.chat.chat_templates import HERMES, NEMOTRON_3
+from tests.chat.chat_templates import FUNCTION_TAGS, HERMES, NEMOTRON_3
 from tests.serving.fake_decoder import SCRIPT, FakeDecoder
 from tests.serving.test_server import HELLO, client_of
 
@@ -29,6 +29,14 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+
+
+def tool(**city):
+    """A function of one text that is also what ``city`` says."""
+    properties = {"city": {"type": "string"} | city}
+    return {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
+
+
 CALLED = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 
 
@@ -69,7 +77,7 @@ def test_a_call_is_made_answered_and_followed_up(saying):
     assert (silent.finish_reason, silent.message.tool_calls) == ("stop", None)
     assert CALLED in silent.message.content
     refused = (
-        {"tool_choice": "required"},
+        {"parallel_tool_calls": False},
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
     )
@@ -263,6 +271,53 @@ def test_the_clients_helpers_for_streams_tools_and_async_work(drafting, saying):
     assert all(answer.usage.completion_tokens for answer in asyncio.run(ask()))
     raw = drafting.chat.completions.with_raw_response.create(**asked, max_tokens=2)
     assert raw.parse().object == "chat.completion"
+
+
+class Paint(BaseModel):
+    """Few words, so that a random target comes to an end."""
+
+    colour: Literal["red", "green", "blue"]
+    coats: Literal[1, 2, 3]
+
+
+@pytest.mark.parametrize("template", [HERMES, FUNCTION_TAGS])
+def test_a_demanded_call_is_made_whatever_the_target_would_say(target, draft, monkeypatch, template):
+    monkeypatch.setattr(target.tokenizer, "chat_template", template)
+    paint, other = openai.pydantic_function_tool(Paint), openai.pydantic_function_tool(Point)
+    asked = {"model": "tiny-hybrid", "messages": HELLO, "max_tokens": 300, "tools": [other, paint]}
+    named = {"tool_choice": {"type": "function", "function": {"name": "Paint"}}}
+    with Server(target, draft, ServeConfig(port=0)) as server, client_of(server) as client:
+        parse = client.chat.completions.parse
+        greedy = parse(**asked, **named, temperature=0)
+        undrafted = parse(**asked, **named, temperature=0, extra_body={"speculative": False})
+        required = {"tool_choice": "required", "parallel_tool_calls": False}
+        sampled = parse(**asked | {"tools": [paint]}, **required, n=2, seed=1)
+    assert greedy.usage.speculative["rounds"] > 0
+    for choice in (*greedy.choices, *undrafted.choices, *sampled.choices):
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        (call,) = choice.message.tool_calls
+        assert isinstance(call.function.parsed_arguments, Paint)
+    assert greedy.usage.completion_tokens == undrafted.usage.completion_tokens
+    first, second = (each.choices[0].message.tool_calls[0].function for each in (greedy, undrafted))
+    assert first.arguments == second.arguments
+
+
+@pytest.mark.parametrize(
+    ("more", "mention"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "not among tools"),
+        ({"tool_choice": "required", "tools": []}, "not among tools"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "none that this server knows"),
+        ({"tool_choice": "required", "tools": [tool(pattern="a")]}, "pattern of a text"),
+        ({"tool_choice": "required", "tools": [tool(type="strin")]}, "cannot be kept exactly"),
+        ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "a b"}}]}, "a name holds"),
+    ],
+)
+def test_a_call_that_cannot_be_demanded_is_refused(saying, more, mention):
+    client = saying(FUNCTION_TAGS, "x")
+    with pytest.raises(openai.BadRequestError, match=mention):
+        client.chat.completions.create(**{"model": "fake", "messages": HELLO, "tools": [WEATHER], **more})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.chat.mask import tokenise
+from nemotron_dspark.config import load_config
 from nemotron_dspark.config.run import ServeConfig
 from nemotron_dspark.data.conversations import read
 from nemotron_dspark.data.regenerate import regenerate
@@ -472,6 +473,15 @@ def test_unknown_paths_and_models_are_404(idle_server):
             assert client.completions.create(model=name, prompt="x", max_tokens=2).model == "fake"
             assert client.models.retrieve(name).id == "fake"
         assert [model.id for model in client.models.list()] == ["fake"]
+
+
+def test_a_program_that_asks_for_another_name_is_answered_under_an_alias(target):
+    config = load_config(None, assignments=["serve.aliases=gpt-5.5, gpt-4", "serve.port=0"]).serve
+    with Server(target, config=config) as server, client_of(server) as client:
+        for name in ("gpt-4", "gpt-5.5", "tiny-hybrid"):
+            assert client.completions.create(model=name, prompt="x", max_tokens=2).model == "tiny-hybrid"
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="gpt-3", prompt="x", max_tokens=2)
 
 
 def test_metrics_count_what_happened(fake_server):
