@@ -1,8 +1,9 @@
-"""What `schedule=cost` gains and loses against whole blocks and against no draft, by load and by workload.
+"""What a schedule gains and loses against whole blocks and against no draft, by load and by workload.
 
-Three decoders of one target answer the same requests: without a draft, with whole blocks, and scheduled. They take
-turns of a few rounds, the one that has had least time next, so that whatever else the machine does slows all alike.
-Counted are the rounds (not reading prompts): tokens a second by the clock, and by the processor's time.
+Four decoders of one target answer the same requests: without a draft, with whole blocks (`off`), with `threshold` and
+with `cost`. They take turns of a few rounds, the one that has had least time next, so that whatever else the machine
+does slows all alike. Counted are the rounds (not reading prompts): tokens a second by the clock, and by the
+processor's time. "of the best" is a schedule's speed in that of the better of no draft and whole blocks.
 
 - 1, 8, 32: so many requests at a time; when one ends the next begins.
 - emptying: the largest number of requests at once, of 1/8 to all of the tokens, and no new ones: from full to one.
@@ -34,7 +35,7 @@ from nemotron_dspark.evaluation.measure import prompt_ids
 from nemotron_dspark.evaluation.profile import measure_costs
 
 TURN = 4  # rounds
-SIDES = ("plain", "whole", "cost")
+SIDES = ("plain", "whole", "threshold", "cost")
 WORKLOADS = {"greedy": (0.0,), "sampled": (1.0,), "mixed": (0.0, 1.0)}
 Request = tuple[Sequence[int], Sampling]
 
@@ -94,6 +95,29 @@ def requests_of(prompts: Sequence[Sequence[int]], workload: str, lengths: Sequen
     ]
 
 
+def told(sides: dict[str, Side]) -> dict[str, Any]:
+    """What the sides did, beside each other."""
+    speeds = {
+        "clock": {name: side.tokens / side.seconds for name, side in sides.items()},
+        "processor": {name: side.tokens / side.processor for name, side in sides.items()},
+    }
+    best = {by: max(each["plain"], each["whole"]) for by, each in speeds.items()}
+    return {
+        "tokens_per_second": speeds,
+        "of_best": {by: {name: each[name] / best[by] for name in SIDES[2:]} for by, each in speeds.items()},
+        "tokens_a_round": {name: side.tokens / side.rounds for name, side in sides.items()},
+        "drafted": {name: side.drafted / side.rounds for name, side in sides.items()},
+    }
+
+
+def show(row: dict[str, Any], by: str) -> None:
+    speeds, share, drafted = row["tokens_per_second"][by], row["of_best"], row["drafted"]
+    print(f"{row['load']:<10}{row['workload']:<10}" + "".join(f"{speeds[name]:>10.1f}" for name in SIDES), end="")
+    print("".join(f"{share[by][name]:>{24 if at == 0 else 10}.3f}" for at, name in enumerate(SIDES[2:])), end="")
+    print(f"{share['processor']['threshold']:>8.3f}{share['processor']['cost']:>8.3f}", end="")
+    print(f"{drafted['threshold']:>20.2f}{drafted['cost']:>6.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
@@ -104,6 +128,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=8, help="at least, at each number of rows")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--threshold", type=float, help="of serve.schedule=threshold, if not its own")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--processor-time", action="store_true", help="profile and compare by it, with one thread")
     parser.add_argument("--profile-seconds", type=float, default=10.0)
@@ -122,9 +147,11 @@ def main() -> None:
             for rows in counts:
                 print(f"a round of {rows}, ms:", *(f"{1e3 * each:.1f}" for each in draft.costs.rounds(rows)))
     # Made once for the whole run, as a server's is: what was learnt of one workload is there when the next begins.
+    threshold = "threshold" if args.threshold is None else f"threshold:{args.threshold}"
     decoders = {
         "plain": Decoder(target),
         "whole": Decoder(target, draft),
+        "threshold": Decoder(target, draft, schedule=schedule_for(threshold, draft)),
         "cost": Decoder(target, draft, schedule=schedule_for("cost", draft, args.profile)),
     }
     for decoder in decoders.values():
@@ -132,7 +159,7 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     if not args.json:
         print(f"{'load':<10}{'workload':<10}" + "".join(f"{name:>10}" for name in SIDES), end="")
-        print(f"{'cost/plain':>12}{'cost/whole':>12}{'cost/best':>11}{'processor':>11}{'drafted':>9}")
+        print("  of the best: threshold      cost   (by processor)   drafted: threshold  cost")
     for load in [*map(str, counts), "emptying"]:
         for workload in args.workloads.split(","):
             rows = max(counts) if load == "emptying" else int(load)
@@ -140,26 +167,11 @@ def main() -> None:
                 lengths = [max(1, args.tokens * (1 + at % 8) // 8) for at in range(rows)]
             else:
                 lengths = [args.tokens] * max(args.requests, rows)
-            sides = run(decoders, requests_of(prompts, workload, lengths), rows)
-            clock = {name: side.tokens / side.seconds for name, side in sides.items()}
-            processor = {name: side.tokens / side.processor for name, side in sides.items()}
-            row = {
-                "load": load,
-                "workload": workload,
-                "tokens_per_second": clock,
-                "tokens_per_processor_second": processor,
-                "tokens_a_round": {name: side.tokens / side.rounds for name, side in sides.items()},
-                "drafted": {name: side.drafted / side.rounds for name, side in sides.items()},
-                "of_best": clock["cost"] / max(clock["plain"], clock["whole"]),
-                "of_best_by_processor": processor["cost"] / max(processor["plain"], processor["whole"]),
-            }
+            row = {"load": load, "workload": workload}
+            row |= told(run(decoders, requests_of(prompts, workload, lengths), rows))
             found.append(row)
             if not args.json:
-                shown = processor if args.processor_time else clock
-                print(f"{load:<10}{workload:<10}" + "".join(f"{shown[name]:>10.1f}" for name in SIDES), end="")
-                print(f"{shown['cost'] / shown['plain']:>12.2f}{shown['cost'] / shown['whole']:>12.2f}", end="")
-                print(f"{row['of_best']:>11.2f}{row['of_best_by_processor']:>11.2f}", end="")
-                print(f"{row['drafted']['cost']:>9.2f}", flush=True)
+                show(row, "processor" if args.processor_time else "clock")
     if args.json:
         print(json.dumps(found))
 

@@ -218,7 +218,7 @@ class ChatRequest(CommonRequest):
         return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
 
     def offered(self) -> tuple[Any, ...]:
-        """The functions that the target may call; `ApiError` when they are none."""
+        """The functions that the target may call; `ApiError` when they are none or tool_choice is none."""
         for index, tool in enumerate(self.tools or ()):
             function = tool.get("function")
             named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
@@ -229,11 +229,12 @@ class ChatRequest(CommonRequest):
                     'Send {"type": "function", "function": {"name": …, "parameters": {…}}}.',
                     param="tools",
                 )
+        demanded = self.demanded()
         tools = () if self.tool_choice == "none" else tuple(self.tools or ())
         if tools and self.answer_schema() is not None:
             what = "A response_format leaves the target no way to call tools."
             raise ApiError(400, what, 'Leave one of the two out, or send tool_choice "none".', param="response_format")
-        if tools and self.parallel_tool_calls is False and not self.demanded():
+        if tools and self.parallel_tool_calls is False and not demanded:
             what = "parallel_tool_calls = false is supported only where a call is demanded."
             do = 'Leave it out, or send tool_choice "required".'
             raise ApiError(400, what, do, param="parallel_tool_calls", code="unsupported")

@@ -162,11 +162,10 @@ class Service:
         self, request: ChatRequest | CompletionRequest, schema: dict[str, Any] | None, prompt: Prompt
     ) -> GrammarConstraint | None:
         """What the answer must be: JSON of ``schema``, or calls of the functions that the request demands."""
-        called = request.demanded() if isinstance(request, ChatRequest) else ()
         if schema is not None:
-            made = functools.partial(self.grammars.json, schema)
-        elif called and prompt.calls is not None:
-            made = functools.partial(self.grammars.calls, called, prompt.calls, several=request.several_calls)
+            make = functools.partial(self.grammars.json, schema)
+        elif isinstance(request, ChatRequest) and (called := request.demanded()) and prompt.calls is not None:
+            make = functools.partial(self.grammars.calls, called, prompt.calls, several=request.several_calls)
         else:
             return None
         after = None
@@ -175,7 +174,7 @@ class Service:
             if after is None:
                 what = f"The prompt opens reasoning, whose end is no token of this target ({CLOSES})."
                 raise InputError(what, "Switch it off with chat_template_kwargs, or leave the answer free.")
-        return made(begins_after=after)
+        return make(begins_after=after)
 
     def max_new_tokens(self, asked: int | None, prompt_length: int) -> int:
         """What is asked for, at most the server's limit and what the model still holds; both end in "length".

@@ -26,8 +26,8 @@ NASTY: tuple[Any, ...] = (
 FIELDS = (
     "model", "messages", "prompt", "temperature", "top_p", "seed", "max_tokens", "max_completion_tokens", "stop",
     "stream", "stream_options", "return_token_ids", "chat_template_kwargs", "n", "logprobs", "top_logprobs", "tools",
-    "tool_choice", "response_format", "logit_bias", "frequency_penalty", "user", "metadata", "echo",
-    "separate_reasoning", "speculative", "return_rounds", "__class__", "__proto__", "\ud800",
+    "tool_choice", "parallel_tool_calls", "response_format", "logit_bias", "frequency_penalty", "user", "metadata",
+    "echo", "separate_reasoning", "speculative", "return_rounds", "__class__", "__proto__", "\ud800",
 )  # fmt: skip
 VALID = {
     CHAT: {"messages": [{"role": "user", "content": "What does a hybrid model keep?"}], "max_tokens": 3},
