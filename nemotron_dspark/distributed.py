@@ -11,7 +11,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -79,17 +79,38 @@ class DistContext:
         """The group for tensors on ``device``: NCCL on CUDA, gloo on a CPU."""
         raise NotImplementedError
 
+    def machines(self) -> list[list[int]]:
+        """The ranks of each machine."""
+        return [[self.rank]]
+
+    def part(self, ranks: Sequence[int]) -> "DistContext":
+        """These ``ranks`` alone, numbered from 0; all call it. One that is not among them has rank -1 there."""
+        return self
+
+    def pair(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """A connection between two ranks, for tensors on the host; all ranks call it."""
+        raise NotImplementedError
+
 
 SINGLE = DistContext()
 
 
 class TorchDist(DistContext):
-    """Several processes under `torchrun`, over torch.distributed."""
+    """Several processes under `torchrun`, over torch.distributed: all of them, or those with ``ranks``."""
 
-    def __init__(self, rank: int, world_size: int, local_rank: int, timeout: datetime.timedelta | None = None):
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        timeout: datetime.timedelta | None = None,
+        ranks: Sequence[int] | None = None,
+    ):
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        self._groups = {"cpu": _new_group("gloo", timeout or _STEP)}
+        self._groups = {"cpu": _new_group("gloo", timeout or _STEP, ranks)}
+        if ranks is not None and torch.cuda.is_available():  # all make it, also those that are not in it: now or never
+            self._groups["cuda"] = _new_group("nccl", None, ranks)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         total = values.to("cpu", torch.float64, copy=True)
@@ -143,6 +164,21 @@ class TorchDist(DistContext):
             self._groups[device.type] = _new_group(dist.get_default_backend_for_device(device))
         return self._groups[device.type]
 
+    def machines(self) -> list[list[int]]:
+        firsts = torch.zeros(self.world_size)
+        firsts[self.rank] = self.rank - self.local_rank  # torchrun numbers machine by machine
+        by_first: dict[float, list[int]] = {}
+        for rank, first in enumerate(self.all_reduce_sum(firsts).tolist()):
+            by_first.setdefault(first, []).append(rank)
+        return list(by_first.values())
+
+    def part(self, ranks: Sequence[int]) -> DistContext:
+        rank = ranks.index(self.rank) if self.rank in ranks else -1
+        return TorchDist(rank, len(ranks), self.local_rank, ranks=ranks)
+
+    def pair(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        return _new_group("gloo", _STEP, ranks)
+
 
 def own_device(device: torch.device, key: str, context: DistContext) -> torch.device:
     """The device of this process where the setting ``key`` says ``device``: of several on a machine, a GPU each.
@@ -176,9 +212,12 @@ def _appears(path: Path) -> bool:
     return seen
 
 
-def _new_group(backend: str, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
-    # torch's type also covers processes that are not members; here all are.
-    return cast("dist.ProcessGroup", dist.new_group(backend=backend, timeout=timeout))
+def _new_group(
+    backend: str, timeout: datetime.timedelta | None = None, ranks: Sequence[int] | None = None
+) -> dist.ProcessGroup:
+    # torch's type also covers processes that are not members; they never use it.
+    group = dist.new_group(None if ranks is None else list(ranks), backend=backend, timeout=timeout)
+    return cast("dist.ProcessGroup", group)
 
 
 @contextlib.contextmanager
@@ -209,6 +248,7 @@ def init_distributed() -> Iterator[DistContext]:
         ) from None
     try:
         yield TorchDist(rank, size, local)
+        dist.barrier()  # one that is done before the others may have to end with their error
     except Exception as error:
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         code = error.exit_code if isinstance(error, NdsError) else EnvironmentFault.exit_code if lost else 1

@@ -221,6 +221,12 @@ def _within(config: RunConfig, folder: Path, seconds: float, given: Mapping[str,
     context = given["context"]
     if config.train.max_steps is not None:
         raise InputError("Both a budget and train.max_steps are given.", "Give one of them.")
+    if config.train.inference_gpus:
+        raise InputError(
+            "A budget is measured where every process trains, and train.inference_gpus is "
+            f"{config.train.inference_gpus}.",
+            "Leave out --budget and set train.max_steps or train.epochs.",
+        )
     begun = read_run_info(folder).get("settings", {}).get("train", {})
     if begun.get("max_steps"):
         found = config.train.model_copy(update={key: begun[key] for key in ("max_steps", "num_anchors")})

@@ -67,6 +67,7 @@ class KeyOption:
 
 TAPS = KeyOption("--taps", "draft.taps")
 FROM = KeyOption("--from", "train.init")
+INFERENCE_GPUS = KeyOption("--inference-gpus", "train.inference_gpus")
 STREAM = KeyOption("--stream", "target.stream")
 TRUST = KeyOption("--trust-remote-code", "target.trust_remote_code")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    shell.command(app, keys=[shell.TAPS, shell.FROM], show=_show)(train)
+    shell.command(app, keys=[shell.TAPS, shell.FROM, shell.INFERENCE_GPUS], show=_show)(train)
 
 
 def train(

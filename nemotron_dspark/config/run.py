@@ -88,12 +88,21 @@ class TargetConfig(Section):
         description="weights' type; auto = the checkpoint's own on an accelerator; on a CPU float32, or its own "
         "bfloat16 where that is measured to be faster",
     )
-    device: str = Field("auto", description="auto = cuda when there is one, else cpu")
+    device: str = Field(
+        "auto",
+        description="auto = cuda when there is one, else cpu; several, as cuda:0,cuda:1, or auto with several GPUs: "
+        "whole layers on each where the first alone does not hold the target",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
     stream: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)] = Field(
         "auto",
         description="read the layers one by one, each for many tokens, where hidden states are captured; auto = when "
         "the weights do not fit into the memory",
+    )
+    copies: Literal["auto", "process", "node"] = Field(
+        "auto",
+        description="of the target under torchrun, training online: process = every process holds one, node = one "
+        "process of each machine does and sends the others their hidden states; auto = process where it fits",
     )
     proofs: bool = Field(True, description="prove the loaded target right before a long stage")
 
@@ -184,6 +193,11 @@ class TrainConfig(Section):
     device: str = Field("auto", description="auto = cuda when there is one, else cpu")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="under torchrun: ddp = every process has all weights, fsdp = each keeps a part of them"
+    )
+    inference_gpus: int = Field(
+        0,
+        ge=0,
+        description="processes of each machine under torchrun that run the target while the others train; 0 = none",
     )
     activation_checkpointing: bool = Field(
         False, description="compute each layer again in the backward: less memory, a forward of the layers more"

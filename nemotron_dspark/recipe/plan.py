@@ -30,7 +30,8 @@ from nemotron_dspark.recipe.needs import ASSUMED, Shape
 from nemotron_dspark.recipe.workload import ANSWER_SHARE, Workload, from_file, from_numbers
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.layer_weights import USED_EXPERTS
-from nemotron_dspark.targets.streamed import KEPT_FREE, pass_tokens, streams, token_bytes
+from nemotron_dspark.targets.placement import KEPT_FREE
+from nemotron_dspark.targets.streamed import pass_tokens, streams, token_bytes
 
 _SEGMENTS = 2  # of a rolling cache, on the disk at once
 

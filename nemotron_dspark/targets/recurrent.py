@@ -7,7 +7,7 @@ layers together by the accepted prefix, whose length may differ from row to row.
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, cast
 
 import torch
@@ -58,6 +58,10 @@ class LayerStates(abc.ABC):
         """Views [L, B, …] of the committed tensors, in the order of the fields; a commit writes into them."""
         return [getattr(self, name)[:, : self._rows] for name in self._names()]
 
+    def part(self, layer: int) -> "LayerStates":
+        """The states that ``layer`` is among."""
+        return self
+
     def record(self, layer: int, record: Any) -> None:
         """Keep what ``layer`` leaves of its block: a dataclass of tensors [B, m, …]."""
         self._records[layer] = record
@@ -74,7 +78,7 @@ class LayerStates(abc.ABC):
         index = torch.tensor(rows, device=self.conv.device)
         return type(self)(self.layers, *(tensor.index_select(1, index) for tensor in self.tensors()))
 
-    def join(self, other: "LayerStates") -> None:
+    def join(self, other: Any) -> None:
         """Put the rows of ``other``, of the same layers, behind these."""
         rows, self._rows = self._rows, self._rows + other._rows
         for name, new in zip(self._names(), other.tensors(), strict=True):
@@ -95,7 +99,33 @@ class LayerStates(abc.ABC):
         return [field.name for field in dataclasses.fields(self)[1:]]
 
 
-NewRecurrent: TypeAlias = Callable[[torch.device, torch.dtype], LayerStates]  # the states of one row before any token
+class SpreadStates:
+    """The states of layers on several devices: a `LayerStates` for each device."""
+
+    def __init__(self, parts: Iterable[LayerStates]):
+        self.parts = tuple(parts)
+
+    def part(self, layer: int) -> LayerStates:
+        return next(part for part in self.parts if layer in part.layers)
+
+    def commit(self, kept: Sequence[int]) -> None:
+        for part in self.parts:
+            part.commit(kept)
+
+    def select(self, rows: Sequence[int]) -> "SpreadStates":
+        return SpreadStates(part.select(rows) for part in self.parts)
+
+    def join(self, other: Any) -> None:
+        for part, joining in zip(self.parts, other.parts, strict=True):
+            part.join(joining)
+
+    def leave(self, row: int) -> None:
+        for part in self.parts:
+            part.leave(row)
+
+
+RecurrentStates: TypeAlias = LayerStates | SpreadStates
+NewRecurrent: TypeAlias = Callable[[torch.device, torch.dtype], RecurrentStates]  # of one row before any token
 
 
 def advance_window(window: Tensor, inputs: Tensor, kept: Sequence[int]) -> Tensor:
@@ -174,7 +204,18 @@ def prepare(
     mixers = mixers_of(model, spec, paths)
     for layer, mixer in mixers.items():
         mixer.forward = _either_forward(mixer, layer, states, block_forward)
-    return functools.partial(states.zeros, mixers) if mixers else None
+    return functools.partial(_no_tokens, states, mixers) if mixers else None
+
+
+def _no_tokens(
+    kind: type[LayerStates], mixers: Mapping[int, Any], device: torch.device, dtype: torch.dtype
+) -> RecurrentStates:
+    by_device: dict[torch.device, dict[int, Any]] = {}
+    for layer, mixer in mixers.items():
+        by_device.setdefault(next(mixer.parameters()).device, {})[layer] = mixer
+    if len(by_device) == 1:
+        return kind.zeros(mixers, device, dtype)
+    return SpreadStates(kind.zeros(own, where, dtype) for where, own in by_device.items())
 
 
 def _either_forward(mixer: Any, layer: int, kind: type[LayerStates], block_forward: Callable) -> Callable[..., Any]:
@@ -182,7 +223,8 @@ def _either_forward(mixer: Any, layer: int, kind: type[LayerStates], block_forwa
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("cache_params", kwargs.get("past_key_values"))  # transformers has both names for it
-        states = getattr(cache, "recurrent", None)
+        spread = getattr(cache, "recurrent", None)
+        states = None if spread is None else spread.part(layer)
         if isinstance(states, kind):
             return block_forward(mixer, hidden_states, states, layer)
         return own_forward(hidden_states, *args, **kwargs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemotron_dspark.targets.kv import RaggedKV, take_out
-from nemotron_dspark.targets.recurrent import LayerStates
+from nemotron_dspark.targets.recurrent import RecurrentStates
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -72,7 +72,7 @@ class TargetState(State):
     """A `State` of keys and values by layer and of recurrent states; the model takes it for its cache."""
 
     attention: dict[int, RaggedKV]  # by layer id
-    recurrent: LayerStates | None
+    recurrent: RecurrentStates | None
 
     @property
     def shortens(self) -> bool:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.memory import available_memory, is_unified
 from nemotron_dspark.targets.checkpoint import Checkpoint
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.layer_weights import LayerWeights
 from nemotron_dspark.targets.mamba2 import even_chunks
+from nemotron_dspark.targets.placement import MOST_OF_MEMORY, free_memory, weight_bytes
 from nemotron_dspark.targets.schemes import scheme_of
 from nemotron_dspark.targets.skeleton import without_weights
 from nemotron_dspark.targets.spec import TargetSpec
@@ -42,13 +42,10 @@ from nemotron_dspark.targets.target import (
     resolve_dtype,
     unquantised_config,
 )
-from nemotron_dspark.targets.weights import parameter_count
 
 _LAYERS_SHARE = 0.5  # of what is free, for two layers; of larger ones the experts are read in groups
 _STATES_SHARE = 0.5  # of what is free beside the weights, for the states of a pass; the rest is one batch's activations
-_MOST_OF_MEMORY = 0.9  # that a target's weights may take before its layers are streamed
 _LONG_WAIT = 0.1  # of the time
-KEPT_FREE = 8 * 10**9  # bytes of a memory that the system shares with the device: a GB10 without any left freezes
 
 
 def load_for_capture(config: TargetConfig) -> Target:
@@ -66,7 +63,7 @@ def streams(stream: str, weights: float, memory: float) -> bool:
 
     ``stream`` is `TargetConfig.stream`; with "auto" they are when ``weights`` bytes leave too little of ``memory``.
     """
-    return stream == "on" or (stream == "auto" and not weights < _MOST_OF_MEMORY * memory)
+    return stream == "on" or (stream == "auto" and not weights < MOST_OF_MEMORY * memory)
 
 
 def divides(two_layers: float, memory: float) -> bool:
@@ -98,19 +95,8 @@ def _streams(config: TargetConfig) -> bool:
     if config.stream != "auto":
         return config.stream == "on"
     checkpoint, device = Checkpoint.of(config, weights=True), resolve_device(config.device)
-    elements = parameter_count(checkpoint.folder) or 0
-    kind = resolve_dtype(config.dtype, device, checkpoint)
-    width = 4 if kind == "float32" else 2
-    return streams(config.stream, elements * width, _free(device))
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that may be taken on ``device``."""
-    if device.type != "cuda":
-        return available_memory()
-    if is_unified(torch.cuda.get_device_properties(device)):
-        return available_memory() - KEPT_FREE
-    return torch.cuda.mem_get_info(device)[0]
+    dtype = resolve_dtype(config.dtype, device, checkpoint)
+    return streams(config.stream, weight_bytes(checkpoint, dtype), free_memory(device))
 
 
 class _Run(greenlet):
@@ -139,7 +125,7 @@ class StreamedTarget(Target):
         super().__init__(model, tokenizer, spec, folder)
         self._weights = weights
         self._waited, self._captured = 0.0, 0.0  # seconds: for layers, and in all passes
-        weights.divide(layers_room(_free(self.device)), _pause)
+        weights.divide(layers_room(free_memory(self.device)), _pause)
         for at, layer in enumerate(self._layers):
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
             layer.register_forward_hook(self._keep(at))
@@ -196,7 +182,7 @@ class StreamedTarget(Target):
         """Tokens whose states fit into the memory beside two layers."""
         used = self._weights.used_experts
         of_a_token = token_bytes(len(taps), self.spec.hidden_size, self.dtype.itemsize, used)
-        return pass_tokens(_free(self.device) - self._weights.peak_bytes, of_a_token)
+        return pass_tokens(free_memory(self.device) - self._weights.peak_bytes, of_a_token)
 
     def capture(self, input_ids: Tensor, attention_mask: Tensor | None, taps: Sequence[int]) -> Captured:
         (captured,) = self.captures([Sequences(input_ids, attention_mask)], taps)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
+from nemotron_dspark.targets import placement
 from nemotron_dspark.targets.checkpoint import Checkpoint
 from nemotron_dspark.targets.cpu_dtype import cpu_dtype
 from nemotron_dspark.targets.families import family_for
 from nemotron_dspark.targets.kv import RaggedKV
 from nemotron_dspark.targets.mamba2 import even_chunks
 from nemotron_dspark.targets.packed import pack, packed
+from nemotron_dspark.targets.placement import MOST_OF_MEMORY, free_memory, weight_bytes
 from nemotron_dspark.targets.quantised import Weight
 from nemotron_dspark.targets.schemes import scheme_of
 from nemotron_dspark.targets.shards import Stored
@@ -92,7 +94,8 @@ class Target:
 
         Args:
             dtype: "auto" takes the checkpoint's own type on an accelerator, and on a CPU what `cpu_dtype` says.
-            device: "auto" takes CUDA when there is one.
+            device: "auto" takes CUDA when there is any. Of several devices, as in "cuda:0,cuda:1", the first is taken
+                where it holds the weights, else whole layers lie on each and the rest on the first.
 
         Raises:
             InputError: no such target, an unsupported family, damaged or incomplete weights, or weights that are
@@ -103,16 +106,15 @@ class Target:
         spec = checkpoint.read_spec()
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where, checkpoint)
+        placed = _placed(checkpoint, spec, kind, resolve_devices(device))
         with loading(checkpoint):
-            model, report = _load_model(checkpoint, kind, family_for(spec).attention)
+            model, report = _load_model(checkpoint, kind, family_for(spec).attention, placed)
         tokenizer = checkpoint.load_tokenizer()
         refuse_absent(checkpoint.folder, report["missing_keys"])  # transformers would go on with random values there
         try:
-            model = model.to(where)
+            model = model if placed else model.to(where)
         except torch.OutOfMemoryError:
-            raise EnvironmentFault(
-                f"{name} does not fit into the memory of {where}.", "Use a device with more memory."
-            ) from None
+            raise placement.too_large(name, weight_bytes(checkpoint, kind), {where: free_memory(where)}) from None
         pack(model, keep=model.get_submodule(spec.names.head))
         return Target(model, tokenizer, spec, checkpoint.folder)
 
@@ -300,8 +302,47 @@ class _Unread:
         return self._read()
 
 
-def _load_model(checkpoint: Checkpoint, kind: str, attention: str | None) -> tuple[Any, Any]:
+def _placed(
+    checkpoint: Checkpoint, spec: TargetSpec, kind: str, devices: Sequence[torch.device]
+) -> dict[str, torch.device] | None:
+    """Which of ``devices`` gets which part, by path in the model; None where the first alone holds all of it.
+
+    Raises:
+        EnvironmentFault: together they do not.
+    """
+    if devices[0].type != "cuda":  # main memory is lent as it is asked for
+        return None
+    needed, free = weight_bytes(checkpoint, kind), {devices[0]: free_memory(devices[0])}
+    if needed <= (MOST_OF_MEMORY if devices[1:] else 1.0) * free[devices[0]]:
+        return None
+    free |= {device: free_memory(device) for device in devices[1:]}
+    if not devices[1:]:
+        raise placement.too_large(checkpoint.name, needed, free)
+    with loading(checkpoint), torch.device("meta"):
+        model = _unfilled(checkpoint, kind)
+    placed = placement.place(model, spec.names.layers, placement.room_for_weights(free))
+    if placed is None:
+        raise placement.too_large(checkpoint.name, needed, free)
+    placement.say(checkpoint.name, placed, spec.names.layers)
+    return placed
+
+
+def _unfilled(checkpoint: Checkpoint, kind: str) -> Any:
+    """The model without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = unquantised_config(checkpoint)
+    own = torch.bfloat16 if scheme_of(checkpoint.folder) else config.dtype or torch.float32
+    dtype = own if kind == "auto" else getattr(torch, kind)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=checkpoint.remote_code)
+
+
+def _load_model(
+    checkpoint: Checkpoint, kind: str, attention: str | None, placed: Mapping[str, torch.device] | None = None
+) -> tuple[Any, Any]:
     """The model with its weights in the type ``kind``, and transformers' report of what it loaded.
+
+    With ``placed`` every part is read onto its device, and moves there what its forward is given.
 
     Of a quantised checkpoint the plain model is built, and transformers gets the dequantised weights in place of the
     files: its own converters then rename and stack them, and each is read when it is due. Its quantisers stay out: most
@@ -311,6 +352,8 @@ def _load_model(checkpoint: Checkpoint, kind: str, attention: str | None) -> tup
 
     folder, trusted = checkpoint.folder, checkpoint.remote_code
     options: dict[str, Any] = {"attn_implementation": attention, "output_loading_info": True}  # None: SDPA if it can
+    if placed is not None:
+        options["device_map"] = dict(placed)
     weights = checked_weights(folder)
     if scheme_of(folder) is None:
         dtype = kind if kind == "auto" else getattr(torch, kind)
@@ -365,7 +408,7 @@ def _refuse_unsaid(tensor: Stored) -> None:
 
 def load_arguments(config: TargetConfig) -> dict[str, Any]:
     """What `Target.load` takes beside the name."""
-    return config.model_dump(exclude={"name", "proofs", "stream"})
+    return config.model_dump(exclude={"name", "copies", "proofs", "stream"})
 
 
 def layer_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
@@ -379,12 +422,14 @@ def layer_output(output: Any) -> Tensor:
 
 
 def joined_taps(tapped: Mapping[int, Tensor], taps: Sequence[int], last: Tensor) -> Tensor:
-    """The tapped outputs [B, S, H] side by side, [B, S, T·H], as many columns as there are ``taps``."""
-    return torch.cat([tapped[tap] for tap in taps], dim=-1) if taps else last[..., :0]
+    """The tapped outputs [B, S, H] side by side, [B, S, T·H], on the device of ``last``; no column without ``taps``."""
+    return torch.cat([tapped[tap].to(last.device) for tap in taps], dim=-1) if taps else last[..., :0]
 
 
 def resolve_device(name: str, key: str = "target.device") -> torch.device:
     """Find the device called ``name``, which the setting ``key`` gave; "auto" is CUDA when there is one, else the CPU.
+
+    Of several, as in "cuda:0,cuda:1", it is the first.
 
     Raises:
         InputError: it is no device's name.
@@ -392,6 +437,20 @@ def resolve_device(name: str, key: str = "target.device") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _device(name.partition(",")[0], key)
+
+
+def resolve_devices(name: str, key: str = "target.device") -> list[torch.device]:
+    """All devices that ``name`` allows: those it lists, or with "auto" the GPUs that are there.
+
+    Raises: as `resolve_device`.
+    """
+    if name == "auto" and torch.cuda.is_available():
+        return placement.visible_devices()
+    return [resolve_device(name, key)] if name == "auto" else [_device(each, key) for each in name.split(",")]
+
+
+def _device(name: str, key: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -147,8 +147,9 @@ def _ahead(load: Loader, wanted: Iterable[tuple[int, np.ndarray]], stopped: Sequ
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=_use, initargs=(load.device,))
     try:
         waiting: collections.deque[Future[Batch]] = collections.deque()
-        for arguments in wanted:
-            waiting.append(pool.submit(load, *arguments))
+        for step, ids in wanted:
+            load.source.prefetch(ids.tolist(), step)
+            waiting.append(pool.submit(load, step, ids))
             if len(waiting) > _AHEAD:
                 if not _done(waiting[0], stopped):
                     return

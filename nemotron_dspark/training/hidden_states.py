@@ -154,7 +154,9 @@ def open_online(setup: Setup, data: Path) -> HiddenStates:
         data,
         "online",
         {},
-        lambda tokens, taps, target: online.OnlineSource(tokens, target, taps, setup.callback.on_status),
+        lambda tokens, taps, target: online.OnlineSource(
+            tokens, target, taps, setup.spec.hidden_size, setup.callback.on_status
+        ),
     )
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from nemotron_dspark.cache.capture import capture_states
+from nemotron_dspark.cache.capture import States, capture_states
 from nemotron_dspark.cache.reader import Sample
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.data.tokens import TokenStore
@@ -30,39 +31,59 @@ class OnlineSource(Source):
         tokens: TokenStore,
         target: TargetConfig,
         taps: tuple[int, ...],
+        hidden_size: int,
         on_status: Callable[[str], None] = lambda text: None,
     ):
         self.lengths = tokens.lengths
+        self.config = target
+        self.on_status = on_status
+        self.widths = (len(taps) * hidden_size, hidden_size)  # of a token's taps, and of its last hidden state
         self._tokens = tokens
-        self._config = target
         self._taps = taps
-        self._on_status = on_status
+        self._target: Target | None = None
         self._busy = threading.Lock()
 
     def opening(self, sample_id: int) -> np.ndarray:
         return self._tokens.opening(sample_id)
 
     def open(self, step: int) -> None:
-        self._target = proven_target(self._config, self._taps, self._on_status)
+        with self._busy:  # any thread may be the first
+            if self._target is None:
+                self._target = proven_target(self.config, self._taps, self.on_status)
 
     def samples(self, ids: Sequence[int], step: int) -> list[Sample]:
+        states = self.states(ids)
+        states.check_finite(ids)
+        return self.samples_with(ids, states.taps, states.last)
+
+    def states(self, ids: Sequence[int]) -> States:
+        """The hidden states of the samples ``ids``, in one forward of the opened target.
+
+        Raises:
+            EnvironmentFault: it does not fit into the memory.
+        """
+        with self._busy:
+            if self._target is None:
+                raise RuntimeError("the target was not opened")
+            try:
+                (states,) = capture_states(self._target, [[self._tokens[at] for at in ids]], self._taps)
+            except torch.OutOfMemoryError:
+                raise EnvironmentFault(
+                    f"The target's forward over {len(ids)} samples of up to {max(self.lengths[ids])} tokens does not "
+                    f"fit into the memory of {self._target.device}.",
+                    "Lower train.local_batch_size or data.max_length, or give the draft another device (train.device).",
+                ) from None
+        return states
+
+    def samples_with(self, ids: Sequence[int], taps: Tensor, last: Tensor) -> list[Sample]:
+        """The samples ``ids`` with their hidden states: rows of ``taps`` [B, S, T·H] and ``last`` [B, S, H]."""
         tokens = [self._tokens[sample_id] for sample_id in ids]
-        try:
-            with self._busy:
-                (states,) = capture_states(self._target, [tokens], self._taps)
-                states.check_finite(ids)
-        except torch.OutOfMemoryError:
-            raise EnvironmentFault(
-                f"The target's forward over {len(ids)} samples of up to {max(self.lengths[ids])} tokens does not fit "
-                f"into the memory of {self._target.device}.",
-                "Lower train.local_batch_size or data.max_length, or give the draft another device (train.device).",
-            ) from None
         return [
             Sample(
                 torch.from_numpy(sample.input_ids.astype("int64")),
                 torch.from_numpy(sample.loss_mask != 0),
-                states.taps[row, : len(sample.input_ids)],
-                states.last[row, : len(sample.input_ids)],
+                taps[row, : len(sample.input_ids)],
+                last[row, : len(sample.input_ids)],
             )
             for row, sample in enumerate(tokens)
         ]

@@ -20,7 +20,9 @@ from nemotron_dspark.drafts.dspark import Draft
 from nemotron_dspark.drafts.from_draft import TARGET, draft_of, section_like, start_from_draft
 from nemotron_dspark.drafts.from_target import start_from_target
 from nemotron_dspark.drafts.kinds import draft_class
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Checkpoint
+from nemotron_dspark.targets.placement import MOST_OF_MEMORY, free_memory, weight_bytes
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.target import resolve_device
 from nemotron_dspark.targets.weights import read_embedding_and_head
@@ -28,10 +30,14 @@ from nemotron_dspark.training import run_folder as folders
 from nemotron_dspark.training.callbacks import Callback, Callbacks
 from nemotron_dspark.training.checkpoints import check_space, expected_disk
 from nemotron_dspark.training.hidden_states import SOURCES, HiddenStates, Setup
+from nemotron_dspark.training.inference import RemoteSource, Roles, SharedSource, StateServer, connect
 from nemotron_dspark.training.metrics import StepMetrics
+from nemotron_dspark.training.online import OnlineSource
+from nemotron_dspark.training.optimiser import state_bytes
 from nemotron_dspark.training.sharding import uses_fsdp
+from nemotron_dspark.training.source import Source
 from nemotron_dspark.training.tiling import Tiling, choose_precision, choose_tiling
-from nemotron_dspark.training.trainer import Trainer
+from nemotron_dspark.training.trainer import Trainer, graceful_stop
 
 _SUMMARIES = {
     "cached": "cached: {samples}, {states} of hidden states are read; the target is not loaded.",
@@ -46,7 +52,10 @@ _SUMMARIES = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainReport:
-    """What a run did; `dataclasses.asdict` of it is the JSON of `nds train`."""
+    """What a run did; `dataclasses.asdict` of it is the JSON of `nds train`.
+
+    A process that ran the target for others tells no steps.
+    """
 
     run_folder: str
     draft_folder: str
@@ -86,17 +95,21 @@ def train(
     if (start := draft_of(config.train.init)) is not None:
         section = section_like(read_draft_config(start), config.draft)
         config = config.model_copy(update={"draft": section})
+    mode, read_from = ("cached", cache) if cache is not None else (config.cache.mode, data)
+    if read_from is None:
+        raise TypeError("train() takes a cache or data")
+    world, roles = context, _roles(config.train, mode, context)
+    context = world if len(roles.trainers) == world.world_size else world.part(roles.trainers)
     # Rank 0 takes the folder, tokenises and writes; the others then find all of it there.
-    with context.main_process_first(out):
-        resume = resume or not context.is_main
+    with world.main_process_first(out):
+        resume = resume or not world.is_main
         before = folders.read_run_info(out)
-        device = training_device(config.train, context)
+        device = training_device(config.train, world)
         setup, measured = _read_target(config, out, resume, device, before, tell, context)
-        mode, read_from = ("cached", cache) if cache is not None else (config.cache.mode, data)
-        if read_from is None:
-            raise TypeError("train() takes a cache or data")
         states = SOURCES[mode](setup, Path(read_from))
         notes = [*measured, *states.notes]
+        if world.rank not in roles.trainers:
+            return _run_target(states, roles, config.train, out, world, tuple(notes))
         draft = _new_draft(setup, states.draft, states.vocabulary, device)
         tilings = before.get("tilings", {})
         if device.type not in tilings:
@@ -109,9 +122,9 @@ def train(
     tell.on_message(_summary(states, draft, config, out))
     if context.world_size > 1:
         tell.on_message(f"{context.world_size} processes, train.parallel={config.train.parallel}.")
-    with contextlib.closing(states.source):
+    with contextlib.closing(_with_target(states.source, roles, config, draft, world, tell)) as source:
         tiling = Tiling(**tilings[device.type])
-        trainer = Trainer(states.source, draft, config.train, out, tiling=tiling, callbacks=callbacks, context=context)
+        trainer = Trainer(source, draft, config.train, out, tiling=tiling, callbacks=callbacks, context=context)
         result = trainer.run()
     # From the checkpoint, not from memory: a run that was killed behind it leaves the same draft. One that is there has
     # perhaps been calibrated since.
@@ -130,6 +143,65 @@ def train(
         tuple(notes),
         result.last,
     )
+
+
+def _roles(config: TrainConfig, mode: str, context: DistContext) -> Roles:
+    """Who trains, and who runs the target if that is settled by ``config``."""
+    if config.inference_gpus and mode != "online":
+        raise InputError(
+            f"train.inference_gpus is {config.inference_gpus}, and no target runs in the training loop ({mode}).",
+            "Give --data with cache.mode=online, or set it to 0.",
+        )
+    return Roles.of(context.machines(), config.inference_gpus)
+
+
+def _with_target(
+    source: Source, roles: Roles, config: RunConfig, draft: Draft, world: DistContext, callback: Callback
+) -> Source:
+    """``source``, where the target runs in another process or in this one for others a source that knows so."""
+    if not isinstance(source, OnlineSource) or world.world_size == 1:
+        return source
+    if config.train.inference_gpus:
+        count = world.world_size - len(roles.trainers)
+        callback.on_message(f"{count} processes run the target, and do not train.")
+    elif _one_a_node(source, config, draft, world):
+        roles = Roles.of(world.machines(), shared=True)
+        callback.on_message("One process of each machine runs the target for all of them (target.copies=node).")
+    links, most = connect(roles, world), config.train.local_batch_size
+    if not links:
+        return source
+    own = roles.target_of[world.rank] == world.rank
+    return SharedSource(source, links, most) if own else RemoteSource(source, links[0], most)
+
+
+def _one_a_node(source: OnlineSource, config: RunConfig, draft: Draft, world: DistContext) -> bool:
+    """Whether the target runs once on each machine: as the settings say, or because it does not fit everywhere."""
+    copies = config.target.copies
+    if copies == "auto":
+        device = draft.embed_tokens.weight.device
+        trained = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
+        free = free_memory(device)
+        if device.type == "cpu":  # which the processes of a machine share
+            free //= max(map(len, world.machines()))
+        checkpoint = Checkpoint.of(source.config, weights=True)
+        needed = weight_bytes(checkpoint, source.config.dtype) + state_bytes(trained, draft.compute_dtype.itemsize)
+        lacking = torch.tensor(needed > MOST_OF_MEMORY * free)
+        return bool(world.all_reduce_sum(lacking))
+    return copies == "node"
+
+
+def _run_target(
+    states: HiddenStates, roles: Roles, config: TrainConfig, out: Path, world: DistContext, notes: tuple[str, ...]
+) -> TrainReport:
+    """Run the target for the processes that train, until they are done."""
+    source, links = states.source, connect(roles, world)
+    if not isinstance(source, OnlineSource):
+        raise TypeError("only a target in the training loop runs in a process of its own")
+    with graceful_stop() as stopped:
+        StateServer(source, links, config.local_batch_size).run(stopped)
+    if stopped:
+        raise KeyboardInterrupt
+    return TrainReport(str(out), str(out / "draft"), states.mode, 0, 0, len(source.lengths), 0, 0.0, 0, notes, None)
 
 
 def _read_target(

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "device",
     "attention",
     "parallel",
+    "inference_gpus",
     "activation_checkpointing",
     "local_batch_size",
 )

@@ -45,6 +45,11 @@ class Source:
     lengths: np.ndarray  # int [samples], tokens of each
     random_access = True  # any sample may be asked for at any step; else those of its step, and held-out ones
 
+    @property
+    def stopping(self) -> bool:
+        """The process that computes the samples was told to stop, and this one is to stop with it."""
+        return False
+
     def schedule(self, config: TrainConfig, context: DistContext = SINGLE) -> SampleSchedule:
         """Which samples each step takes; `InputError` when the batch sizes do not fit."""
         return SampleSchedule.of(config, len(self.lengths), context)
@@ -58,6 +63,9 @@ class Source:
     def opening(self, sample_id: int) -> np.ndarray:
         """Token ids of the sample before its first answer."""
         raise NotImplementedError
+
+    def prefetch(self, ids: Sequence[int], step: int) -> None:
+        """The same samples will be asked for soon."""
 
     def samples(self, ids: Sequence[int], step: int) -> Sequence[SampleLike]:
         """The samples of one micro-batch of ``step``."""

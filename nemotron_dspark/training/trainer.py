@@ -252,7 +252,7 @@ class Trainer:
                 failure = error
             except Ended:  # another rank's failure, of which that one votes
                 pass
-            votes = torch.tensor([bool(stopped), failure is not None])
+            votes = torch.tensor([bool(stopped) or self.source.stopping, failure is not None])
             stops, failures = self.context.all_reduce_sum(votes).tolist()
             if stops or failures or batch is None:
                 raise _Interrupted(failure, elsewhere=bool(failures))

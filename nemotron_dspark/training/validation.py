@@ -41,6 +41,13 @@ class TrainedPart(Source):
             super().schedule(config, context) if self._source.random_access else self._source.schedule(config, context)
         )
 
+    @property
+    def stopping(self) -> bool:
+        return self._source.stopping
+
+    def prefetch(self, ids: Sequence[int], step: int) -> None:
+        self._source.prefetch(self._ids[list(ids)].tolist(), step)
+
     def samples(self, ids: Sequence[int], step: int) -> Sequence[SampleLike]:
         return self._source.samples(self._ids[list(ids)].tolist(), step)
 
