@@ -15,6 +15,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _TYPE = "privateuseone"
 _MOVES = {"_to_copy", "copy_"}
+_INDEXED = {"index", "index_put", "index_put_"}  # whose indices may lie on the CPU
 _ready: list[bool] = []
 
 
@@ -62,8 +63,9 @@ class Placed(Tensor):
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    where = {tensor.device for tensor in tensors if tensor.dim() or isinstance(tensor, Placed)}
     name = func.overloadpacket.__name__
+    anywhere = name in _INDEXED
+    where = {tensor.device for tensor in tensors if isinstance(tensor, Placed) or (tensor.dim() and not anywhere)}
     if len(where) > 1 and name not in _MOVES:
         raise RuntimeError(f"{name} of tensors on {' and '.join(sorted(map(str, where)))}")
     asked = kwargs.get("device")

@@ -108,6 +108,9 @@ class SpreadStates:
     def part(self, layer: int) -> LayerStates:
         return next(part for part in self.parts if layer in part.layers)
 
+    def tensors(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part.tensors()]
+
     def commit(self, kept: Sequence[int]) -> None:
         for part in self.parts:
             part.commit(kept)
