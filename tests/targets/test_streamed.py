@@ -85,16 +85,16 @@ def test_a_tap_off_by_one_is_found(tiny_hybrid, monkeypatch):
     [("auto", 10**10, Target), ("auto", 10**5, StreamedTarget), ("on", 10**10, StreamedTarget), ("off", 1, Target)],
 )
 def test_layers_are_streamed_when_asked_or_when_the_weights_do_not_fit(tiny_hybrid, monkeypatch, stream, free, kind):
-    monkeypatch.setattr(streamed, "_free", lambda device: free)
+    monkeypatch.setattr(streamed, "free_memory", lambda device: free)
     target = load_for_capture(load_config({"name": str(tiny_hybrid), "stream": stream}).target)
     assert type(target) is kind
 
 
 def test_a_pass_is_as_long_as_the_memory_allows(hybrid, monkeypatch):
-    monkeypatch.setattr(streamed, "_free", lambda device: 2 * 10**9)
+    monkeypatch.setattr(streamed, "free_memory", lambda device: 2 * 10**9)
     assert 10**5 < hybrid.pass_tokens((1, 4)) < 10**8
     assert hybrid.pass_tokens((1, 4)) > hybrid.pass_tokens((1, 2, 3, 4))
-    monkeypatch.setattr(streamed, "_free", lambda device: 0)
+    monkeypatch.setattr(streamed, "free_memory", lambda device: 0)
     assert hybrid.pass_tokens((1, 4)) == 0  # a batch at a time
 
 
@@ -173,7 +173,7 @@ def test_where_memory_is_shared_the_pages_of_read_files_are_given_back_and_some_
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=1))
     monkeypatch.setattr(streamed, "available_memory", lambda: 20 * 10**9)
-    assert streamed._free(cuda) == 12 * 10**9
+    assert streamed.free_memory(cuda) == 12 * 10**9
     target = StreamedTarget.load(str(copied), dtype="float32")
     target._weights._drops_pages = False
     list(target.captures(batches(1), ()))
@@ -201,7 +201,7 @@ def test_of_a_layer_that_is_too_large_only_some_experts_are_in_memory(tiny_hybri
     assert all(part.experts is None for part in whole._weights.parts)
     others = max(whole._weights.bytes_of(at) for at in range(whole.spec.num_layers) if at != layer)
     room = max(int(1.6 * whole._weights.bytes_of(layer)), 2 * others)
-    monkeypatch.setattr(streamed, "_free", lambda device: 2 * room)
+    monkeypatch.setattr(streamed, "free_memory", lambda device: 2 * room)
     divided = StreamedTarget.load(str(tiny_hybrid), dtype="float32")
     assert {part.layer for part in divided._weights.parts if part.experts} == {layer}
     assert divided.pass_tokens((1, 4)) < whole.pass_tokens((1, 4))
