@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from nemotron_dspark.config import load_config
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets import Target, streamed
+from nemotron_dspark.targets import Target, placement, streamed
 from nemotron_dspark.targets.layer_weights import LayerWeights
 from nemotron_dspark.targets.proofs import PROOFS, run_proofs
 from nemotron_dspark.targets.shards import Stored
@@ -172,7 +172,7 @@ def test_where_memory_is_shared_the_pages_of_read_files_are_given_back_and_some_
         os.fsync(written.fileno())
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=1))
-    monkeypatch.setattr(streamed, "available_memory", lambda: 20 * 10**9)
+    monkeypatch.setattr(placement, "available_memory", lambda: 20 * 10**9)
     assert streamed.free_memory(cuda) == 12 * 10**9
     target = StreamedTarget.load(str(copied), dtype="float32")
     target._weights._drops_pages = False
