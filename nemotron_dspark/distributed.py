@@ -28,6 +28,7 @@ _STEP = datetime.timedelta(hours=1)  # load a target, write a checkpoint
 _SEEN = 60.0  # seconds until a file of another machine is seen, where a network's file system remembers folders
 _LOOK = 0.5  # seconds between two looks around while waiting
 _FAILED = "nds/failed"
+_INTERRUPTED = 130  # exit code of a command that a signal has stopped
 
 
 class DistContext:
@@ -84,7 +85,10 @@ class DistContext:
         return [[self.rank]]
 
     def part(self, ranks: Sequence[int]) -> "DistContext":
-        """These ``ranks`` alone, numbered from 0; all call it. One that is not among them has rank -1 there."""
+        """These ``ranks`` alone, numbered from 0; all call it. One that is not among them has rank -1 there.
+
+        For what happens at every step; `wait` and `main_process_first` are for all.
+        """
         return self
 
     def pair(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -108,6 +112,7 @@ class TorchDist(DistContext):
     ):
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        self._ranks = ranks
         self._groups = {"cpu": _new_group("gloo", timeout or _STEP, ranks)}
         if ranks is not None and torch.cuda.is_available():  # all make it, also those that are not in it: now or never
             self._groups["cuda"] = _new_group("nccl", None, ranks)
@@ -148,7 +153,7 @@ class TorchDist(DistContext):
                 _mark(shared, number).unlink(missing_ok=True)
 
     def apart(self) -> DistContext:
-        return TorchDist(self.rank, self.world_size, self.local_rank, _MAIN_FIRST)
+        return TorchDist(self.rank, self.world_size, self.local_rank, _MAIN_FIRST, self._ranks)
 
     def all_reduce_gradients(self, gradients: Iterable[Tensor]) -> None:
         under_way = [
@@ -224,7 +229,8 @@ def _new_group(
 def init_distributed() -> Iterator[DistContext]:
     """Join the processes that `torchrun` started, until the block is left; `SINGLE` without `torchrun`.
 
-    An error inside ends all of them. It is raised on one rank, to be printed; the others leave with its exit code.
+    An error inside, or Ctrl-C, ends all of them. It is raised on one rank, to be printed; the others leave with its
+    exit code.
 
     Raises:
         EnvironmentFault: a process has died, or the machines do not find each other.
@@ -249,6 +255,9 @@ def init_distributed() -> Iterator[DistContext]:
     try:
         yield TorchDist(rank, size, local)
         dist.barrier()  # one that is done before the others may have to end with their error
+    except KeyboardInterrupt:
+        _first_to_fail(store, rank, _INTERRUPTED)  # those that were not interrupted themselves hear of it there
+        raise
     except Exception as error:
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         code = error.exit_code if isinstance(error, NdsError) else EnvironmentFault.exit_code if lost else 1

@@ -40,7 +40,9 @@ def weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
 
 
 def visible_devices() -> list[torch.device]:
-    """The GPUs of this machine, that of this process first; of several processes each has its own alone."""
+    """The GPUs that a process has for the target; of several processes each has its own alone."""
+    if not torch.cuda.is_available():
+        return []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return [torch.device("cuda", torch.cuda.current_device())]
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]

@@ -318,7 +318,7 @@ def _placed(
     free |= {device: free_memory(device) for device in devices[1:]}
     if not devices[1:]:
         raise placement.too_large(checkpoint.name, needed, free)
-    with loading(checkpoint), torch.device("meta"):
+    with loading(checkpoint):
         model = _unfilled(checkpoint, kind)
     placed = placement.place(model, spec.names.layers, placement.room_for_weights(free))
     if placed is None:
@@ -328,13 +328,14 @@ def _placed(
 
 
 def _unfilled(checkpoint: Checkpoint, kind: str) -> Any:
-    """The model without its weights."""
+    """The model without its weights, in the type that they are to have; quantised ones are not meant to stay so."""
     from transformers import AutoModelForCausalLM
 
     config = unquantised_config(checkpoint)
     own = torch.bfloat16 if scheme_of(checkpoint.folder) else config.dtype or torch.float32
     dtype = own if kind == "auto" else getattr(torch, kind)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=checkpoint.remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=checkpoint.remote_code)
 
 
 def _load_model(
@@ -358,9 +359,7 @@ def _load_model(
     if scheme_of(folder) is None:
         dtype = kind if kind == "auto" else getattr(torch, kind)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted, **options)
-    config = unquantised_config(checkpoint)
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    plain = _unfilled(checkpoint, kind)
     if (folder / "generation_config.json").is_file():
         options["generation_config"] = GenerationConfig.from_pretrained(folder)
     return type(plain).from_pretrained(
@@ -437,17 +436,20 @@ def resolve_device(name: str, key: str = "target.device") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _device(name.partition(",")[0], key)
+    return _device(name.partition(",")[0].strip(), key)
 
 
 def resolve_devices(name: str, key: str = "target.device") -> list[torch.device]:
     """All devices that ``name`` allows: those it lists, or with "auto" the GPUs that are there.
 
-    Raises: as `resolve_device`.
+    Raises: as `resolve_device`; `InputError` also where several are not all different GPUs.
     """
-    if name == "auto" and torch.cuda.is_available():
-        return placement.visible_devices()
-    return [resolve_device(name, key)] if name == "auto" else [_device(each, key) for each in name.split(",")]
+    if name == "auto":
+        return placement.visible_devices() or [resolve_device(name, key)]
+    devices = [_device(each.strip(), key) for each in name.split(",")]
+    if len(devices) > 1 and (len({*devices}) < len(devices) or any(each.index is None for each in devices)):
+        raise InputError(f"{key}={name} does not name several GPUs.", f"Set {key} to auto, or as in cuda:0,cuda:1.")
+    return devices
 
 
 def _device(name: str, key: str) -> torch.device:

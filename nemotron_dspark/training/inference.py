@@ -6,7 +6,6 @@ size both sides know from its samples; while it travels the target computes the 
 its own would have given, bit for bit.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -30,7 +29,7 @@ from nemotron_dspark.training.source import Source
 _ON_DEVICE = 2  # micro-batches of hidden states on the target's device at a time: one computed, one copied
 _DONE, _OPEN, _ENDED = -1, -2, -3  # in place of a request's number; the last is a server's word to itself
 _FINE, _SKIPPED = 0, -1  # in place of the length of an error
-_HEADER, _TEXT = 16, 4096  # bytes: of an answer's header, and at least for the text of an error
+_HEADER, _TEXT = 16, 65536  # bytes: of an answer's header, and at least for the text of an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +95,7 @@ class _Answer:
     def __init__(self, source: OnlineSource, ids: Sequence[int], *, pinned: bool = False):
         rows, length = len(ids), int(source.lengths[list(ids)].max())
         sizes = [rows * length * width for width in source.widths]  # in bf16
+        self._ids = ids
         self.message = torch.empty(_HEADER + max(_TEXT, 2 * sum(sizes)), dtype=torch.uint8, pin_memory=pinned)
         self._header = self.message[:_HEADER].view(torch.int64)
         self._text = self.message[_HEADER:]
@@ -104,20 +104,22 @@ class _Answer:
             part.view(rows, length, width) for part, width in zip(states, source.widths, strict=True)
         )
 
-    def fill(self, states: States | NdsError | None, *, stopping: bool) -> Tensor:
-        """The message with ``states``, an error, or neither where nobody waits for it any more."""
-        status = _FINE
+    def fill(self, states: States | NdsError | None, *, stopping: bool) -> None:
+        """Put in ``states`` if they are finite, an error, or neither where nobody waits for it any more."""
+        status = _SKIPPED
         if isinstance(states, States):
-            self.taps.copy_(states.taps)
-            self.last.copy_(states.last)
-        elif isinstance(states, NdsError):
-            said = json.dumps([type(states).__name__, states.what, states.do]).encode()[: len(self._text)]
-            self._text[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+            try:
+                states.check_finite(self._ids)
+                self.taps.copy_(states.taps)
+                self.last.copy_(states.last)
+                status = _FINE
+            except NdsError as error:
+                states = error
+        if isinstance(states, NdsError):
+            said = json.dumps([type(states).__name__, states.what, states.do]).encode()
             status = len(said)
-        else:
-            status = _SKIPPED
+            self._text[:status] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
         self._header.copy_(torch.tensor([status, stopping]))
-        return self.message
 
     def read(self) -> bool:
         """Whether the other process was told to stop; raises its error."""
@@ -139,9 +141,9 @@ class RemoteSource(Source):
     def __init__(self, own: OnlineSource, link: Link, most: int):
         self.lengths, self.opening = own.lengths, own.opening
         self._own, self._link, self._most = own, link, most
-        self._lock = threading.Lock()
+        self._lock, self._receiving = threading.Lock(), threading.Lock()
         self._count = 0
-        self._asked: dict[tuple[int, ...], collections.deque[tuple[_Answer, Any]]] = {}
+        self._asked: list[_Asked] = []  # and not yet taken
         self._stopping = False
 
     @property
@@ -154,28 +156,40 @@ class RemoteSource(Source):
 
     def prefetch(self, ids: Sequence[int], step: int) -> None:
         with self._lock:
-            answer, number = _Answer(self._own, ids), self._count
-            self._count += 1
-            coming = self._link.receive(answer.message, tag=number)
-            self._link.send(_request(number, ids, self._most))
-            self._asked.setdefault(tuple(ids), collections.deque()).append((answer, coming))
+            self._asked.append(self._ask(ids))
 
     def samples(self, ids: Sequence[int], step: int) -> list[Sample]:
-        if not self._asked.get(tuple(ids)):
-            self.prefetch(ids, step)
         with self._lock:
-            answer, coming = self._asked[tuple(ids)].popleft()
-        coming.wait()
+            before = next((at for at, asked in enumerate(self._asked) if asked.ids == ids), None)
+            asked = self._ask(ids) if before is None else self._asked.pop(before)
+        with self._receiving:
+            asked.coming.wait()
         self._own.on_status("")
-        self._stopping |= answer.read()
-        return self._own.samples_with(ids, answer.taps, answer.last)
+        self._stopping |= asked.answer.read()
+        return self._own.samples_with(ids, asked.answer.taps, asked.answer.last)
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # the other process is gone, which is said elsewhere
             self._link.send(_request(_DONE, (), self._most))
-            for asked in self._asked.values():
-                for _, coming in asked:  # a connection must not be left in the middle of a message
-                    coming.wait()
+            with self._receiving:  # a connection must not be left in the middle of a message
+                for asked in self._asked:
+                    asked.coming.wait()
+
+    def _ask(self, ids: Sequence[int]) -> "_Asked":
+        answer, number = _Answer(self._own, ids), self._count
+        self._count += 1
+        coming = self._link.receive(answer.message, tag=number)
+        self._link.send(_request(number, ids, self._most))
+        return _Asked(ids, answer, coming)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A request that is under way."""
+
+    ids: Sequence[int]
+    answer: _Answer
+    coming: Any  # whose ``wait()`` ends when the answer is there
 
 
 class StateServer:
@@ -187,32 +201,41 @@ class StateServer:
         self._done: set[int] = set()  # peers that wait for nothing any more
         self._room = threading.Semaphore(_ON_DEVICE)
 
+    def open(self) -> None:
+        """Wait for the first of them, and open the target if it wants to train and has not trained all before.
+
+        Raises:
+            NdsError: the target is not right, or cannot be loaded.
+        """
+        for link in self._links:
+            threading.Thread(target=self._listen, args=(link,), daemon=True).start()
+        first = self._inbox.get()
+        if first[1] == _OPEN:
+            self._source.open(0)
+        self._inbox.put(first)
+
     def run(self, stopped: Sequence[object] = ()) -> None:
-        """Open the target when the first of them wants to train, and answer in the order of the requests.
+        """Answer in the order of the requests, with the opened target.
 
         Once ``stopped`` has an element the others are told to stop.
 
         Raises:
             RuntimeError: a connection has broken.
-            NdsError: the target is not right, or cannot be loaded.
         """
         outboxes = {link.peer: queue.SimpleQueue[Any]() for link in self._links}
         for link in self._links:
-            threading.Thread(target=self._listen, args=(link,), daemon=True).start()
             threading.Thread(target=self._answer, args=(link, outboxes[link.peer], stopped), daemon=True).start()
         left = len(self._links)
         while left:
             link, number, content = self._inbox.get()
             if isinstance(content, BaseException):
                 raise content
-            if number == _OPEN:
-                self._source.open(0)
-            elif number == _DONE:
+            if number == _DONE:
                 outboxes[link.peer].put(None)
-            elif number >= 0:
-                outboxes[link.peer].put((number, content, self._states(link, content)))
-            else:
+            elif number == _ENDED:
                 left -= 1
+            elif number != _OPEN:
+                outboxes[link.peer].put((number, content, self._states(link, content)))
 
     def _states(self, link: Link, ids: list[int]) -> States | NdsError | None:
         if link.peer in self._done:
@@ -237,28 +260,29 @@ class StateServer:
         except BaseException as error:  # is raised where the inbox is read
             self._inbox.put((link, 0, error))
 
-    def _answer(self, link: Link, outbox: queue.SimpleQueue, stopped: Sequence[object]) -> None:
+    def _answer(self, link: Link, outbox: queue.SimpleQueue[Any], stopped: Sequence[object]) -> None:
         """Send what comes into ``outbox``: the copy from the device and the sending go on beside the next forward."""
-        try:
-            while (given := outbox.get()) is not None:
-                number, ids, states = given
-                if isinstance(states, States):
-                    answer = _Answer(self._source, ids, pinned=states.taps.is_cuda)
-                    with states.wait_stream():
-                        try:
-                            states.check_finite(ids)
-                            answer.fill(states, stopping=bool(stopped))
-                        except NdsError as error:
-                            answer.fill(error, stopping=bool(stopped))
-                    self._room.release()
-                else:
-                    answer = _Answer(self._source, ids)
-                    answer.fill(states, stopping=bool(stopped))
-                del given, states
+        for number, ids, states in iter(outbox.get, None):
+            try:
+                answer = self._answer_of(ids, states, stopping=bool(stopped))
+                del states  # the next are computed in their place
                 link.send(answer.message, tag=number)
-            self._inbox.put((link, _ENDED, None))
-        except BaseException as error:
-            self._inbox.put((link, 0, error))
+            except BaseException as error:  # is raised where the inbox is read; what else comes here is taken out still
+                self._inbox.put((link, 0, error))
+        self._inbox.put((link, _ENDED, None))
+
+    def _answer_of(self, ids: list[int], states: States | NdsError | None, *, stopping: bool) -> _Answer:
+        if not isinstance(states, States):
+            answer = _Answer(self._source, ids)
+            answer.fill(states, stopping=stopping)
+            return answer
+        try:
+            with states.wait_stream():  # pinned memory, too, belongs to its device
+                answer = _Answer(self._source, ids, pinned=states.taps.is_cuda)
+                answer.fill(states, stopping=stopping)
+            return answer
+        finally:
+            self._room.release()
 
 
 class SharedSource(Source):
@@ -281,6 +305,7 @@ class SharedSource(Source):
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)  # a thread begins with the machine's first
+            self._server.open()
             self._server.run()
         except BaseException as error:  # is raised where the next samples are asked for
             self._failure = error

@@ -15,8 +15,10 @@ from nemotron_dspark.cache.capture import States, capture_states
 from nemotron_dspark.cache.reader import Sample
 from nemotron_dspark.config import TargetConfig
 from nemotron_dspark.data.tokens import TokenStore
+from nemotron_dspark.distributed import DistContext, own_device
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.targets import Target, proofs
+from nemotron_dspark.targets.target import resolve_device
 from nemotron_dspark.training.source import Source
 
 FOLDER = "samples"  # of the tokenised conversations, inside the run folder
@@ -91,6 +93,12 @@ class OnlineSource(Source):
     def close(self) -> None:
         with self._busy:  # a forward that was begun ahead of a stop
             pass
+
+
+def on_own_device(config: TargetConfig, context: DistContext) -> TargetConfig:
+    """``config`` for a process that holds the target as all others do. Raises what `own_device` does."""
+    device = own_device(resolve_device(config.device), "target.device", context)
+    return config if context.world_size == 1 else config.model_copy(update={"device": str(device)})
 
 
 def proven_target(

@@ -30,7 +30,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.folders import check_space, locked
 from nemotron_dspark.targets.spec import TargetSpec
 from nemotron_dspark.targets.streamed import load_for_capture
-from nemotron_dspark.training.online import proven_target
+from nemotron_dspark.training.online import on_own_device, proven_target
 from nemotron_dspark.training.schedule import RollingSchedule, Segment
 from nemotron_dspark.training.source import Ended, Source
 
@@ -106,7 +106,8 @@ class RollingSource(Source):
                 kept = [*self._schedule.segments(step)][:2]
                 self._make_room([self._held, *kept] if len(self._held.ids) else kept)
         self._context = self._run.apart()
-        self._target = proven_target(self._config, self._taps, self._on_status, load_for_capture)
+        own = on_own_device(self._config, self._run)
+        self._target = proven_target(own, self._taps, self._on_status, load_for_capture)
         self._producer = threading.Thread(target=self._produce, args=(step,), name="segments", daemon=True)
         self._producer.start()
 

@@ -32,7 +32,7 @@ from nemotron_dspark.training.checkpoints import check_space, expected_disk
 from nemotron_dspark.training.hidden_states import SOURCES, HiddenStates, Setup
 from nemotron_dspark.training.inference import RemoteSource, Roles, SharedSource, StateServer, connect
 from nemotron_dspark.training.metrics import StepMetrics
-from nemotron_dspark.training.online import OnlineSource
+from nemotron_dspark.training.online import OnlineSource, on_own_device
 from nemotron_dspark.training.optimiser import state_bytes
 from nemotron_dspark.training.sharding import uses_fsdp
 from nemotron_dspark.training.source import Source
@@ -163,10 +163,12 @@ def _with_target(
         return source
     if config.train.inference_gpus:
         count = world.world_size - len(roles.trainers)
-        callback.on_message(f"{count} processes run the target, and do not train.")
+        callback.on_message(f"{count} process{'es run' if count > 1 else ' runs'} the target, and no training.")
     elif _one_a_node(source, config, draft, world):
         roles = Roles.of(world.machines(), shared=True)
         callback.on_message("One process of each machine runs the target for all of them (target.copies=node).")
+    else:
+        source.config = on_own_device(source.config, world)
     links, most = connect(roles, world), config.train.local_batch_size
     if not links:
         return source
@@ -176,18 +178,18 @@ def _with_target(
 
 def _one_a_node(source: OnlineSource, config: RunConfig, draft: Draft, world: DistContext) -> bool:
     """Whether the target runs once on each machine: as the settings say, or because it does not fit everywhere."""
-    copies = config.target.copies
-    if copies == "auto":
-        device = draft.embed_tokens.weight.device
+    device = resolve_device(source.config.device)
+    if config.target.copies != "auto":
+        return config.target.copies == "node"
+    if device.index is not None:  # named: not that of every process
+        return True
+    needed, free = weight_bytes(Checkpoint.of(source.config, weights=True), source.config.dtype), free_memory(device)
+    if device.type == draft.embed_tokens.weight.device.type:
         trained = sum(parameter.numel() for parameter in draft.trainable_parameters().values())
-        free = free_memory(device)
-        if device.type == "cpu":  # which the processes of a machine share
-            free //= max(map(len, world.machines()))
-        checkpoint = Checkpoint.of(source.config, weights=True)
-        needed = weight_bytes(checkpoint, source.config.dtype) + state_bytes(trained, draft.compute_dtype.itemsize)
-        lacking = torch.tensor(needed > MOST_OF_MEMORY * free)
-        return bool(world.all_reduce_sum(lacking))
-    return copies == "node"
+        needed += state_bytes(trained, draft.compute_dtype.itemsize)
+    if device.type == "cpu":  # which the processes of a machine share
+        free //= max(map(len, world.machines()))
+    return bool(world.all_reduce_sum(torch.tensor(needed > MOST_OF_MEMORY * free)))
 
 
 def _run_target(
@@ -197,8 +199,10 @@ def _run_target(
     source, links = states.source, connect(roles, world)
     if not isinstance(source, OnlineSource):
         raise TypeError("only a target in the training loop runs in a process of its own")
+    server = StateServer(source, links, config.local_batch_size)
+    server.open()
     with graceful_stop() as stopped:
-        StateServer(source, links, config.local_batch_size).run(stopped)
+        server.run(stopped)
     if stopped:
         raise KeyboardInterrupt
     return TrainReport(str(out), str(out / "draft"), states.mode, 0, 0, len(source.lengths), 0, 0.0, 0, notes, None)

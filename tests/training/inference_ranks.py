@@ -37,12 +37,22 @@ APART, SHARDED = "train.inference_gpus=1", "train.parallel=fsdp"
 LATE = 11  # th forward of twelve and those of held-out samples: a step is saved then, and the last is not trained
 
 
-class Killed(Callback):
-    """Ends this process in the middle of its second step."""
+class Signalled(Callback):
+    """Sends this process a signal in the middle of its second step."""
+
+    number: int
 
     def on_micro_batch(self, step, done):
         if (step, done) == (1, 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
+
+
+class Killed(Signalled):
+    number = signal.SIGKILL
+
+
+class Stopped(Signalled):
+    number = signal.SIGTERM
 
 
 def act_late(act):
@@ -74,7 +84,8 @@ def trained(size, folder, target, conversations, *settings, at=None, act=None):
     """Train in ``size`` processes; in rank ``at`` something happens."""
 
     def work():
-        if at == int(os.environ["RANK"]) and act is not Killed:
+        in_training = isinstance(act, type)
+        if at == int(os.environ["RANK"]) and act is not None and not in_training:
             act_late(act)
         load = Target.load
 
@@ -84,7 +95,7 @@ def trained(size, folder, target, conversations, *settings, at=None, act=None):
 
         Target.load = loaded
         with distributed.init_distributed() as context:
-            calls = [Killed()] if at == context.rank and act is Killed else []
+            calls = [act()] if at == context.rank and in_training else []
             config = load_config(assignments=[*SETTINGS, *settings])
             options = {"conversations": conversations, "callbacks": calls, "context": context}
             report = train_run(target, None, folder / "run", config, **options)
@@ -102,6 +113,7 @@ def run_all(folder: Path, target: Path, conversations: Path, names: Sequence[str
         "one a node": [run(2, "target.copies=node")],
         "killed, again": [run(3, APART, SHARDED, at=2, act=killed), run(3, APART, SHARDED)],
         "stopped, again": [run(2, APART, at=1, act=stopped), run(2, APART)],
+        "trainer stopped": [run(2, APART, at=0, act=Stopped)],
         "trainer killed": [run(2, APART, at=0, act=Killed)],
         "wrong": [run(2, APART, at=1, act=refuse)],
         "wrong, one a node": [run(2, "target.copies=node", at=0, act=refuse)],

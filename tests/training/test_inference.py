@@ -1,9 +1,18 @@
 """A target that not every process holds trains the draft that targets of their own would."""
 
-import pytest
+import threading
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+
+from nemotron_dspark.cache.capture import States
+from nemotron_dspark.config import TargetConfig
+from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.training.inference import Roles
+from nemotron_dspark.training import online
+from nemotron_dspark.training.inference import Roles, StateServer
 from nemotron_dspark.training.metrics import read_lines
 from tests.kill9 import apart
 from tests.training.inference_ranks import run_all
@@ -23,7 +32,7 @@ def runs_named(*names):
 
 
 runs = runs_named("each holds", "one a node", "killed, again")
-more_runs = runs_named("stopped, again", "trainer killed", "wrong", "wrong, one a node")
+more_runs = runs_named("stopped, again", "trainer stopped", "trainer killed", "wrong", "wrong, one a node")
 
 
 def codes(ended):
@@ -82,6 +91,13 @@ def test_stop_of_the_inference_process_stops_the_training_which_goes_on_to_the_s
 
 
 @pytest.mark.slow
+def test_stop_of_a_trainer_alone_stops_the_inference_process_without_a_word(more_runs):
+    ended = more_runs[1]["trainer stopped"][0]
+    assert codes(ended) == [130, 130]
+    assert said(ended) == []
+
+
+@pytest.mark.slow
 def test_trainer_that_dies_ends_the_inference_process(more_runs):
     ended = more_runs[1]["trainer killed"][0]
     assert codes(ended) == [-9, 3]
@@ -96,6 +112,59 @@ def test_error_of_the_target_is_raised_once_where_the_draft_trains(more_runs, na
     assert codes(ended) == [1, 1]
     (words,) = said(ended)
     assert "The target went wrong. Mend it." in words
+
+
+class Target:
+    """Stands in for an `OnlineSource`: two samples of one token each, computed at once."""
+
+    lengths, widths = np.ones(2, dtype=np.int64), (4, 2)
+
+    def open(self, step):
+        pass
+
+    def states(self, ids):
+        real = torch.ones(1, 1, dtype=torch.bool)
+        taps, last = (torch.ones(1, 1, width, dtype=torch.bfloat16) for width in self.widths)
+        return States(taps, last, finite=real, real=real, done=None)
+
+
+class Peer:
+    """A link to a process that wants to train, asks for many micro-batches at once, and is gone if it ``dies``."""
+
+    def __init__(self, peer, *, dies):
+        self.peer, self._dies, self._asked = peer, dies, iter([(-2, 0), *((number, 1) for number in range(8))])
+
+    def receive(self, into):
+        asked = next(self._asked, None)
+        if asked is not None:
+            into[:2] = torch.tensor(asked)
+        return threading.Event() if asked is None else SimpleNamespace(wait=lambda: None)
+
+    def send(self, message, tag):
+        if self._dies:
+            raise RuntimeError("gloo: the connection is closed")
+
+
+def test_server_of_a_process_that_is_gone_ends_and_does_not_wait_for_it():
+    server = StateServer(Target(), [Peer(0, dies=True), Peer(1, dies=False)], most=1)
+    server.open()
+    with pytest.raises(RuntimeError, match="the connection is closed"):
+        server.run()
+
+
+@pytest.mark.parametrize("named", ["cuda", "cuda:0"])
+def test_processes_that_all_hold_the_target_have_a_gpu_each(monkeypatch, named):
+    monkeypatch.setattr(online, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    third = DistContext()
+    third.rank, third.local_rank, third.world_size = 2, 2, 4
+    config = TargetConfig(device=named)
+    assert online.on_own_device(config, SINGLE) == config
+    if named == "cuda":
+        assert online.on_own_device(config, third).device == "cuda:2"
+    else:
+        with pytest.raises(InputError, match=r"target\.device=cuda:0 is one GPU, and there are 4 processes"):
+            online.on_own_device(config, third)
 
 
 def test_inference_processes_are_the_last_of_each_machine_and_serve_its_own():
