@@ -30,7 +30,7 @@ from nemotron_dspark.recipe.needs import ASSUMED, Shape
 from nemotron_dspark.recipe.workload import ANSWER_SHARE, Workload, from_file, from_numbers
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.layer_weights import USED_EXPERTS
-from nemotron_dspark.targets.placement import KEPT_FREE
+from nemotron_dspark.targets.placement import BESIDE_DRAFT, KEPT_FREE, MOST_OF_MEMORY
 from nemotron_dspark.targets.streamed import pass_tokens, streams, token_bytes
 
 _SEGMENTS = 2  # of a rolling cache, on the disk at once
@@ -303,7 +303,6 @@ class _Case:
         streaming = self.streaming(mode)
         if streaming:
             target = self.resident_bytes + streaming.tokens * self.token_bytes
-        serve = needs.serving_bytes(self.shape, width, 1, self.workload.longest)
         found = {}  # on the device; in main memory; there for each further process, and how many there are
         others = mode.processes(self.config, self.machine) - 1
         if mode.setting is None:
@@ -313,7 +312,8 @@ class _Case:
         else:
             beside = capture(mode.batch(cache_batch, train_batch))
             found["train"] = (train.device + target + beside, train.host, train.other, others)
-        if not streaming or serve < self.free_bytes:
+        serve, holds = self.serving()
+        if holds or not streaming:
             found["eval"] = (serve, 0.0, 0.0, 0)
         if not self.machine.gpus:
             return {stage: Memory(0.0, ASSUMED.libraries + gpu + host) for stage, (gpu, host, *_) in found.items()}
@@ -346,6 +346,17 @@ class _Case:
         if "eval" in self.memory(mode):
             seconds["eval"] = needs.evaluation_seconds(self.shape, self.config.eval, self.machine)
         return {stage: value / 3600 for stage, value in seconds.items()}
+
+    def serving(self) -> tuple[float, bool]:
+        """Bytes of evaluation on the fullest GPU, and whether the machine holds the target: on one GPU, or on all."""
+        shape, machine, free = self.shape, self.machine, self.free_bytes
+        whole = needs.serving_bytes(shape, machine.weight_bytes, 1, self.workload.longest)
+        weights = float(shape.parameters * machine.weight_bytes)
+        on_first, others = BESIDE_DRAFT * free, machine.gpus - 1
+        if not streams("auto", weights, free) or not weights < on_first + MOST_OF_MEMORY * free * others:
+            return whole, whole < free
+        first = min(on_first, weights / machine.gpus)
+        return max(whole - weights + first, (weights - first) / others), True
 
     def training(self) -> needs.Training:
         return needs.training_bytes(

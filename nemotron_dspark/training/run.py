@@ -178,9 +178,9 @@ def _with_target(
 
 def _one_a_node(source: OnlineSource, config: RunConfig, draft: Draft, world: DistContext) -> bool:
     """Whether the target runs once on each machine: as the settings say, or because it does not fit everywhere."""
-    device = resolve_device(source.config.device)
     if config.target.copies != "auto":
         return config.target.copies == "node"
+    device = resolve_device(source.config.device)
     if device.index is not None:  # named: not that of every process
         return True
     needed, free = weight_bytes(Checkpoint.of(source.config, weights=True), source.config.dtype), free_memory(device)

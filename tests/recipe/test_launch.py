@@ -132,7 +132,7 @@ def test_nodes_build_and_train_together_through_torchrun(folder, programs):
         subprocess.Popen(["bash", "launch/run.sh"], env=os.environ | {"HEAD": "localhost", "NODE": str(node)})
         for node in range(2)
     ]
-    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    assert [node.wait(timeout=480) for node in nodes] == [0, 0]
     assert (folder / "asked").read_text().splitlines() == [
         "recipe run recipe.yaml --until answers",
         "recipe run recipe.yaml",

@@ -149,6 +149,18 @@ def test_a_target_that_does_not_fit_is_streamed_and_leaves_two_stages_to_an_engi
     assert slow.hours["cache"] * 3600 == pytest.approx(streaming.read / needs.ASSUMED.read)
 
 
+def test_a_target_that_one_gpu_does_not_hold_is_measured_on_all_of_them(super_120b):
+    node = MACHINES["h100x8"]
+    found = planned(super_120b, node)
+    cached = column(found, "cached")
+    assert cached.streaming is not None
+    weights = 2 * super_120b.parameters
+    assert weights / node.gpus < cached.memory["eval"].gpu < 0.6 * node.gpu_bytes < weights
+    assert "--draft" in found.commands[-1]
+    single = column(planned(super_120b, dataclasses.replace(node, gpus=2)), "cached")
+    assert "eval" not in single.memory
+
+
 def test_quantised_weights_are_answered_from_as_they_are_stored(super_120b):
     """A Spark holds Super in 4 bits: it writes the answers itself, at the rate at which these bytes are read."""
     spark = MACHINES["dgx-spark"]
