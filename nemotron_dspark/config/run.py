@@ -208,6 +208,15 @@ class TrainConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="optimiser steps of the run; when set, epochs is unused")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     num_anchors: int = Field(512, ge=1, description="blocks drawn per sample")
+    packed: bool = Field(
+        False, description="put the samples of a forward one behind the other instead of padding them to one length"
+    )
+    window: int | None = Field(
+        None,
+        ge=2,
+        description="of a longer sample draw all blocks in a stretch of so many tokens, another each epoch; what lies "
+        "before it gives context and no gradient; null = learn from all of it",
+    )
     validation: float = Field(
         0.0, ge=0, le=0.5, description="share of the conversations held out and measured; 0 = none"
     )

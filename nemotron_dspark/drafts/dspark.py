@@ -347,11 +347,13 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         taps: Tensor,  # [B, S, T·H]
         anchors: Tensor,  # [B, A] positions
         valid: Tensor,  # [B, A] bool; False: the block is a filler
+        positions: Tensor | None = None,  # [B, S] of each token in its own sample; None: a row is one sample
+        far: int = 0,  # first positions of a row that train nothing
     ) -> Tensor:
         """Hidden states of every slot of every block, after the final norm: [B, A, γ, H].
 
         A block sees positions strictly before its anchor, so right padding is never seen. Rows of fillers hold numbers
-        without meaning.
+        without meaning. Of ``far`` positions only keys and values are kept for the backward, and they get no gradient.
         """
         self._require_embeddings()
         length, slots = input_ids.shape[1], self.config.block_width
@@ -359,23 +361,32 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         # the anchor's own slot predicts nothing; it is left out at the end.)
         tokens = input_ids.gather(1, anchors).masked_fill(~valid, self.config.mask_token_id)
         hidden = self._block_embeddings(tokens).flatten(1, 2)  # [B, A·γ, H]
-        context = self.hidden_norm(self.fc(taps.to(self.compute_dtype)))  # [B, S, H]
-        positions = (anchors[:, :, None] + torch.arange(slots, device=anchors.device)).flatten(1)  # [B, A·γ]
-        cosines, sines = self._rotary.tables(length + slots, self.device, self.compute_dtype)
-        block_rotation = (cosines[positions][:, None], sines[positions][:, None])
+        context = self._project(taps[:, far:])  # [B, S, H], or what is not far
+        before = None
+        if far:
+            with torch.no_grad():
+                before = self._project(taps[:, :far])
+        own = anchors if positions is None else positions.gather(1, anchors)
+        places = (own[:, :, None] + torch.arange(slots, device=anchors.device)).flatten(1)  # [B, A·γ]
+        tables = self._rotary.tables(length + slots, self.device, self.compute_dtype)
         rows = input_ids.shape[0]
-        all_rotation = (
-            torch.cat((cosines[:length].expand(rows, 1, -1, -1), block_rotation[0]), dim=2),
-            torch.cat((sines[:length].expand(rows, 1, -1, -1), block_rotation[1]), dim=2),
-        )
-        attend = block_attention(anchors, length, slots, self.attention, Sight.of(self.config))
+        block_rotation, all_rotation = [], []
+        for table in tables:
+            block_rotation.append(table[places][:, None])
+            its = table[:length].expand(rows, 1, -1, -1) if positions is None else table[positions][:, None]
+            all_rotation.append(torch.cat((its, block_rotation[-1]), dim=2))
+        attend = block_attention(anchors, length, slots, self.attention, Sight.of(self.config), positions)
         for layer in self._each_layer():
-            inputs = (hidden, context, block_rotation, all_rotation, attend)
+            inputs = (hidden, context, tuple(block_rotation), tuple(all_rotation), attend, before)
             if self.recompute_layers:
                 hidden = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = layer(*inputs)
         return self.norm(hidden).unflatten(1, (-1, slots))[:, :, -self.config.block_size :]
+
+    def _project(self, taps: Tensor) -> Tensor:
+        """[..., T·H] to [..., H], what keys and values of the context are made of."""
+        return self.hidden_norm(self.fc(taps.to(self.compute_dtype)))
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., N], before the sequential head."""

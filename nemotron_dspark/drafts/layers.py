@@ -15,6 +15,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self, cast
 
@@ -27,6 +28,7 @@ from nemotron_dspark.config.run import AttentionKind
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
 from nemotron_dspark.targets.kv import RaggedKV, take_out
 
+PACKED_BLOCKS = 32  # of a sample's in a chunk where several samples lie in a row: fewer would be more calls
 MASK_CHUNKS = 4  # each adds a gradient as large as all keys, each saves half as much as the one before
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [..., positions, d]
@@ -115,17 +117,27 @@ class Attention(nn.Module):
         hidden: Tensor,  # [B, A·γ, H] normed block states
         context: Tensor,  # [B, S, H] projected taps
         block_rotation: Rotation,  # [B, 1, A·γ, d]
-        all_rotation: Rotation,  # [B, 1, S + A·γ, d]
+        all_rotation: Rotation,  # [B, 1, F + S + A·γ, d]
         attend: Attend,
+        far: Tensor | None = None,  # [B, F, H] projected taps before the context, which train nothing
     ) -> Tensor:
         """[B, A·γ, heads·d], before the output projection."""
         # One matrix product per projection; context and blocks pass through the same weights.
-        source = torch.cat((context, hidden), dim=1)
-        keys = self.k_proj(source).unflatten(-1, (self.kv_heads, self.head_dim))
-        keys = rotate(self.k_norm(keys).transpose(1, 2), all_rotation)
-        values = self.v_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        before = 0 if far is None else far.shape[1]
+        near = (all_rotation[0][:, :, before:], all_rotation[1][:, :, before:])
+        keys, values = self._keys_values(torch.cat((context, hidden), dim=1), near if before else all_rotation)
+        if far is not None:
+            with torch.no_grad():
+                first = self._keys_values(far, (all_rotation[0][:, :, :before], all_rotation[1][:, :, :before]))
+            keys, values = torch.cat((first[0], keys), dim=2), torch.cat((first[1], values), dim=2)
         attended = attend(self.queries(hidden, block_rotation), keys, values, self.attention_sink_bias)
         return attended.transpose(1, 2).flatten(2)
+
+    def _keys_values(self, source: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """[B, n, source size] to two [B, kv_heads, n, d]."""
+        keys = self.k_proj(source).unflatten(-1, (self.kv_heads, self.head_dim))
+        keys = rotate(self.k_norm(keys).transpose(1, 2), rotation)
+        return keys, self.v_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -175,9 +187,10 @@ class Layer(nn.Module):
         block_rotation: Rotation,
         all_rotation: Rotation,
         attend: Attend,
+        far: Tensor | None = None,
     ) -> Tensor:
-        """[B, A·γ, H]."""
-        attended = self.self_attn(self.input_layernorm(hidden), context, block_rotation, all_rotation, attend)
+        """[B, A·γ, H]; arguments as for `Attention`."""
+        attended = self.self_attn(self.input_layernorm(hidden), context, block_rotation, all_rotation, attend, far)
         return self._finish(hidden, attended)
 
     def decode(
@@ -281,8 +294,11 @@ def block_attention(
     block_size: int,  # γ
     kind: AttentionKind = "auto",
     sight: Sight = Sight(),
+    positions: Tensor | None = None,  # [B, S] of each token in its own sample; None: a row is one sample
 ) -> Attend:
     """The attention of A blocks per row over S context positions and the blocks themselves, for all layers.
+
+    With ``positions`` a row holds several samples, one behind the other, and a block sees its own alone.
 
     Fillers are treated like any other block: they see at least themselves, so no row is empty and nothing becomes NaN.
     Their outputs are for the caller to leave out.
@@ -290,7 +306,10 @@ def block_attention(
     if kind == "auto":
         kind = "flex" if anchors.is_cuda else "dense"
     if kind == "flex":
-        return functools.partial(_flex_attention, _flex_mask(anchors, context_length, block_size, sight))
+        starts = None if positions is None else anchors - positions.gather(1, anchors)
+        return functools.partial(_flex_attention, _flex_mask(anchors, context_length, block_size, sight, starts))
+    if positions is not None:
+        return _packed_attention(anchors, positions, block_size, sight)
     return functools.partial(_dense_attention, _dense_masks(anchors, context_length, block_size, sight), context_length)
 
 
@@ -327,9 +346,35 @@ def _dense_attention(
     return torch.cat(attended, dim=2)
 
 
-def _dense_masks(anchors: Tensor, context_length: int, block_size: int, sight: Sight) -> list[MaskChunk]:
+def _packed_attention(anchors: Tensor, positions: Tensor, block_size: int, sight: Sight) -> Attend:
+    """`_dense_attention` sample by sample, for one row of several; all else of a layer runs over the whole row."""
+    starts = [*(positions[0] == 0).nonzero()[:, 0].tolist(), positions.shape[1]]
+    sizes = [end - start for start, end in itertools.pairwise(starts)]
+    ends = torch.tensor(starts[1:], device=anchors.device)
+    counts = torch.searchsorted(anchors[0], ends).diff(prepend=ends.new_zeros(1)).tolist()
+    slots = [count * block_size for count in counts]
+    masks = [
+        _dense_masks(own - start, size, block_size, sight, PACKED_BLOCKS) if own.shape[1] else []
+        for own, start, size in zip(anchors.split(counts, dim=1), starts, sizes, strict=False)
+    ]
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None = None) -> Tensor:
+        split = [part.split([*sizes, *slots], dim=2) for part in (keys, values)]  # contexts, then blocks
+        attended = []
+        for at, query in enumerate(queries.split(slots, dim=2)):
+            if masks[at]:
+                own = [torch.cat((parts[at], parts[len(sizes) + at]), dim=2) for parts in split]
+                attended.append(_dense_attention(masks[at], sizes[at], query, own[0], own[1], sinks))
+        return torch.cat(attended, dim=2)
+
+    return attend
+
+
+def _dense_masks(
+    anchors: Tensor, context_length: int, block_size: int, sight: Sight, fewest: int = 1
+) -> list[MaskChunk]:
     chunks = []
-    for some in anchors.chunk(MASK_CHUNKS, dim=1):
+    for some in anchors.chunk(max(1, min(MASK_CHUNKS, anchors.shape[1] // fewest)), dim=1):
         last = min(int(some.max()), context_length)
         first = 0 if sight.reach is None else min(max(0, int(some.min()) - sight.reach), last)
         anchor = some.repeat_interleave(block_size, dim=1)[:, None, :, None]  # [B, 1, a·γ, 1]
@@ -357,11 +402,15 @@ def _flex_attention(
     return attended * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None].to(attended.dtype)
 
 
-def _flex_mask(anchors: Tensor, context_length: int, block_size: int, sight: Sight) -> BlockMask:
+def _flex_mask(
+    anchors: Tensor, context_length: int, block_size: int, sight: Sight, starts: Tensor | None = None
+) -> BlockMask:
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block, slot = query // block_size, query % block_size
         anchor = anchors[row, block]
         context = (key < torch.minimum(anchor, torch.full_like(key, context_length))) & sight.sees(slot, key - anchor)
+        if starts is not None:
+            context = context & (key >= starts[row, block])
         of_block = key - context_length
         same = (key >= context_length) & (of_block // block_size == block)
         return context | (same & sight.sees(slot, of_block % block_size))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ORDER, _ANCHORS, _ROUNDS = 0, 1, 2  # keeps the uses of a seed apart
+_ORDER, _ANCHORS, _ROUNDS, _STRETCHES = 0, 1, 2, 3  # keeps the uses of a seed apart
 
 
 def draw_anchors(
@@ -32,6 +32,22 @@ def draw_anchors(
     generator = np.random.default_rng([_ANCHORS, seed, epoch, sample_id])
     drawn = generator.choice(len(candidates), num_anchors, replace=False, shuffle=False)
     return candidates[torch.from_numpy(np.sort(drawn))]
+
+
+def draw_stretch(
+    loss_mask: Tensor,  # [S] bool
+    window: int,  # less than S
+    *,
+    seed: int,
+    epoch: int,
+    sample_id: int,
+) -> slice:
+    """``window`` positions in a row around a position where a block may start, if there is any."""
+    candidates = (loss_mask[:-1] & loss_mask[1:]).nonzero()[:, 0]
+    generator = np.random.default_rng([_STRETCHES, seed, epoch, sample_id])
+    chosen = int(candidates[generator.integers(len(candidates))]) if len(candidates) else 0
+    first = min(max(0, chosen - int(generator.integers(window))), len(loss_mask) - window)
+    return slice(first, first + window)
 
 
 def loss_slots(

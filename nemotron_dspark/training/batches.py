@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.training.anchors import LossSlots, draw_anchors, loss_slots, unrolled_slots
+from nemotron_dspark.training.anchors import LossSlots, draw_anchors, draw_stretch, loss_slots, unrolled_slots
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import SampleLike, Source
 
@@ -21,7 +21,7 @@ _AHEAD = 2  # micro-batches made while one is trained on
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A micro-batch: samples padded on the right, with their blocks."""
+    """A micro-batch, with its blocks: samples padded on the right, or packed, one behind the other in one row."""
 
     input_ids: Tensor  # int64 [B, S]
     taps: Tensor  # [B, S, T·H]
@@ -31,6 +31,8 @@ class Batch:
     slot_mask: Tensor  # bool [B, A, γ]; True: the slot carries loss
     slots: LossSlots  # those that count
     tokens: int  # without padding
+    positions: Tensor | None = None  # int64 [B, S] of each token in its own sample; None: a row is one sample
+    far: int = 0  # first positions of the row that only give context: no weight learns from them
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on ``device``; to CUDA it is under way while the host goes on."""
@@ -86,6 +88,34 @@ def collate(
     )
 
 
+def collate_packed(
+    samples: Sequence[SampleLike],
+    anchors: Sequence[Tensor],  # per sample [≤ A]
+    block_size: int,
+    *,
+    with_last: bool = True,
+) -> Batch:
+    """The batch of `collate` without padding and fillers: all samples in one row, B = 1."""
+    if not any(map(len, anchors)):  # fillers alone
+        return collate(samples, anchors, block_size, with_last=with_last)
+    lengths = [len(sample.input_ids) for sample in samples]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    drawn = torch.cat([own + start for own, start in zip(anchors, starts, strict=True)])[None]
+    slots = [loss_slots(sample.loss_mask, own, block_size) for sample, own in zip(samples, anchors, strict=True)]
+    slot_mask = torch.cat(slots)[None]
+    return Batch(
+        torch.cat([sample.input_ids for sample in samples])[None],
+        torch.cat([sample.taps for sample in samples])[None],
+        torch.cat([sample.last for sample in samples])[None] if with_last else None,
+        drawn,
+        torch.ones_like(drawn, dtype=torch.bool),
+        slot_mask,
+        LossSlots.of(drawn, slot_mask, sum(lengths)),
+        sum(lengths),
+        positions=torch.cat([torch.arange(length) for length in lengths])[None],
+    )
+
+
 def collate_unrolled(samples: Sequence[SampleLike], steps: int) -> Batch:
     """A batch for EAGLE-3: the block of anchor i + 1 holds the unrolled steps of position i."""
     anchors = [torch.arange(1, len(sample.input_ids)) for sample in samples]
@@ -104,19 +134,44 @@ class Loader:
     with_last: bool
     device: torch.device = _CPU  # where batches go
     unrolled: bool = False  # for EAGLE-3
+    packed: bool = False
+    window: int | None = None  # tokens of the stretch of a longer sample that is learnt from
 
     def __call__(self, step: int, ids: np.ndarray) -> Batch:
         samples = self.source.samples(ids.tolist(), step)
         if self.unrolled:
             batch = collate_unrolled(samples, self.block_size)
         else:
-            epoch = self.schedule.sample_epoch(step)
+            epoch, far = self.schedule.sample_epoch(step), 0
+            places = [{"seed": self.seed, "epoch": epoch, "sample_id": sample_id} for sample_id in ids.tolist()]
+            drawn_from = [sample.loss_mask for sample in samples]
+            if self.window is not None and len(drawn_from[0]) > self.window:  # there is one sample
+                stretch = draw_stretch(drawn_from[0], self.window, **places[0])
+                samples, far = [_up_to(samples[0], stretch.stop + self.block_size)], stretch.start
+                inside = torch.zeros_like(drawn_from[0])
+                inside[stretch] = True
+                drawn_from = [drawn_from[0] & inside]
             anchors = [
-                draw_anchors(sample.loss_mask, self.num_anchors, seed=self.seed, epoch=epoch, sample_id=sample_id)
-                for sample_id, sample in zip(ids.tolist(), samples, strict=True)
+                draw_anchors(mask, self.num_anchors, **place) for mask, place in zip(drawn_from, places, strict=True)
             ]
-            batch = collate(samples, anchors, self.block_size, with_last=self.with_last)
+            put = collate_packed if self.packed else collate
+            batch = put(samples, anchors, self.block_size, with_last=self.with_last)
+            batch = dataclasses.replace(batch, far=far)
         return batch.pinned() if self.device.type == "cuda" else batch  # copied while the GPU computes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Beginning:
+    """The first tokens of a sample."""
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    taps: Tensor
+    last: Tensor
+
+
+def _up_to(sample: SampleLike, end: int) -> _Beginning:
+    return _Beginning(sample.input_ids[:end], sample.loss_mask[:end], sample.taps[:end], sample.last[:end])
 
 
 def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequence[object] = ()) -> Generator[Batch]:

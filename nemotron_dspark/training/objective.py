@@ -103,7 +103,8 @@ class DSparkObjective(Objective[DSparkDraft]):
         Raises:
             InputError: a term needs the target's last hidden states and ``batch`` has none.
         """
-        return self.loss(self.draft(batch.input_ids, batch.taps, batch.anchors, batch.block_mask), batch)
+        placed = (batch.anchors, batch.block_mask, batch.positions, batch.far)
+        return self.loss(self.draft(batch.input_ids, batch.taps, *placed), batch)
 
     def loss(self, hidden: Tensor, batch: Batch) -> Loss:
         """`forward` from where the draft's own forward has given ``hidden`` [B, A, γ, H].

@@ -31,6 +31,7 @@ FREE_KEYS = (
     "inference_gpus",
     "activation_checkpointing",
     "local_batch_size",
+    "packed",
 )
 
 
@@ -43,6 +44,7 @@ def lock_run_dir(run_folder: Path, settings: Mapping[str, Any], resume: bool) ->
     for key in FREE_KEYS:  # some were not free once
         (begun or {}).get("train", {}).pop(key, None)
     (begun or {}).get("train", {}).setdefault("init", "random")  # what all drafts began with once
+    (begun or {}).get("train", {}).setdefault("window", None)
     check_claim(run_folder, "a run", begun, settings, ours=[online.FOLDER])  # samples of a run that never began
 
 

@@ -219,6 +219,11 @@ def _check_batch_sizes(config: TrainConfig, processes: int) -> None:
             f"train.global_batch_size {whole} is not a multiple of train.local_batch_size {local}.",
             "Change one of them.",
         )
+    if config.window is not None and local > 1:
+        raise InputError(
+            f"train.window is set and train.local_batch_size is {local}: a long sample has a forward of its own.",
+            "Set train.local_batch_size=1.",
+        )
     together = local * processes
     if whole % together:
         sizes = [size for size in (whole // together * together, (whole // together + 1) * together) if size]

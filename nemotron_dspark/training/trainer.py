@@ -239,6 +239,8 @@ class Trainer:
             with_last=self.objective.needs_target,
             device=self.device,
             unrolled=self.objective.unrolled,
+            packed=config.packed,
+            window=config.window,
         )
         draft.train()
 
