@@ -29,6 +29,8 @@ from nemotron_dspark.distributed import SINGLE, DistContext, own_device
 from nemotron_dspark.drafts import costs, temperatures
 from nemotron_dspark.drafts.config import read_draft_config
 from nemotron_dspark.drafts.dspark import Draft
+from nemotron_dspark.engines.clients import connect
+from nemotron_dspark.engines.comparison import compare_engine
 from nemotron_dspark.engines.hidden_states import load_served
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation import calibration_report, comparison, picture
@@ -333,6 +335,7 @@ def compare(
     *,
     lengths: Sequence[int] = (),
     limit: int | None = None,
+    engines: Sequence[str] = (),
     target: Target | None = None,
     on_loaded: Callable[[], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -340,7 +343,8 @@ def compare(
     """Measure several ``drafts`` of the target side by side, against no draft: accepted length, cost, speed, equality.
 
     Every text that ``prompts`` consists of is a workload, of which the first ``limit`` prompts are used; with
-    ``lengths`` each is made so many tokens long by others of the workload before it.
+    ``lengths`` each is made so many tokens long by others of the workload before it. Each of ``engines`` is the URL of
+    one that serves the target with a draft of its own (an MTP layer, say), one row more.
 
     Raises:
         InputError: no draft, one for another target, no prompt that fits, or a length beyond the target's.
@@ -353,6 +357,7 @@ def compare(
     folders, new_tokens = [Path(folder) for folder in drafts], config.eval.max_new_tokens
     for folder in folders:
         read_draft_config(folder)  # a wrong path is said before the target is loaded
+    connected = [connect(url) for url in engines]
     loaded = target or Target.of(config.target)
     room = loaded.spec.max_position_embeddings - new_tokens
     if lengths and max(lengths) > room:
@@ -375,6 +380,10 @@ def compare(
     rows = comparison.compare(loaded, by_name, groups, config.eval, on_progress)
     kinds = [f"{draft.config.kind}, {folder}" for draft, folder in zip(loaded_drafts, folders, strict=True)]
     described = dict(zip(by_name, kinds, strict=True))
+    for engine in connected:
+        described[engine.url] = f"the draft of {engine.title}, serving {engine.model}"
+        rows += tuple(compare_engine(engine, loaded, group, config.eval, on_progress) for group in groups)
+    rows = tuple(sorted(rows, key=lambda row: [group.label for group in groups].index(row.label)))
     return comparison.Comparison(config.target.named, str(loaded.dtype), described, rows)
 
 

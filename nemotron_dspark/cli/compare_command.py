@@ -33,14 +33,27 @@ def compare(
     ] = None,
     lengths: Annotated[str | None, shell.CONTEXT_LENGTHS] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts of each.")] = None,
+    engines: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="URL",
+            help="One row more: a running engine that serves the target with a draft of its own; repeat for several.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for compare.json and compare.png.")] = None,
 ) -> None:
     """Compare drafts: tokens and cost of a round, speed, equal output; by workload and length."""
-    show(compared(config, drafts, prompts or shell.held_out_prompts(), lengths, limit), out)
+    show(compared(config, drafts, prompts or shell.held_out_prompts(), lengths, limit, engines or ()), out)
 
 
 def compared(
-    config: RunConfig, drafts: Sequence[Path], prompts: Sequence[str], lengths: str | None, limit: int | None
+    config: RunConfig,
+    drafts: Sequence[Path],
+    prompts: Sequence[str],
+    lengths: str | None,
+    limit: int | None,
+    engines: Sequence[str] = (),
 ) -> "Comparison":
     """`stages.compare` with its progress shown."""
     from nemotron_dspark import stages
@@ -52,6 +65,7 @@ def compared(
             prompts,
             lengths=shell.numbers("--context-lengths", lengths) if lengths is not None else (),
             limit=limit,
+            engines=engines,
             on_loaded=status.stop,
             on_progress=bars.update,
         )

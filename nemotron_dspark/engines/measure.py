@@ -12,7 +12,7 @@ from typing import Any
 
 from nemotron_dspark import files
 from nemotron_dspark.chat.format import Message, render_prompt
-from nemotron_dspark.config import RunConfig
+from nemotron_dspark.config import EvalConfig, RunConfig
 from nemotron_dspark.data.prompts import rendered_turns
 from nemotron_dspark.data.sources import Given, named, one_file
 from nemotron_dspark.engines.clients import Answer, Counts, Engine, connect
@@ -111,14 +111,32 @@ def evaluate_engine(
                 "Give an engine that serves the same target without a draft as --plain-engine.",
             )
     ids = _rendered(config, engine, one_file(prompts), limit)
-    _answers(engine, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
-    temperatures = [0.0, *(t for t in config.eval.temperatures if t > 0)]
-    answers = {}
+    greedy, measurements = measure_prompts(engine, ids, config.eval, progress)
+    compared = None
+    if plain is not None:
+        _answers(plain, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
+        slow = _answers(plain, ids, config.eval.max_new_tokens, 0.0, config.eval.seed, "plain", progress)
+        compared = compare(plain, slow, greedy)
+    sampled = _sampled(engine, plain, ids, lossless, config, progress) if plain and lossless else None
+    return EngineEvaluation(engine.title, engine.url, engine.model, named(prompts), measurements, compared, sampled)
+
+
+def measure_prompts(
+    engine: Engine, prompts: Sequence[Sequence[int]], config: EvalConfig, progress: Progress
+) -> tuple[list[Answer], tuple[EngineMeasurement, ...]]:
+    """The engine's greedy answers to prompts given as token ids, and its draft's acceptance, greedy first.
+
+    Raises:
+        InputError: it does not draft.
+        EnvironmentFault: it does not answer.
+    """
+    _answers(engine, prompts[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
+    answers: dict[float, list[Answer]] = {}
     measurements = []
-    for temperature in temperatures:
+    for temperature in (0.0, *(t for t in config.temperatures if t > 0)):
         before = engine.totals()
         what = f"temperature {temperature:g}"
-        found = _answers(engine, ids, config.eval.max_new_tokens, temperature, config.eval.seed, what, progress)
+        found = _answers(engine, prompts, config.max_new_tokens, temperature, config.seed, what, progress)
         after = engine.totals()
         total = after - before if before is not None and after is not None else None
         answers[temperature] = found
@@ -128,15 +146,7 @@ def evaluate_engine(
                 f"{engine.title} at {engine.url} counted no draft.",
                 "Start it with one: `nds engine` prints the command; a plain one goes to --plain-engine.",
             )
-    compared = None
-    if plain is not None:
-        _answers(plain, ids[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
-        slow = _answers(plain, ids, config.eval.max_new_tokens, 0.0, config.eval.seed, "plain", progress)
-        compared = compare(plain, slow, answers[0.0])
-    sampled = _sampled(engine, plain, ids, lossless, config, progress) if plain and lossless else None
-    return EngineEvaluation(
-        engine.title, engine.url, engine.model, named(prompts), tuple(measurements), compared, sampled
-    )
+    return answers[0.0], tuple(measurements)
 
 
 def _sampled(

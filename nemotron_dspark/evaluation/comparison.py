@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.markup import escape
 from rich.table import Table
@@ -50,25 +50,40 @@ class Group:
         return self.workload if self.length is None else f"{self.workload}, {self.length} tokens"
 
 
+class Measured(Protocol):
+    """What a table says of a draft at one temperature: a `Measurement`, or an engine's."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def accepted_length(self) -> float: ...
+    @property
+    def standard_error(self) -> float | None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One draft on one group of prompts; speeds are greedy, one prompt at a time, prefill not counted."""
+    """One draft on one group of prompts; speeds are greedy, one prompt at a time, prefill not counted.
+
+    Of a draft in an engine ``tokens_per_second`` counts the prompt's pass and the way there too, so rounds are not
+    timed and no speedup is told; its answers are compared with plain ones of this process.
+    """
 
     draft: str
     workload: str
     length: int | None
     prompt_tokens: float  # mean of the group
-    measurements: tuple[Measurement, ...]  # greedy first, then the temperatures asked for
+    measurements: tuple[Measured, ...]  # greedy first, then the temperatures asked for
     lossless: Lossless
     plain_tokens_per_second: float
     tokens_per_second: float
-    round_seconds: float  # of a greedy round: draft, verify, commit
-    cost: float  # a round's time over a plain step's
+    round_seconds: float | None  # of a greedy round: draft, verify, commit; None in an engine
+    cost: float | None  # a round's time over a plain step's
 
     @property
-    def speedup(self) -> float:
+    def speedup(self) -> float | None:
         """Speed over plain decoding's."""
-        return self.tokens_per_second / self.plain_tokens_per_second
+        return None if self.cost is None else self.tokens_per_second / self.plain_tokens_per_second
 
     @property
     def label(self) -> str:
@@ -94,13 +109,14 @@ class Comparison:
         files.write_json(folder / "compare.json", self.to_json())
         if not picture.available():
             return (folder / "compare.json",)
-        quantities: dict[str, Callable[[Compared], float]] = {
+        quantities: dict[str, Callable[[Compared], float | None]] = {
             "tokens a round, greedy": lambda row: row.measurements[0].accepted_length,
             "cost of a round, in plain steps": lambda row: row.cost,
             "speed over plain decoding": lambda row: row.speedup,
         }
         panels = {
-            title: [(row.label, row.draft, value(row)) for row in self.rows] for title, value in quantities.items()
+            title: [(row.label, row.draft, found) for row in self.rows if (found := value(row)) is not None]
+            for title, value in quantities.items()
         }
         drawn = [picture.draw_bars(folder / "compare.png", panels, title=self.target)]
         if len({row.length for row in self.rows}) > 1:
@@ -127,6 +143,8 @@ class Comparison:
                 continue
             where = f"{row.draft} on {row.label}: output differs from plain output, first at "
             where += f"{row.lossless.first_difference}."
+            if row.cost is None:
+                return where + " An engine computes in its own precision, and by kernels of its own."
             if self.dtype == "torch.float32":
                 raise CheckError(where, "Run `nds inspect --probe` on the target; if its proofs pass, report it.")
             return where + " Half precision rounds blocks otherwise; --set target.dtype=float32 decides."
@@ -175,6 +193,12 @@ def compare(
     for group in groups:
         found += _compare_on(target, drafts, group, config, progress)
     return tuple(found)
+
+
+def plain_answers(target: Target, group: Group, config: EvalConfig) -> list[Generation]:
+    """Greedy answers of ``target`` without a draft."""
+    decoder, greedy = Decoder(target), Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
+    return [decoder.generate(ids, greedy) for ids in group.prompts]
 
 
 def _compare_on(
@@ -274,16 +298,20 @@ def table(found: Comparison) -> Table:
                 "",
                 escape(row.draft),
                 *(_tokens(measurement) for measurement in row.measurements),
-                f"{row.cost:.2f}",
-                f"{1e3 * row.round_seconds:.1f}",
+                _number(row.cost, ".2f"),
+                _number(row.round_seconds and 1e3 * row.round_seconds, ".1f"),
                 f"{row.tokens_per_second:.1f}",
-                f"[bold]{row.speedup:.2f}×[/]",
+                "" if row.speedup is None else f"[bold]{row.speedup:.2f}×[/]",
                 f"[{'green' if same else 'red'}]{row.lossless.identical}/{row.lossless.prompts}[/]",
             )
         made.add_section()
     return made
 
 
-def _tokens(measurement: Measurement) -> str:
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _tokens(measurement: Measured) -> str:
     error = f" ± {measurement.standard_error:.2f}" if measurement.standard_error is not None else ""
     return f"{measurement.accepted_length:.2f}{error}"

@@ -14,6 +14,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.evaluation import comparison
 from nemotron_dspark.evaluation.comparison import lengthened
 from nemotron_dspark.targets import Checkpoint
+from tests.engines.fakes import KEPT, Fake, serving
 
 SECTION = DraftSection(num_layers=1, block_size=3, markov_rank=4, intermediate_size=32, taps=[1, 2, 3, 4, 5])
 
@@ -65,6 +66,23 @@ def test_drafts_of_every_kind_stand_side_by_side(tiny_hybrid, drafts, prompts, t
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found
     for name in ("compare.png", "lengths.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_engine_is_one_more_row(tiny_hybrid, drafts, prompts):
+    common = ("compare", "--target", tiny_hybrid, "-d", drafts[0], "-p", prompts[0], "--set", "eval.temperatures=[]")
+    with serving(Fake("sglang")) as url:
+        run = nds(*common, "--engine", url, "--set", "eval.max_new_tokens=4", "--json")
+        assert run.exit_code == 0, run.output
+        found = json.loads(run.stdout)
+        own, engine = found["rows"]
+        assert (own["draft"], engine["draft"]) == ("dspark", url)
+        assert "SGLang" in found["drafts"][url]
+        assert engine["measurements"][0]["accepted_length"] == 1 + KEPT
+        assert engine["lossless"]["identical"] == 0  # it makes up its answers
+        assert engine["cost"] is engine["speedup"] is None
+        shown = nds(*common, "--engine", url, "--set", "eval.max_new_tokens=4")
+        assert shown.exit_code == 0, shown.output
+        assert "3.00" in shown.stdout
 
 
 def test_what_is_printed_names_every_draft_and_none(tiny_hybrid, drafts, prompts):
