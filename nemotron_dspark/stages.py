@@ -347,7 +347,9 @@ def compare(
     one that serves the target with a draft of its own (an MTP layer, say), one row more.
 
     Raises:
-        InputError: no draft, one for another target, no prompt that fits, or a length beyond the target's.
+        InputError: no draft, one for another target, no prompt that fits, a length beyond the target's, or an engine
+            that does not draft.
+        EnvironmentFault: an engine does not answer.
         CheckError: a proof failed.
     """
     if not drafts:
@@ -377,13 +379,15 @@ def compare(
         thinking = config.data.thinking
         ids = prompt_ids(loaded, one_file(text), limit=limit, new_tokens=new_tokens, thinking=thinking)
         groups += comparison.lengthened(workload, ids, lengths)
+    served = [  # first: a server may fail, and then nothing else is lost
+        compare_engine(engine, loaded, group, config.eval, on_progress) for engine in connected for group in groups
+    ]
     rows = comparison.compare(loaded, by_name, groups, config.eval, on_progress)
+    order = [group.label for group in groups]
+    rows = tuple(sorted((*rows, *served), key=lambda row: order.index(row.label)))
     kinds = [f"{draft.config.kind}, {folder}" for draft, folder in zip(loaded_drafts, folders, strict=True)]
     described = dict(zip(by_name, kinds, strict=True))
-    for engine in connected:
-        described[engine.url] = f"the draft of {engine.title}, serving {engine.model}"
-        rows += tuple(compare_engine(engine, loaded, group, config.eval, on_progress) for group in groups)
-    rows = tuple(sorted(rows, key=lambda row: [group.label for group in groups].index(row.label)))
+    described |= {engine.url: f"the draft of {engine.title}, serving {engine.model}" for engine in connected}
     return comparison.Comparison(config.target.named, str(loaded.dtype), described, rows)
 
 

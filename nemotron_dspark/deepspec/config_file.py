@@ -63,6 +63,10 @@ def config_text(
             "DeepSpec trains no draft of a part of the vocabulary.",
             "Leave draft.vocabulary out, or use --trainer native.",
         )
+    if run.train.window is not None:
+        raise InputError(
+            "DeepSpec learns from all of a long sample.", "Leave train.window out, or use --engine native."
+        )
     if algorithm not in ALGORITHMS:
         raise InputError(f"There is no algorithm {algorithm!r}.", f"Use {' or '.join(ALGORITHMS)}.")
     if algorithm == "dspark" and mask_token_id is None:

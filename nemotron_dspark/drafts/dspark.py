@@ -53,6 +53,7 @@ from nemotron_dspark.targets.spec import finish_logits
 WEIGHTS_FILE = "model.safetensors"
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # the target's, frozen; a slim copy leaves them out
 INITIAL_STD = 0.02
+FAR_PIECE = 4096  # positions whose taps are cast and projected at a time, where nothing of that is kept
 
 ConfigT = TypeVar("ConfigT", DraftConfig, Eagle3Config)
 ContextT = TypeVar("ContextT", bound=DraftContext)
@@ -348,12 +349,13 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         anchors: Tensor,  # [B, A] positions
         valid: Tensor,  # [B, A] bool; False: the block is a filler
         positions: Tensor | None = None,  # [B, S] of each token in its own sample; None: a row is one sample
-        far: int = 0,  # first positions of a row that train nothing
+        far: int = 0,  # first positions of a single row, before all anchors, that train nothing
     ) -> Tensor:
         """Hidden states of every slot of every block, after the final norm: [B, A, γ, H].
 
         A block sees positions strictly before its anchor, so right padding is never seen. Rows of fillers hold numbers
-        without meaning. Of ``far`` positions only keys and values are kept for the backward, and they get no gradient.
+        without meaning. Of ``far`` positions only keys and values are kept for the backward, and they get no gradient;
+        those of them that a sliding window hides are not looked at.
         """
         self._require_embeddings()
         length, slots = input_ids.shape[1], self.config.block_width
@@ -361,21 +363,27 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
         # the anchor's own slot predicts nothing; it is left out at the end.)
         tokens = input_ids.gather(1, anchors).masked_fill(~valid, self.config.mask_token_id)
         hidden = self._block_embeddings(tokens).flatten(1, 2)  # [B, A·γ, H]
+        tables = self._rotary.tables(length + slots, self.device, self.compute_dtype)
+        sight = Sight.of(self.config)
+        if sight.reach is not None and (hidden_from_all := far - sight.reach) > 0:
+            if positions is None:
+                positions = torch.arange(length, device=anchors.device)[None]
+            positions, taps = positions[:, hidden_from_all:], taps[:, hidden_from_all:]
+            anchors, far, length = anchors - hidden_from_all, sight.reach, length - hidden_from_all
         context = self._project(taps[:, far:])  # [B, S, H], or what is not far
         before = None
         if far:
             with torch.no_grad():
-                before = self._project(taps[:, :far])
+                before = torch.cat([self._project(part) for part in taps[:, :far].split(FAR_PIECE, dim=1)], dim=1)
         own = anchors if positions is None else positions.gather(1, anchors)
         places = (own[:, :, None] + torch.arange(slots, device=anchors.device)).flatten(1)  # [B, A·γ]
-        tables = self._rotary.tables(length + slots, self.device, self.compute_dtype)
         rows = input_ids.shape[0]
         block_rotation, all_rotation = [], []
         for table in tables:
             block_rotation.append(table[places][:, None])
             its = table[:length].expand(rows, 1, -1, -1) if positions is None else table[positions][:, None]
             all_rotation.append(torch.cat((its, block_rotation[-1]), dim=2))
-        attend = block_attention(anchors, length, slots, self.attention, Sight.of(self.config), positions)
+        attend = block_attention(anchors, length, slots, self.attention, sight, positions)
         for layer in self._each_layer():
             inputs = (hidden, context, tuple(block_rotation), tuple(all_rotation), attend, before)
             if self.recompute_layers:

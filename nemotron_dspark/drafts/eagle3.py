@@ -16,7 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron_dspark.drafts.config import Eagle3Config
 from nemotron_dspark.drafts.dspark import Draft
-from nemotron_dspark.drafts.layers import MLP, Attention, DraftContext, Linear, RMSNorm, Rotation, rotate
+from nemotron_dspark.drafts.layers import (
+    MLP,
+    Attention,
+    DraftContext,
+    Linear,
+    RMSNorm,
+    Rotation,
+    rotate,
+    sample_lengths,
+)
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.kv import RaggedKV
 
@@ -37,7 +46,8 @@ class Eagle3Layer(nn.Module):
         embedded: Tensor,  # [B, S, H] of the token each position reads
         hidden: Tensor,  # [B, S, H]
         rotation: Rotation,
-        causal: Tensor,  # bool [S, S]
+        causal: Tensor,  # bool, as long as the longest sample
+        lengths: Sequence[int],  # of the samples that lie one behind the other in each row
         keys: Sequence[Tensor],  # [B, heads, S, d] of every step before
         values: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -46,11 +56,8 @@ class Eagle3Layer(nn.Module):
         groups = self.self_attn.heads // self.self_attn.kv_heads
         new = [part.repeat_interleave(groups, dim=1) for part in self.keys_values(source, rotation)]
         keys, values = [*keys, new[0]], [*values, new[1]]
-        return (
-            self.finish(hidden, _attend(self.self_attn.queries(source, rotation), keys, values, causal)),
-            keys,
-            values,
-        )
+        queries = self.self_attn.queries(source, rotation)
+        return self.finish(hidden, _attend(queries, keys, values, causal, lengths)), keys, values
 
     def read(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         """What attention projects: [..., 2H] from two [..., H]."""
@@ -115,25 +122,28 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
         self,
         input_ids: Tensor,  # [B, S], right padded
         taps: Tensor,  # [B, S, T·H]
+        positions: Tensor | None = None,  # [1, S] of each token in its own sample; None: a row is one sample
     ) -> list[Tensor]:
         """Hidden states [B, S, H] of every unrolled step, before the final norm: ``ttt_length`` of them.
 
         Step s reads at position i token i+1+s and its own output of step s-1, and predicts token i+2+s. It sees the
-        first step's keys up to i, and of every later step the key at i alone. The last positions of a step read tokens
-        that are not there; their numbers mean nothing.
+        first step's keys up to i, and of every later step the key at i alone. The last positions of a sample read
+        tokens that are not its own; their numbers mean nothing, and none that means something is made of them.
         """
         self._require_embeddings()
         layer, length = self.layers[0], input_ids.shape[1]
         cosines, sines = self._rotary.tables(length + self.config.ttt_length, self.device, self.compute_dtype)
         hidden = self.fc(taps.to(self.compute_dtype))
-        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        lengths = [length] if positions is None else sample_lengths(positions)
+        causal = torch.ones(max(lengths), max(lengths), dtype=torch.bool, device=hidden.device).tril()
+        places = torch.arange(length, device=hidden.device) if positions is None else positions[0]
         keys: list[Tensor] = []  # [B, heads, S, d] of every step so far
         values: list[Tensor] = []
         outputs = []
         for step in range(self.config.ttt_length):
             tokens = functional.pad(input_ids[:, 1 + step :], (0, min(1 + step, length)))
-            rotation = (cosines[step : step + length], sines[step : step + length])
-            inputs = (self.embed_tokens(tokens), hidden, rotation, causal, keys, values)
+            rotation = (cosines[places + step], sines[places + step])
+            inputs = (self.embed_tokens(tokens), hidden, rotation, causal, lengths, keys, values)
             if self.recompute_layers:
                 found = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -230,9 +240,20 @@ def _attend(
     queries: Tensor,  # [B, heads, S, d] of the newest step
     keys: Sequence[Tensor],  # per step [B, heads, S, d]
     values: Sequence[Tensor],
-    causal: Tensor,  # bool [S, S]
+    causal: Tensor,  # bool, as long as the longest sample
+    lengths: Sequence[int],
 ) -> Tensor:
-    """[B, heads, S, d]: one softmax over the first step's keys, causally, and the own key of each later step."""
+    """[B, heads, S, d], sample by sample: what is not seen of the others in a row is not computed."""
+    attended, steps = [], len(keys)
+    for size, query, *own in zip(
+        lengths, *(part.split(lengths, dim=2) for part in (queries, *keys, *values)), strict=True
+    ):
+        attended.append(_attend_sample(query, own[:steps], own[steps:], causal[:size, :size]))
+    return torch.cat(attended, dim=2)
+
+
+def _attend_sample(queries: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], causal: Tensor) -> Tensor:
+    """One softmax over the first step's keys, causally, and the own key of each later step."""
     scale = queries.shape[-1] ** -0.5
     first = (queries @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf)  # [B, heads, S, S]
     own = [(queries * key).sum(-1, keepdim=True) for key in keys[1:]]  # [B, heads, S, 1] each

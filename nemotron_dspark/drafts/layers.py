@@ -346,10 +346,16 @@ def _dense_attention(
     return torch.cat(attended, dim=2)
 
 
+def sample_lengths(positions: Tensor) -> list[int]:
+    """Tokens of each sample of one row, from the ``positions`` [1, S] of its tokens in their samples."""
+    ends = (positions[0].diff() != 1).nonzero()[:, 0] + 1
+    return [end - start for start, end in itertools.pairwise([0, *ends.tolist(), positions.shape[1]])]
+
+
 def _packed_attention(anchors: Tensor, positions: Tensor, block_size: int, sight: Sight) -> Attend:
     """`_dense_attention` sample by sample, for one row of several; all else of a layer runs over the whole row."""
-    starts = [*(positions[0] == 0).nonzero()[:, 0].tolist(), positions.shape[1]]
-    sizes = [end - start for start, end in itertools.pairwise(starts)]
+    sizes = sample_lengths(positions)
+    starts = [0, *itertools.accumulate(sizes)]
     ends = torch.tensor(starts[1:], device=anchors.device)
     counts = torch.searchsorted(anchors[0], ends).diff(prepend=ends.new_zeros(1)).tolist()
     slots = [count * block_size for count in counts]

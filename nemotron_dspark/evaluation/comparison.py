@@ -24,7 +24,6 @@ from nemotron_dspark.errors import CheckError, InputError
 from nemotron_dspark.evaluation import picture
 from nemotron_dspark.evaluation.measure import (
     Lossless,
-    Measurement,
     Progress,
     lossless_of,
     measure,

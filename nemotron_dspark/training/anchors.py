@@ -42,11 +42,12 @@ def draw_stretch(
     epoch: int,
     sample_id: int,
 ) -> slice:
-    """``window`` positions in a row around a position where a block may start, if there is any."""
+    """``window`` positions in a row in which a block may start, if one may anywhere."""
     candidates = (loss_mask[:-1] & loss_mask[1:]).nonzero()[:, 0]
     generator = np.random.default_rng([_STRETCHES, seed, epoch, sample_id])
     chosen = int(candidates[generator.integers(len(candidates))]) if len(candidates) else 0
-    first = min(max(0, chosen - int(generator.integers(window))), len(loss_mask) - window)
+    before = int(generator.integers(window - 1))  # the token behind the chosen one is inside, too
+    first = min(max(0, chosen - before), len(loss_mask) - window)
     return slice(first, first + window)
 
 

@@ -94,6 +94,7 @@ def collate_packed(
     block_size: int,
     *,
     with_last: bool = True,
+    slots_of: Callable[[Tensor, Tensor, int], Tensor] = loss_slots,
 ) -> Batch:
     """The batch of `collate` without padding and fillers: all samples in one row, B = 1."""
     if not any(map(len, anchors)):  # fillers alone
@@ -101,7 +102,7 @@ def collate_packed(
     lengths = [len(sample.input_ids) for sample in samples]
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
     drawn = torch.cat([own + start for own, start in zip(anchors, starts, strict=True)])[None]
-    slots = [loss_slots(sample.loss_mask, own, block_size) for sample, own in zip(samples, anchors, strict=True)]
+    slots = [slots_of(sample.loss_mask, own, block_size) for sample, own in zip(samples, anchors, strict=True)]
     slot_mask = torch.cat(slots)[None]
     return Batch(
         torch.cat([sample.input_ids for sample in samples])[None],
@@ -116,10 +117,11 @@ def collate_packed(
     )
 
 
-def collate_unrolled(samples: Sequence[SampleLike], steps: int) -> Batch:
+def collate_unrolled(samples: Sequence[SampleLike], steps: int, *, packed: bool = False) -> Batch:
     """A batch for EAGLE-3: the block of anchor i + 1 holds the unrolled steps of position i."""
-    anchors = [torch.arange(1, len(sample.input_ids)) for sample in samples]
-    return collate(samples, anchors, steps, slots_of=unrolled_slots)
+    # Packed, the last position of a sample has a block as well, which counts nothing: so blocks are positions.
+    anchors = [torch.arange(1, len(sample.input_ids) + packed) for sample in samples]
+    return (collate_packed if packed else collate)(samples, anchors, steps, slots_of=unrolled_slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Loader:
     def __call__(self, step: int, ids: np.ndarray) -> Batch:
         samples = self.source.samples(ids.tolist(), step)
         if self.unrolled:
-            batch = collate_unrolled(samples, self.block_size)
+            batch = collate_unrolled(samples, self.block_size, packed=self.packed)
         else:
             epoch, far = self.schedule.sample_epoch(step), 0
             places = [{"seed": self.seed, "epoch": epoch, "sample_id": sample_id} for sample_id in ids.tolist()]

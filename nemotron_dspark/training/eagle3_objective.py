@@ -1,7 +1,7 @@
 """EAGLE-3's objective (arXiv:2503.01840) as DeepSpec has it: cross-entropy to the target at every unrolled step.
 
 At step s, position i counts when token i+s carries loss and is not the last one (`anchors.unrolled_slots`); its target
-q is the distribution at i+1+s. In a sequence of S positions, padding included,
+q is the distribution at i+1+s. In a sequence of S positions, padding included where samples are padded,
 
     loss = Σ_s decay^s · Σ_i -Σ_v q_v · log p_v / S
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
+from nemotron_dspark.drafts.layers import sample_lengths
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
@@ -44,14 +45,15 @@ class Eagle3Objective(Objective[Eagle3Draft]):
         ``details``: ``correct`` [steps], slots whose likeliest token is the target's; ``tau_greedy``, as ``sums.tau``
         with that in place of acceptance; ``steps`` [steps], what each step adds to the loss before its decay.
         """
-        draft, slots, shape = self.draft, batch.slots, batch.slot_mask.shape  # [B, S - 1, steps]
+        draft, slots, shape = self.draft, batch.slots, batch.slot_mask.shape  # [B, A, steps]
         if batch.last is None:
             raise InputError("The cache holds no last hidden states.", "EAGLE-3 learns from them: build it again.")
-        length = batch.input_ids.shape[1]
-        hidden = torch.stack(draft(batch.input_ids, batch.taps), dim=2)[:, :-1]  # [B, S - 1, steps, H]
+        hidden = torch.stack(draft(batch.input_ids, batch.taps, batch.positions), dim=2)[:, : shape[1]]
+        samples, length = _samples(batch)
         hidden_n = draft.norm(hidden.flatten(0, 2)[slots.index])
         step = slots.index % shape[2]
-        weight = draft.config.step_loss_decay ** step.to(torch.promote_types(hidden.dtype, torch.float32)) / length
+        weight = draft.config.step_loss_decay ** step.to(torch.promote_types(hidden.dtype, torch.float32))
+        weight = weight / length.expand(shape).flatten()[slots.index]
         reported = torch.zeros_like(weight)
         total, terms = chunked_losses(
             eagle3_formula,
@@ -78,7 +80,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
         zero = total.new_zeros(())
         sums = StepSums(
             loss=total.detach(),
-            weight=torch.full_like(zero, shape[0]),
+            weight=torch.full_like(zero, samples),
             ce=total.detach(),
             l1=zero,
             confidence=zero,
@@ -88,7 +90,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
             slots=batch.slot_mask.sum(dim=(0, 1)),
             accepted=rates.sum(dim=(0, 1)),
         )
-        steps = ce.sum(dim=(0, 1)) / length
+        steps = (ce / length).sum(dim=(0, 1))
         return Loss(total, sums, {"correct": agreed.sum(dim=(0, 1)), "tau_greedy": tau_greedy, "steps": steps})
 
 
@@ -114,3 +116,12 @@ def eagle3_formula(
     ce = inside * log_mass - (q * logits).sum(-1)
     rate = torch.minimum(p, q).sum(-1)
     return [ce, rate, agreed], p.mul_(inside[:, None]).sub_(q).mul_(ce_weight[:, None])
+
+
+def _samples(batch: Batch) -> tuple[int, Tensor]:
+    """How many samples there are, and how long that of each slot is (it broadcasts to [B, A, steps])."""
+    rows, length = batch.input_ids.shape
+    if batch.positions is None:
+        return rows, batch.anchors.new_full((1, 1, 1), length)
+    lengths = batch.anchors.new_tensor(sample_lengths(batch.positions))
+    return len(lengths), lengths.repeat_interleave(lengths)[None, :, None]

@@ -61,10 +61,8 @@ class Setup:
     ) -> tuple[DraftConfig | Eagle3Config, list[str]]:
         """The draft's config, and notes on what was assumed; ids of ``samples`` are read if they must be counted."""
         train, mask, more = self.config.train, None, []
-        if section.kind == "eagle3" and (train.packed or train.window is not None):
-            raise InputError(
-                "EAGLE-3 learns from every position of padded samples.", "Leave train.packed and train.window out."
-            )
+        if section.kind == "eagle3" and train.window is not None:
+            raise InputError("EAGLE-3 learns from every position of a sample.", "Leave train.window out.")
         if (start := draft_of(train.init)) is not None:
             given = read_draft_config(start)
             given.check_target(self.spec)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.drafts.config import DraftConfig
+from nemotron_dspark.drafts.config import DFlashConfig, DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 
 HIDDEN, VOCABULARY, TAPS = 24, 53, 2
@@ -60,6 +60,7 @@ def new_draft(
     cache: MemoryCache | None = None,
     attention: str = "auto",
     recompute_layers: bool = False,
+    kind: type[DraftConfig] = DraftConfig,
     **changes,
 ) -> DSparkDraft:
     values = {
@@ -80,8 +81,12 @@ def new_draft(
         "num_anchors": 8,
         "markov_rank": 6,
     }
-    config = DraftConfig(**(values | changes))
+    if kind is DFlashConfig:
+        del values["markov_rank"]
+    config = kind(**(values | changes))
     draft = DSparkDraft(config, seed=seed, attention=attention, recompute_layers=recompute_layers)
+    if config.draft_vocab_size is not None:
+        draft.set_vocabulary(torch.arange(config.draft_vocab_size) * VOCABULARY // config.draft_vocab_size)
     embedding = (cache or MemoryCache(1)).embedding
     draft.set_embeddings(embedding, embedding)
     return draft

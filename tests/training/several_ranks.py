@@ -159,6 +159,7 @@ def run_all(folder: Path, words: Sequence[str]) -> dict[str, list[list[dict]]]:
     bf16 = torch.bfloat16
     stop, kill = signalled(signal.SIGTERM), signalled(signal.SIGKILL)
     train_it = ["train", *words]
+    packed = {"parallel": "fsdp", "local_batch_size": 2, "packed": True}
     runs = {
         "one": lambda at: [trained(1, at)],
         "two": lambda at: [trained(2, at)],
@@ -169,7 +170,7 @@ def run_all(folder: Path, words: Sequence[str]) -> dict[str, list[list[dict]]]:
         "two, stopped, two": lambda at: [trained(2, at, act=stop), trained(2, at)],
         "two, stopped, four": lambda at: [trained(2, at, act=stop), trained(4, at)],
         "sharded, stopped, one": lambda at: [trained(2, at, parallel="fsdp", act=stop), trained(1, at)],
-        "one, stopped, sharded": lambda at: [trained(1, at, act=stop, acting=0), trained(2, at, parallel="fsdp")],
+        "one, stopped, sharded": lambda at: [trained(1, at, act=stop, acting=0), trained(2, at, **packed)],
         "two, killed, two": lambda at: [trained(2, at, act=kill), trained(2, at)],
         "two, one stuck": lambda at: [trained(2, at, act=stuck)],
         "two, first killed": lambda at: [trained(2, at, act=kill, acting=0)],
