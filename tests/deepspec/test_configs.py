@@ -140,6 +140,17 @@ def test_the_kind_of_draft_is_that_of_the_configuration(tiny_hybrid):
     eagle3 = config("--set", "draft.kind=eagle3", "--set", "draft.taps=[1,2,3,4,5]")
     assert "NemotronEagle3Trainer" in eagle3.stdout
     assert "NemotronDSparkTrainer" in config().stdout
-    refused = config("--set", "draft.kind=dflash")
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("draft.kind=dflash", "DeepSpec trains no DFlash"),
+        ("draft.vocabulary=100", "no draft of a part of the vocabulary"),
+        ("train.window=64", "DeepSpec learns from all of a long sample"),
+    ],
+)
+def test_what_deepspec_does_not_train_is_refused(tiny_hybrid, setting, sentence):
+    refused = CliRunner().invoke(app, ["deepspec", "config", "--target", str(tiny_hybrid), "--set", setting])
     assert isinstance(refused.exception, InputError)
-    assert "DeepSpec trains no DFlash" in refused.exception.what
+    assert sentence in refused.exception.what
