@@ -65,7 +65,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/cache_build.py
 	$(BIN)/python benchmarks/rollback.py
 
-# The documents as a site, to be opened in a browser at site/index.html; a link that leads nowhere fails it, as it does in the tests.
+# The documents as a site, to be opened in a browser at site/index.html, or with its search by `python3 -m http.server -d site`. A link
+# that leads nowhere fails it, as it does in the tests.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 

@@ -74,6 +74,7 @@ def test_the_wheel_carries_configs_templates_and_the_page(wheel):
         expected = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert expected
         assert {f"nemotron_dspark/{name}" for name in expected} <= held
+    assert "nemotron_dspark/constraints.txt" in held
     assert not [name for name in held if name.startswith(("tests/", "docs/"))]
 
 

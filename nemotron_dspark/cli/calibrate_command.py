@@ -24,7 +24,7 @@ def calibrate(
         typer.Option(
             "--prompts",
             "-p",
-            help="JSON lines of prompts the draft has not seen, without it a recipe's; repeated, each a workload.",
+            help="JSON lines of prompts the draft has not seen, without it those held out; repeated, each a workload.",
         ),
     ] = None,
     margin: Annotated[
@@ -39,7 +39,7 @@ def calibrate(
     from nemotron_dspark import stages
     from nemotron_dspark.evaluation import calibration_report
 
-    prompts, draft = prompts or shell.held_out_prompts(), draft or shell.newest_draft(config)
+    draft, prompts = draft or shell.newest_draft(config), prompts or shell.held_out_prompts()
 
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
         report, written = stages.calibrate(

@@ -28,7 +28,7 @@ def compare(
         typer.Option(
             "--prompts",
             "-p",
-            help="JSON lines of prompts the drafts have not seen, without it a recipe's; repeated, each a workload.",
+            help="JSON lines of prompts the drafts have not seen, or those held out; repeated, each a workload.",
         ),
     ] = None,
     lengths: Annotated[str | None, shell.CONTEXT_LENGTHS] = None,

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,10 +36,12 @@ def register(app: typer.Typer) -> None:
 
 def prompts(
     preset: Annotated[
-        str | None, typer.Option(help="agentic, chat, code, math or reasoning; without it they are listed.")
+        Literal["chat", "code", "math", "reasoning", "agentic"] | None,
+        typer.Option(help="What the draft is for; without it they are listed."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for train.jsonl, held_out.jsonl and about.json.")
+        Path | None,
+        typer.Option("--out", "-o", help="For train.jsonl, held_out.jsonl and about.json; prompts/<preset>."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Prompts, held-out ones included.")] = 50_000,
     held_out: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share that is kept out of training.")] = 0.05,
@@ -59,8 +61,6 @@ def prompts(
 
     if preset is None:
         return PresetList(presets.PRESETS)
-    if out is None:
-        raise InputError("There is no folder to write to.", "Give --out.")
     wrong = next((text for text in revision or () if not all(text.partition("="))), None)
     if wrong is not None:
         raise InputError(f"--revision {wrong} does not name a data set and its commit.", "Write org/name=COMMIT.")
@@ -71,7 +71,7 @@ def prompts(
 
         return presets.write_prompts(
             preset,
-            out,
+            out or Path("prompts") / preset,
             limit=limit,
             held_out=held_out,
             against=against or (),

@@ -28,7 +28,9 @@ def evaluate(
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompts", "-p", help=shell.several("Prompts the draft has not seen; without it a recipe's. JSON lines")
+            "--prompts",
+            "-p",
+            help=shell.several("Prompts the draft has not seen; without it those held out. JSON lines"),
         ),
     ] = None,
     draft: Annotated[
@@ -50,20 +52,19 @@ def evaluate(
     lengths: Annotated[str | None, shell.CONTEXT_LENGTHS] = None,
 ) -> None:
     """Measure a draft: accepted length, acceptance by position, speed, equal output."""
+    if lengths is not None and (engine is not None or lossless is not None):
+        given = "--engine" if engine is not None else "--lossless"
+        raise InputError(f"Both --context-lengths and {given} are given.", "Measure one after the other.")
+    if plain_engine is not None and engine is None:
+        raise InputError("--plain-engine is given without --engine.", "Give a running engine with --engine.")
+    if engine is not None:
+        _in_engine(config, prompts or shell.held_out_prompts(), draft, limit, out, engine, plain_engine, lossless)
+        return
+    draft = draft or shell.newest_draft(config)
     prompts = prompts or shell.held_out_prompts()
     if lengths is not None:
-        if engine is not None or lossless is not None:
-            given = "--engine" if engine is not None else "--lossless"
-            raise InputError(f"Both --context-lengths and {given} are given.", "Measure one after the other.")
-        drafts = [draft or shell.newest_draft(config)]
-        compare_command.show(compare_command.compared(config, drafts, prompts, lengths, limit), out)
+        compare_command.show(compare_command.compared(config, [draft], prompts, lengths, limit), out)
         return
-    if engine is not None:
-        _in_engine(config, prompts, draft, limit, out, engine, plain_engine, lossless)
-        return
-    if plain_engine is not None:
-        raise InputError("--plain-engine is given without --engine.", "Give a running engine with --engine.")
-    draft = draft or shell.newest_draft(config)
     from nemotron_dspark import stages
 
     with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:

@@ -26,7 +26,6 @@ def export(
             "speculators."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder, or new file of --to gguf.")],
     draft: Annotated[
         Path | None,
         typer.Option(
@@ -34,6 +33,10 @@ def export(
             "-d",
             help="Folder of a trained draft; the target's newest here, but --to gguf then writes the target.",
         ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="New folder, or new file of --to gguf; export/ in the run's folder."),
     ] = None,
     slim: Annotated[
         bool, typer.Option("--slim", help="Leave out the target's embedding and LM head, which engines share.")
@@ -47,16 +50,28 @@ def export(
     from nemotron_dspark.engines import exchange, gguf_export
     from nemotron_dspark.targets import Checkpoint
 
-    if to != "gguf" and draft is None and config.target.name:
-        draft = shell.newest_draft(config)
+    if to != "gguf":
+        draft = draft or shell.newest_draft(config)
     target = Checkpoint.of(config.target, weights=to != "gguf" or draft is None) if config.target.name else None
+    out = out or _place(draft, to)
     if to != "gguf" and draft is not None:
         return exchange.export_draft(draft, to, out, target, slim=slim)
-    if to != "gguf":
-        raise InputError(f"--to {to} is for drafts, and --draft is not given.", "Give the draft with --draft.")
     if target is None:
         raise InputError("A GGUF file holds the target's tokenizer.", "Give the target with --target.")
     return gguf_export.export(target, draft, out, dtype)
+
+
+def _place(draft: Path | None, to: str) -> Path:
+    """Where a recipe puts the export of a run's draft."""
+    from nemotron_dspark.recipe.graph import export_place
+    from nemotron_dspark.training.run_folder import RUN_FILE
+
+    if draft is None or not (draft.parent / RUN_FILE).is_file():
+        raise InputError(
+            "There is nothing to write to, and no run of the draft whose folder could be taken.",
+            "Give --out.",
+        )
+    return export_place(draft.parent, to)
 
 
 def show_exchanged(found: "Exchanged") -> None:

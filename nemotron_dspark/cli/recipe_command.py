@@ -132,13 +132,17 @@ def _show_cleaned(report: "CleanReport") -> None:
 
 
 def _show_result(result: "RecipeResult") -> None:
-    for draft in result.drafts:
+    for draft in result.trained:
+        said = result.measured(draft)
+        shell.out.print(f"[bold]{escape(draft.label)}[/]  {escape(said)}".rstrip(), soft_wrap=True)
         serve = shlex.join(["nds", "serve", "--target", draft.target, "--draft", str(draft.folder)])
-        shell.out.print(f"[bold]{escape(draft.label)}[/]  {escape(serve)}", soft_wrap=True)
+        shell.out.print(f"  {escape(serve)}", soft_wrap=True)
     for text in result.refused:
         shell.out.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
     if result.report:
         shell.out.print(f"report   {escape(str(result.report))}", soft_wrap=True)
+    else:
+        shell.out.print("That was asked for is done; without --until the same command goes on.", soft_wrap=True)
 
 
 def show_plan(planned: "RecipePlan") -> None:

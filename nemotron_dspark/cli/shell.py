@@ -268,7 +268,7 @@ def held_out_prompts() -> list[str]:
     found = latest.held_out()
     if not found:
         raise InputError(
-            "--prompts is not given, and no recipe here has held prompts out.",
+            "--prompts is not given, and nothing here has held prompts out.",
             "Give JSON lines of prompts that the draft has not seen; `nds data split` holds some out.",
         )
     note(f"--prompts is not given: takes {', '.join(found)}.")

@@ -124,7 +124,8 @@ def load_recipe(file: Path | None = None, *, assignments: Iterable[str] = (), **
     Raises:
         InputError: a file is missing or malformed, a key is unknown, a value is out of range, or keys contradict.
     """
-    values = read_yaml(file, "Write one as in docs/recipe.md, or give --target and --prompts.") if file else {}
+    write = "Write one as in docs/recipe.md; `nds recipe run` takes --target and --prompts in its place."
+    values = read_yaml(file, write) if file else {}
     where = str(file) if file else "The recipe"
     if given.get("data"):
         values.pop("prompts", None)

@@ -187,14 +187,16 @@ def disk(probes: Probes) -> Finding:
 
 
 def versions(probes: Probes) -> Finding:
-    """Installed packages against the oldest that the project allows; those of extras only where installed."""
+    """Installed packages against the oldest allowed and those of the tests; of extras only what is installed."""
     try:
         asked = probes.requirements()
     except importlib.metadata.PackageNotFoundError:
         found = "nemotron-dspark runs from a folder and is not installed, so its requirements are unknown"
         return _finding("warning", found, f"{_pip()} install -e .")
+    tested = probes.tested()
     core: dict[str, str] = {}
     wrong: dict[str, str] = {}  # requirement: what is wrong with it
+    others: dict[str, bool] = {}  # what the tests ran with, where another is here: whether that is a major one above
     for requirement in asked:
         parts = re.match(r"([\w.-]+)>=([\d.]+)", requirement)
         if parts is None or re.search("extra == .(dev|kernels).", requirement):  # kernels have checks of their own
@@ -206,9 +208,16 @@ def versions(probes: Probes) -> Finding:
             wrong[parts[0]] = f"{name} is missing"
         elif installed is not None and _numbers(installed) < _numbers(parts[2]):
             wrong[parts[0]] = f"{name} {installed} is too old"
+        elif installed is not None and name in tested and _numbers(installed) != _numbers(tested[name]):
+            others[f"{name}=={tested[name]}"] = _numbers(installed)[:1] > _numbers(tested[name])[:1]
     if wrong:
         return _finding("fault", ", ".join(wrong.values()), f"{_pip()} install {shlex.join(wrong)}")
-    return _finding("ok", ", ".join(core.values()))
+    found = ", ".join(core.values())
+    if others:
+        found += f"; the tests ran with {', '.join(others)}"
+    if newer := [pin for pin, major in others.items() if major]:
+        return _finding("warning", found, f"{_pip()} install {shlex.join(newer)}")
+    return _finding("ok", found)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

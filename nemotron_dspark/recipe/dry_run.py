@@ -172,7 +172,7 @@ def dry_run(recipe: Recipe) -> RecipePlan:
         tuple(dict.fromkeys(said)),
         tuple(problems),
         tuple(dict.fromkeys(advice)),
-        assumptions(machine),
+        assumptions(machine, _eval_prompts(recipe)),
     )
 
 
@@ -223,8 +223,13 @@ def _from_prompts(recipe: Recipe, config: RunConfig, positions: int, held_out: f
     return dataclasses.replace(found, source=text)
 
 
+def _eval_prompts(recipe: Recipe) -> int:
+    """How many are measured on, at most; as many as `nds plan` counts where all held-out ones are."""
+    return recipe.eval_prompts or ASSUMED.eval_prompts
+
+
 def _hours(stage: Stage, column: Column, shape: Shape, recipe: Recipe, machine: Machine) -> float:
-    share = (recipe.eval_prompts or ASSUMED.eval_prompts) / ASSUMED.eval_prompts
+    share = _eval_prompts(recipe) / ASSUMED.eval_prompts
     if stage.kind == "calibrate":
         return share * needs.calibration_seconds(shape, stage.config.eval, machine) / 3600
     if stage.kind == "train" and recipe.train_hours:

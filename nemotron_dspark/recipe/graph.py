@@ -126,8 +126,17 @@ def drafts_of(recipe: Recipe) -> tuple[Draft, ...]:
             if recipe.calibrate:
                 last.append(_measured("calibrate", recipe, train, split, held_out))
             for form in recipe.export:
-                place = train.place / "export" / (form if form != "gguf" else "draft.gguf")
-                last.append(Stage("export", label, place, config, {"format": form}, (train,), format=form))
+                last.append(
+                    Stage(
+                        "export",
+                        label,
+                        export_place(train.place, form),
+                        config,
+                        {"format": form},
+                        (train,),
+                        format=form,
+                    )
+                )
             chain = tuple(stage for stage in (split, answers, cache, train, *last) if stage)
             found.append(Draft(target, variant, config, chain))
     return tuple(found)
@@ -141,6 +150,11 @@ def all_stages(drafts: tuple[Draft, ...]) -> Iterator[Stage]:
             if stage.name not in seen:
                 seen.add(stage.name)
                 yield stage
+
+
+def export_place(run: Path, form: str) -> Path:
+    """Where a run's draft goes in the format ``form`` when nothing else is said."""
+    return run / "export" / (form if form != "gguf" else "draft.gguf")
 
 
 def _split(recipe: Recipe) -> Stage | None:

@@ -31,7 +31,8 @@ class Way:
 
 def way_from(folder: Path = Path()) -> Way:
     """The way on from ``folder``."""
-    return _recipe(folder) or _run(folder) or _cache(folder) or _answers(folder) or _prompts(folder) or _nothing()
+    ways = (_recipe, _run, _cache, _answers, _prompts, _demo)
+    return next(filter(None, (way(folder) for way in ways)), None) or _nothing()
 
 
 def _recipe(folder: Path) -> Way | None:
@@ -59,7 +60,12 @@ def _run(folder: Path) -> Way | None:
     target = shlex.quote(_target(run))
     if not (run / "draft" / "config.json").is_file():
         return Way(f"A run that is not finished: {run}.", _train(run), "goes on from its last checkpoint")
-    evaluate = f"nds eval --target {target} --draft {shlex.quote(str(run / 'draft'))} --prompts held_out.jsonl"
+    prompts = held_out_file(folder) or Path("held_out.jsonl")
+    evaluate = f"nds eval --target {target} --draft {shlex.quote(str(run / 'draft'))}"
+    evaluate += f" --prompts {shlex.quote(str(prompts))} --out {shlex.quote(str(run / 'eval'))}"
+    if (run / "eval" / "eval.json").is_file():
+        others = ((evaluate, "measures it again"), (f"nds export --target {target} --to vllm", "for another engine"))
+        return Way(f"A trained draft that was measured: {run / 'draft'}.", _serve(run), "serves it", others)
     others = ((_serve(run), "serves it"),)
     return Way(f"A trained draft: {run / 'draft'}.", evaluate, "measures it on prompts it has not seen", others)
 
@@ -96,6 +102,15 @@ def _prompts(folder: Path) -> Way | None:
     return Way(f"Prompts: {path}.", f"{command} --dry-run", "plans a draft for a target (put its name there)", others)
 
 
+def _demo(folder: Path) -> Way | None:
+    path = max(folder.glob("runs/*/demo.json"), key=_age, default=None)
+    if path is None or not (path.parent / "run" / "draft" / "config.json").is_file():
+        return None
+    run = path.parent / "run"
+    others = tuple((command, why) for command, why in _nothing().others if not command.startswith("nds demo"))
+    return Way(f"The demo's draft: {run / 'draft'}.", _serve(run), "serves it, with a page to look at", others)
+
+
 def _nothing() -> Way:
     others = (
         ("nds demo", "the whole recipe on this machine in ten minutes, from nothing"),
@@ -104,6 +119,12 @@ def _nothing() -> Way:
         (f"nds recipe run --target {_EXAMPLE} --prompts prompts.jsonl", "a draft for a target, from your prompts"),
     )
     return Way("Nothing of nds is in this folder.", "nds doctor", "says whether this machine is ready", others)
+
+
+def held_out_file(folder: Path) -> Path | None:
+    """The newest prompts that `nds data prompts` or `nds data split` has held out in ``folder``."""
+    patterns = ("held_out.jsonl", "*/held_out.jsonl", "prompts/*/held_out.jsonl")
+    return max((path for pattern in patterns for path in folder.glob(pattern)), key=_age, default=None)
 
 
 def _newest_run(folder: Path) -> Path | None:

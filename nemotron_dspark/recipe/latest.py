@@ -21,6 +21,7 @@ from nemotron_dspark.config.recipe import RECIPE_FILE
 from nemotron_dspark.errors import InputError, NdsError
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.graph import FOLDER
+from nemotron_dspark.recipe.guide import held_out_file
 from nemotron_dspark.training.run_folder import RUN_FILE
 
 
@@ -58,13 +59,16 @@ def draft_of(config: RunConfig) -> Found | None:
 
 
 def held_out() -> list[str]:
-    """The prompts that the recipe which was run here has kept out of training; none where there was none."""
+    """The prompts that the recipe which was run here has kept out of training, else those of the newest split here."""
     path = Path(FOLDER) / "prompts" / "held_out.jsonl"
     if path.is_file():
         return [str(path)]
     recipe = Path(FOLDER) / RECIPE_FILE
     given = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("held_out") if recipe.is_file() else None
-    return list(map(str, given)) if isinstance(given, list) else []
+    if isinstance(given, list):
+        return list(map(str, given))
+    newest = held_out_file(Path())
+    return [str(newest)] if newest else []
 
 
 def to_train_on(config: RunConfig) -> tuple[Literal["cache", "data"], Found]:

@@ -234,7 +234,7 @@ def estimate(
     )
 
 
-def assumptions(machine: Machine) -> tuple[str, ...]:
+def assumptions(machine: Machine, eval_prompts: int = ASSUMED.eval_prompts) -> tuple[str, ...]:
     """Sentences on everything that is neither in the config nor a property of the machine."""
     gpus = ""
     if machine.gpus > 1:
@@ -244,7 +244,7 @@ def assumptions(machine: Machine) -> tuple[str, ...]:
         f"the memory's bandwidth, generation reaches {ASSUMED.bandwidth:.0%} with {needs.concurrency(machine)} "
         "requests at a time.",
         f"Disk: {ASSUMED.read / GB:g} GB/s read, {ASSUMED.write / GB:g} GB/s written, flushed and checksummed.",
-        f"Evaluation: {ASSUMED.eval_prompts} prompts, {ASSUMED.accepted:g} tokens a round.",
+        f"Evaluation: {eval_prompts} prompts, {ASSUMED.accepted:g} tokens a round.",
     )
 
 

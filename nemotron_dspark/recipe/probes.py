@@ -19,6 +19,7 @@ from pathlib import Path
 
 from nemotron_dspark.errors import EnvironmentFault, first_line
 from nemotron_dspark.memory import is_unified, meminfo
+from nemotron_dspark.resources import tested_versions
 
 PROOF_SECONDS = 300  # the first call of a Triton kernel compiles it
 _PIECE = 8_000_000
@@ -125,6 +126,10 @@ class Probes:
             PackageNotFoundError: it runs from a folder and was never installed.
         """
         return importlib.metadata.requires("nemotron-dspark") or []
+
+    def tested(self) -> dict[str, str]:
+        """What the tests ran with: version by package."""
+        return tested_versions()
 
     def version(self, package: str) -> str | None:
         """Installed version; None without it."""

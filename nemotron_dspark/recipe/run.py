@@ -38,6 +38,16 @@ class RecipeResult:
     report: Path | None  # None where the run ended before
     refused: tuple[str, ...]  # what was asked for and cannot be made, in two sentences each
 
+    @property
+    def trained(self) -> tuple[Draft, ...]:
+        """The drafts that are there; a run that ended before its training has none."""
+        return tuple(draft for draft in self.drafts if (draft.folder / "config.json").is_file())
+
+    def measured(self, draft: Draft) -> str:
+        """The sentence on its evaluation; empty where it has none."""
+        record = self._evaluation(draft)
+        return record.said if record and record.done else ""
+
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
@@ -48,10 +58,13 @@ class RecipeResult:
         }
 
     def _draft(self, draft: Draft) -> dict[str, Any]:
-        evaluated = draft.get("eval")
-        record = self.records.get(evaluated.name) if evaluated else None
+        record = self._evaluation(draft)
         found = {"target": draft.target, "variant": draft.variant, "draft": str(draft.folder)}
         return found | {"evaluation": record.result if record else None}
+
+    def _evaluation(self, draft: Draft) -> Record | None:
+        stage = draft.get("eval")
+        return self.records.get(stage.name) if stage else None
 
 
 def run_recipe(

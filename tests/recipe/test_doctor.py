@@ -39,6 +39,7 @@ class Simulated(Probes):
         self.variables: dict[str, str] = {}
         self.free, self.speed = 20e12, (3e9, 6e9)
         self.asked, self.packages = REQUIREMENTS, {"torch": "2.13.0+cu130", "transformers": "5.23.0"}
+        self.pins = {"torch": "2.13.0", "transformers": "5.23.0"}
         self.packages |= {"mamba-ssm": "2.3.1", "causal-conv1d": "1.6.2"}
         self.paths: dict[str, str] = {}
         self.taken: tuple[int, ...] = ()
@@ -72,6 +73,9 @@ class Simulated(Probes):
 
     def requirements(self):
         return list(self.asked)
+
+    def tested(self):
+        return self.pins
 
     def version(self, package):
         return self.packages.get(package)
@@ -385,6 +389,22 @@ def test_a_build_of_nvidia_from_before_a_release_counts_as_the_release(folder):
     probes = processor_only(folder)
     probes.packages["torch"] = "2.9.0a0+nv25.10"
     assert named(examine(folder, probes))["versions"].state == "ok"
+
+
+def test_versions_that_the_tests_did_not_run_with_are_named_and_a_major_one_is_a_warning(folder):
+    probes = processor_only(folder)
+    assert "tests" not in named(examine(folder, probes))["versions"].found
+    probes.packages["transformers"] = "5.30.1"
+    found = named(examine(folder, probes))["versions"]
+    assert found.state == "ok"
+    assert found.found.endswith("transformers 5.30.1; the tests ran with transformers==5.23.0")
+    probes.packages["transformers"] = "6.0.0"
+    found = named(examine(folder, probes))["versions"]
+    assert (found.state, found.mend) == ("warning", f"{sys.executable} -m pip install transformers==5.23.0")
+
+
+def test_the_versions_of_the_tests_are_those_of_the_constraints(folder):
+    assert Probes(folder).tested()["huggingface-hub"][0].isdigit()
 
 
 def test_a_folder_that_was_never_installed_is_a_warning(folder):

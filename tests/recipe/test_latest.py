@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from nemotron_dspark import cli
 from nemotron_dspark.cli import train_command
 from nemotron_dspark.config import load_config
+from nemotron_dspark.engines import exchange
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import latest
 from nemotron_dspark.recipe.guide import way_from
@@ -107,6 +108,24 @@ def test_without_a_draft_the_command_that_trains_one_is_named(config):
     assert "`nds train --target nvidia/Nemotron-H-8B`" in missing.value.do
 
 
+def test_a_command_without_a_draft_names_the_one_that_makes_it_first(config):
+    for command in (["eval"], ["calibrate"], ["export", "--to", "sglang"]):
+        said = CliRunner().invoke(cli.app, [*command, "--target", H_8B])
+        assert isinstance(said.exception, InputError)
+        assert "no trained draft" in said.exception.what
+        assert "`nds data regenerate" in said.exception.do
+
+
+def test_an_export_goes_where_a_recipe_puts_it(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(exchange, "export_draft", lambda draft, to, out, target, slim: asked.append((draft, out)))
+    run("runs/a")
+    CliRunner().invoke(cli.app, ["export", "--draft", "runs/a/draft", "--to", "sglang"])
+    assert asked == [(Path("runs/a/draft"), Path("runs/a/export/sglang"))]
+    said = CliRunner().invoke(cli.app, ["export", "--draft", "elsewhere", "--to", "sglang"])
+    assert "Give --out" in said.exception.do
+
+
 def test_a_folder_is_the_same_target_however_it_is_named(config, tmp_path):
     (tmp_path / "models/t").mkdir(parents=True)
     assert latest.same_target("models/t", str(tmp_path / "models/t"))
@@ -115,6 +134,8 @@ def test_a_folder_is_the_same_target_however_it_is_named(config, tmp_path):
 
 def test_the_prompts_that_a_recipe_holds_out_are_found(config):
     assert latest.held_out() == []
+    write("prompts/chat/held_out.jsonl", "")
+    assert latest.held_out() == ["prompts/chat/held_out.jsonl"]  # of `nds data prompts`
     write("recipe/recipe.yaml", "target: [x]\nheld_out: [other.jsonl]\n")
     assert latest.held_out() == ["other.jsonl"]
     write("recipe/prompts/held_out.jsonl", "")
@@ -145,6 +166,8 @@ FOLDERS = {
     "a cache": (lambda: cache("caches/a"), f"nds train --target {REPOSITORY}"),
     "a run that is begun": (lambda: run("runs/a", finished=False), "nds train --target"),
     "a draft": (lambda: run("runs/a"), "nds eval --target"),
+    "a draft that was measured": (lambda: (run("runs/a"), write("runs/a/eval/eval.json", "{}")), "nds serve --target"),
+    "a demo": (lambda: (run("runs/demo/run"), write("runs/demo/demo.json", "{}")), "nds serve --target"),
     "a recipe": (lambda: write("recipe.yaml", RECIPE), "nds recipe run --dry-run"),
 }
 

@@ -125,6 +125,16 @@ def test_the_report_is_one_file_with_pictures_figures_and_commands(finished):
         assert stage in page
 
 
+def test_the_command_ends_with_each_draft_its_figures_and_how_to_serve_it(folder):
+    said = CliRunner().invoke(cli.app, ["recipe", "run"], catch_exceptions=False).stdout
+    assert re.search(r"target  accepted length greedy \d.*\n  nds serve --target \S+ --draft runs/target/draft\n", said)
+    assert "report   report.html" in said
+    shutil.rmtree("runs")
+    said = CliRunner().invoke(cli.app, ["recipe", "run", "--until", "cache"], catch_exceptions=False).stdout
+    assert "nds serve" not in said
+    assert "goes on" in said
+
+
 def test_a_finished_recipe_begins_nothing(folder):
     before = draft_bytes()
     seen, _ = run()
