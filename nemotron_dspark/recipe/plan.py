@@ -30,7 +30,7 @@ from nemotron_dspark.recipe.needs import ASSUMED, Shape
 from nemotron_dspark.recipe.workload import ANSWER_SHARE, Workload, from_file, from_numbers
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.layer_weights import USED_EXPERTS
-from nemotron_dspark.targets.placement import BESIDE_DRAFT, KEPT_FREE, MOST_OF_MEMORY
+from nemotron_dspark.targets.placement import BESIDE_DRAFT, KEPT_FREE, room_on
 from nemotron_dspark.targets.streamed import pass_tokens, streams, token_bytes
 
 _SEGMENTS = 2  # of a rolling cache, on the disk at once
@@ -329,7 +329,8 @@ class _Case:
         forward = needs.forward_seconds(self.shape, self.workload.tokens, self.machine)
         forward /= max(1, self.machine.gpus) if mode.setting is None else processes
         streaming, seconds = self.streaming(mode), {}
-        if not streaming or needs.engine_bytes(self.shape, self.machine.weight_bytes) < self.free_bytes:
+        together = self.free_bytes * max(1, self.machine.gpus)
+        if not streaming or needs.engine_bytes(self.shape, self.machine.weight_bytes) < together:
             seconds["answers"] = needs.answer_seconds(self.shape, self.workload, self.machine)
         whole = self.states(mode)
         stored = mode.stored(whole, self.config.cache)
@@ -352,11 +353,10 @@ class _Case:
         shape, machine, free = self.shape, self.machine, self.free_bytes
         whole = needs.serving_bytes(shape, machine.weight_bytes, 1, self.workload.longest)
         weights = float(shape.parameters * machine.weight_bytes)
-        on_first, others = BESIDE_DRAFT * free, machine.gpus - 1
-        if not streams("auto", weights, free) or not weights < on_first + MOST_OF_MEMORY * free * others:
+        if not streams("auto", weights, free) or not weights < room_on(machine.gpus, free):
             return whole, whole < free
-        first = min(on_first, weights / machine.gpus)
-        return max(whole - weights + first, (weights - first) / others), True
+        first = min(BESIDE_DRAFT * free, weights / machine.gpus)
+        return max(whole - weights + first, (weights - first) / (machine.gpus - 1)), True
 
     def training(self) -> needs.Training:
         return needs.training_bytes(
@@ -440,6 +440,10 @@ class _Case:
         keys = {"cache": ("cache", "batch_tokens"), "train": ("train", "num_anchors")}
         if stage not in keys:
             return None
+        apart = self._gpus_of_target() if not mode.streams else None
+        if apart is not None:
+            held = "a GPU has the target alone" if apart == 1 else f"{apart} GPUs hold the target"
+            return f"train fits where {held} and the others train (--inference-gpus 1)."
         section, key = keys[stage]
         values = getattr(self.config, section)
         value = getattr(values, key)
@@ -454,6 +458,13 @@ class _Case:
                 return f"train fits with --set draft.num_layers={count}."
         keys_tried = f"{section}.{key}" + (" and draft.num_layers are" if layers else " is")
         return f"{stage} does not fit whatever {keys_tried}: it takes a machine with more memory."
+
+    def _gpus_of_target(self) -> int | None:
+        """How many GPUs hold the target while the others train a draft without it; None: there are too few."""
+        weights, free = self.shape.parameters * self.machine.weight_bytes, self.free_bytes
+        if ASSUMED.cuda_context + self.training().device > self.machine.gpu_bytes:
+            return None
+        return next((count for count in range(1, self.machine.gpus) if weights < room_on(count, free)), None)
 
 
 def _lacking(need: Memory, machine: Machine) -> str:

@@ -56,6 +56,11 @@ def room_for_weights(free: Mapping[torch.device, int]) -> dict[torch.device, int
     }
 
 
+def room_on(count: int, free: float) -> float:
+    """Bytes for weights on ``count`` devices with ``free`` bytes each."""
+    return free * (MOST_OF_MEMORY if count == 1 else BESIDE_DRAFT + MOST_OF_MEMORY * (count - 1))
+
+
 def place(
     model: nn.Module,  # may be on the meta device
     layers: str,  # the path of its list of layers

@@ -71,6 +71,7 @@ class RollingSource(Source):
         self._ready: dict[int, TargetCache] = {}
         self._failure: BaseException | None = None
         self._stopped = False
+        self._remarked = False  # what the target has to say of its speed is said once
         self._producer: threading.Thread | None = None
 
     def opening(self, sample_id: int) -> np.ndarray:
@@ -246,7 +247,10 @@ class RollingSource(Source):
             writers.append(writing.enter_context(writer))
 
         def capture() -> None:
-            capture_all(lambda: self._target, tokens, writers[0], self._cache.batch_tokens, report)
+            remarks = capture_all(lambda: self._target, tokens, writers[0], self._cache.batch_tokens, report)
+            for remark in remarks if not self._remarked else ():
+                self._on_message(remark)
+            self._remarked |= bool(remarks)
 
         def finish() -> None:
             writers[0].gather()

@@ -157,8 +157,14 @@ def test_a_target_that_one_gpu_does_not_hold_is_measured_on_all_of_them(super_12
     weights = 2 * super_120b.parameters
     assert weights / node.gpus < cached.memory["eval"].gpu < 0.6 * node.gpu_bytes < weights
     assert "--draft" in found.commands[-1]
-    single = column(planned(super_120b, dataclasses.replace(node, gpus=2)), "cached")
-    assert "eval" not in single.memory
+    assert "answers" in cached.hours
+    assert (
+        "train fits where 4 GPUs hold the target and the others train (--inference-gpus 1)."
+        in column(found, "online").advice
+    )
+    two = planned(super_120b, dataclasses.replace(node, gpus=2))
+    assert "eval" not in column(two, "cached").memory
+    assert not any("--inference-gpus" in advice for advice in column(two, "online").advice)
 
 
 def test_quantised_weights_are_answered_from_as_they_are_stored(super_120b):

@@ -24,6 +24,7 @@ from nemotron_dspark.config import TrainConfig, load_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from nemotron_dspark.targets import Target, proofs
+from nemotron_dspark.targets.streamed import StreamedTarget
 from nemotron_dspark.training import run_folder
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.display import Display
@@ -383,6 +384,15 @@ def test_rolling_over_a_budget_that_holds_everything_equals_cached_training_bit_
     report = run("run", "cache.mode=rolling")
     assert report.mode == "rolling"
     assert_same_bits(report.run_folder, cached_run)
+
+
+def test_segments_of_a_streamed_target_train_the_same_bits_and_a_slow_disk_is_said(run, cached_run, monkeypatch):
+    monkeypatch.setattr(StreamedTarget, "remarks", lambda self: ("A faster disk would help.",))
+    told, watcher = [], Callback()
+    watcher.on_message = told.append
+    report = run("run", "cache.mode=rolling", "target.stream=on", callbacks=[watcher])
+    assert_same_bits(report.run_folder, cached_run)
+    assert told.count("A faster disk would help.") == 1
 
 
 def test_a_rolling_cache_may_be_compact(run, tiny_hybrid, conversations, tmp_path):
