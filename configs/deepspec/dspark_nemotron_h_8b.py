@@ -20,7 +20,7 @@ model = {
     # of 52 layers: M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-
     "target_layer_ids": [1, 13, 25, 37, 49],
     "mask_token_id": 990,  # reserved: printed by no template, in no data
-    "num_anchors": 512,
+    "num_anchors": 64,
     "intermediate_size": 14336,  # SwiGLU width: about two thirds of the target's ungated 21504: as many parameters
     "rope_theta": 10000.0,  # the target has no rotary embedding; NVIDIA's drafts for such targets use 10000
     # sequential head; rank 0 is what DeepSpec calls DFlash
@@ -37,14 +37,14 @@ model = {
 
 train = {
     "trainer_cls": NemotronDSparkTrainer,
-    "lr": 0.00021,
+    "lr": 0.0006,
     "warmup_ratio": 0.04,
     "weight_decay": 0.0,
     "precision": "bf16",
     "local_batch_size": 1,  # samples per GPU and forward
     # Samples per optimiser step, over all GPUs of all nodes. DeepSpec's own runs: 512, lr 6e-4, 1.3 million samples.
     "global_batch_size": 64,
-    "num_train_epochs": 10,
+    "num_train_epochs": 5,
     "max_train_steps": None,  # a number replaces num_train_epochs
     "max_grad_norm": 1.0,
     "sharding_strategy": "no_shard",  # the draft fits one GPU

@@ -26,14 +26,14 @@ model = {
 
 train = {
     "trainer_cls": NemotronEagle3Trainer,
-    "lr": 0.00021,
+    "lr": 0.0006,
     "warmup_ratio": 0.04,
     "weight_decay": 0.0,
     "precision": "bf16",
     "local_batch_size": 1,  # samples per GPU and forward
     # Samples per optimiser step, over all GPUs of all nodes. DeepSpec's own runs: 512, lr 6e-4, 1.3 million samples.
     "global_batch_size": 64,
-    "num_train_epochs": 10,
+    "num_train_epochs": 5,
     "max_train_steps": None,  # a number replaces num_train_epochs
     "max_grad_norm": 1.0,
     "sharding_strategy": "no_shard",  # the draft fits one GPU

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from nemotron_dspark.targets import Target
 STAGES = ("target", "answers", "cache", "train", "eval", "serve")
 _SMALL_TENSORS = ("answers", "eval", "serve")  # decoding a tiny model: a second thread would only be waited for
 # A draft is good at the temperatures it was trained on, and this one is measured at both.
-_TEMPERATURES = {"sampled": (1.0, 0.75), "greedy": (0.0, 0.25)}  # name: temperature, share of the prompts
+TEMPERATURES = {"sampled": (1.0, 0.75), "greedy": (0.0, 0.25)}  # name: temperature, share of the prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,12 +193,22 @@ def _write_prompts(run_dir: Path, budget: Budget, seed: int) -> Path:
     return held_out
 
 
-def answer_prompts(target: Target, run_dir: Path, config: RunConfig, budget: Budget, progress: Progress) -> None:
-    """`conversations.jsonl`: each prompt answered once, at one of the temperatures the draft will work at."""
+def answer_prompts(
+    target: Target,
+    run_dir: Path,
+    config: RunConfig,
+    budget: Budget,
+    progress: Progress,
+    temperatures: Mapping[str, tuple[float, float]] = TEMPERATURES,
+) -> None:
+    """`conversations.jsonl`: each prompt answered once, at one of the temperatures the draft will work at.
+
+    ``temperatures`` are given by name, each with its share of the prompts.
+    """
     rows = (run_dir / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     answered = []
     with stages.serve(config, target=target) as server:
-        for name, (temperature, share) in _TEMPERATURES.items():
+        for name, (temperature, share) in temperatures.items():
             count = round(share * budget.train_prompts)
             files.write_text(run_dir / "answers" / f"prompts-{name}.jsonl", "".join(rows[:count]))
             rows = rows[count:]

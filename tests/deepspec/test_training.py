@@ -37,6 +37,7 @@ def order_of_deepspec(count, epoch):
 def settings(cfg):
     """Our spelling of the same run."""
     return TrainConfig(
+        recipe="paper",
         device="cpu",
         lr=cfg.train.lr,
         warmup_ratio=cfg.train.warmup_ratio,
@@ -108,7 +109,7 @@ def test_rates_are_deepspecs_up_to_a_known_factor(deepspec_on_cpu, total, ratio)
             theirs.step()
     warmup = int(ratio * total)
     factor = 1 / math.cos(math.pi / 2 / (total - warmup)) ** 2
-    config = TrainConfig(lr=1e-3, warmup_ratio=ratio)
+    config = TrainConfig(recipe="paper", lr=1e-3, warmup_ratio=ratio)
     for step, rate in enumerate(rates):
         own = learning_rate(step, total, config)
         expected = own if step < warmup else own * factor

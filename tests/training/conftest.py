@@ -94,6 +94,7 @@ def new_draft(
 
 def settings(**changes) -> TrainConfig:
     values = {
+        "recipe": "paper",
         "device": "cpu",
         "lr": 3e-3,
         "local_batch_size": 2,
