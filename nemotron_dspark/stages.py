@@ -11,7 +11,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -427,7 +427,7 @@ def calibrate(
     for name, text in zip(calibration_report.workload_names(given), given, strict=True):
         file = one_file(text)
         ids = conversation_ids(loaded, file, limit=limit, new_tokens=new_tokens, thinking=config.data.thinking)
-        workloads.append(calibration_report.Workload(name, ids))
+        workloads.append(calibration_report.CalibrationPrompts(name, ids))
     signal = calibration_report.MARGIN if margin or drafting.confidence_head is None else calibration_report.HEAD
     fits = []
     for temperature in config.eval.temperatures or (0.0,):
@@ -516,11 +516,16 @@ def serve(
     return server
 
 
-def _pair(config: RunConfig, draft: Any, target: Target | None) -> tuple[Target, Any]:
-    if isinstance(draft, Draft) and target is None:
-        target = load_target(config)
+@overload
+def _pair(config: RunConfig, draft: Path | str | Draft, target: Target | None) -> tuple[Target, Draft]: ...
+@overload
+def _pair(
+    config: RunConfig, draft: Path | str | Draft | None, target: Target | None
+) -> tuple[Target, Draft | None]: ...
+def _pair(config: RunConfig, draft: Path | str | Draft | None, target: Target | None) -> tuple[Target, Draft | None]:
+    if isinstance(draft, Draft):
+        return target or load_target(config), draft
+    folder = Path(draft) if draft is not None else None
     if target is None:
-        return load_pair(config.target, Path(draft) if draft is not None else None)
-    if draft is None or isinstance(draft, Draft):
-        return target, draft
-    return target, load_draft(Path(draft), target)
+        return load_pair(config.target, folder)
+    return target, load_draft(folder, target) if folder is not None else None

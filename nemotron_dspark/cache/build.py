@@ -92,6 +92,7 @@ def build_cache(
     inputs["cache"] = {"shard_bytes": cache.shard_bytes, "batch_tokens": cache.batch_tokens} | compact
     known = read_json(folder / REPORT) if (folder / REPORT).is_file() else None
     check_claim(folder, "a cache", known and known.get("inputs", {}), inputs)
+    # The manifest is written last: a folder that has one is whole.
     if (folder / MANIFEST).is_file():
         if context.is_main:
             shutil.rmtree(work, ignore_errors=True)  # killed between the manifest and this
@@ -122,6 +123,7 @@ def build_cache(
             context.barrier()  # all go by the same journal, to which nothing is added before
             load = load or (lambda: cast(Target, target))  # as promised: it is loaded
             remarks = capture_all(load, tokens, writer, cache.batch_tokens, on_progress, helpers=helpers)
+            # Rank 0 closes the cache when no other rank writes any more, and the others stay until it has.
             context.wait(meanwhile=lambda: on_progress(BuildProgress.of(writer)))
             if context.is_main:
                 writer.gather()

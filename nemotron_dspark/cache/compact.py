@@ -28,7 +28,7 @@ from nemotron_dspark.cache.layout import (
     read_manifest,
     split_into_shards,
 )
-from nemotron_dspark.cache.quantise import Int4, Part
+from nemotron_dspark.cache.quantise import Component, Int4
 from nemotron_dspark.chat.mask import predicts_loss_token
 from nemotron_dspark.errors import InputError
 
@@ -276,7 +276,7 @@ class CompactLayout(Layout):
         }
 
 
-def columns(num_taps: int, parts: Sequence[Part]) -> tuple[Column, ...]:
+def columns(num_taps: int, parts: Sequence[Component]) -> tuple[Column, ...]:
     """Every tensor that holds samples, ids first; wide numbers before narrow ones, so that all are aligned."""
     found = [
         Column("input_ids", torch.int32, ()),

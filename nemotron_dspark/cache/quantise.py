@@ -28,7 +28,7 @@ _AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 21}  # values handled together: on a CP
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Component:
     """One array that states become: [states, columns] of ``dtype``."""
 
     name: str
@@ -52,14 +52,14 @@ class Int4:
             )
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Component, ...]:
         """What a state becomes, in the order of `encode`."""
         groups = self.width // self.group
         return (
-            Part("codes", torch.uint8, self.width // 2),  # channel 2i in the low half of byte i
-            Part("scales", torch.bfloat16, groups),
-            Part("largest", torch.bfloat16, groups),
-            Part("largest_at", torch.uint8, groups),  # channel inside the group
+            Component("codes", torch.uint8, self.width // 2),  # channel 2i in the low half of byte i
+            Component("scales", torch.bfloat16, groups),
+            Component("largest", torch.bfloat16, groups),
+            Component("largest_at", torch.uint8, groups),  # channel inside the group
         )
 
     @property

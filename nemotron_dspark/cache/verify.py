@@ -115,7 +115,7 @@ def _faults(cache: TargetCache, sample_id: int, fields: Sequence[np.ndarray]) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class Bin:
+class LengthBin:
     """Samples of ``first`` to ``last`` tokens."""
 
     first: int
@@ -137,10 +137,10 @@ class CacheInfo:
     bytes: int
     bytes_per_token: int
     shards: int
-    lengths: tuple[Bin, ...]
+    lengths: tuple[LengthBin, ...]
 
 
-def length_bins(lengths: np.ndarray, count: int = 8) -> tuple[Bin, ...]:
+def length_bins(lengths: np.ndarray, count: int = 8) -> tuple[LengthBin, ...]:
     """At most ``count`` bins of equal width from the shortest to the longest sample."""
     if not len(lengths):
         return ()
@@ -148,7 +148,7 @@ def length_bins(lengths: np.ndarray, count: int = 8) -> tuple[Bin, ...]:
     width = -(-(high - low + 1) // count)
     counts = np.bincount((lengths - low) // width)
     return tuple(
-        Bin(low + number * width, min(high, low + (number + 1) * width - 1), samples)
+        LengthBin(low + number * width, min(high, low + (number + 1) * width - 1), samples)
         for number, samples in enumerate(counts.tolist())
     )
 

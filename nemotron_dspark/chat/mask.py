@@ -123,7 +123,7 @@ def with_opening_tag(answer: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Mode:
+class _Rendering:
     """How one conversation is printed."""
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -159,10 +159,10 @@ def _turns(
     modes: list[bool | None] = [thinking]
     if thinking is None and "enable_thinking" in template_source(tokenizer):
         modes += [False, True]
-    _check_tools(_Mode(tokenizer, conversation.tools, thinking), messages)
+    _check_tools(_Rendering(tokenizer, conversation.tools, thinking), messages)
     best: list[_Turn | None] = []
     best_fit: list[int] = []
-    for mode in (_Mode(tokenizer, conversation.tools, thinking) for thinking in modes):
+    for mode in (_Rendering(tokenizer, conversation.tools, thinking) for thinking in modes):
         turns = [_turn(mode, messages[: i + 1], complete=i != cut) for i in answers]
         fit = [0 if turn is None else 1 + turn.as_rendered for turn in reversed(turns)]
         if answers[-1] == cut:  # cut inside its reasoning an answer looks like one without: no mode is better
@@ -180,7 +180,7 @@ def _turns(
     return best
 
 
-def _turn(mode: _Mode, messages: Sequence[Message], *, complete: bool) -> _Turn | None:
+def _turn(mode: _Rendering, messages: Sequence[Message], *, complete: bool) -> _Turn | None:
     """The last message as what the target wrote after its prompt; None if it cannot have written that in this mode."""
     before, answer = messages[:-1], messages[-1]
     prompt, text = mode.render(before, generation_prompt=True), mode.render(messages)
@@ -226,7 +226,7 @@ def _printed(prompt: str, text: str, after: str, reasoning: str) -> str | None:
     return content[empty.end() :].lstrip() if empty else content
 
 
-def _check_tools(mode: _Mode, messages: Sequence[Message]) -> None:
+def _check_tools(mode: _Rendering, messages: Sequence[Message]) -> None:
     """`NotMaskable` where the template leaves tool calls or tool results out."""
     unseen = {"calls", "results"}
     for place, message in enumerate(messages):
@@ -244,7 +244,7 @@ def _check_tools(mode: _Mode, messages: Sequence[Message]) -> None:
         unseen.discard(kind)
 
 
-def _must_reason(mode: _Mode, messages: Sequence[Message], prompt: str) -> bool:
+def _must_reason(mode: _Rendering, messages: Sequence[Message], prompt: str) -> bool:
     """Whether ``prompt`` opens reasoning, or would close it at once if it were switched off and does not."""
     if _OPENED.search(prompt):
         return True
@@ -273,7 +273,7 @@ def _continuation(prompt: str, content: str, must_reason: bool) -> str | None:
     return content[tags.end() :].lstrip()
 
 
-def _next_marker(mode: _Mode, messages: Sequence[Message]) -> str:
+def _next_marker(mode: _Rendering, messages: Sequence[Message]) -> str:
     """The end of a turn that has none of its own: what begins the next one, up to and with its first added token.
 
     That token is what such a target stops at. Empty if the next turn begins without one.

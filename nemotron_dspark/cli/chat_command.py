@@ -12,6 +12,8 @@ from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from nemotron_dspark.chat.mask import Stretch
     from nemotron_dspark.data.conversations import Skipped
     from nemotron_dspark.data.samples import LinedSample
@@ -98,7 +100,9 @@ def _first(items: Iterable["LinedSample | Skipped"], limit: int) -> tuple[list[S
     return shown, skipped, False
 
 
-def _as_json(tokenizer: Any, samples: Sequence["LinedSample"], left_out: Sequence["Skipped"]) -> dict[str, Any]:
+def _as_json(
+    tokenizer: "PreTrainedTokenizerBase", samples: Sequence["LinedSample"], left_out: Sequence["Skipped"]
+) -> dict[str, Any]:
     return {
         "line": samples[0].line,
         "samples": [
@@ -113,7 +117,9 @@ def _as_json(tokenizer: Any, samples: Sequence["LinedSample"], left_out: Sequenc
     }
 
 
-def _print(tokenizer: Any, samples: Sequence["LinedSample"], left_out: Sequence["Skipped"]) -> None:
+def _print(
+    tokenizer: "PreTrainedTokenizerBase", samples: Sequence["LinedSample"], left_out: Sequence["Skipped"]
+) -> None:
     from nemotron_dspark.chat.mask import stretches
 
     parts = f", {len(samples)} samples: the template rewrites its history" if len(samples) > 1 else ""

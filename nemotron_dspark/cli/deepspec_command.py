@@ -16,7 +16,7 @@ from nemotron_dspark.errors import InputError
 if TYPE_CHECKING:
     from nemotron_dspark.deepspec.checkout import Checkout
     from nemotron_dspark.deepspec.prepare import Prepared
-    from nemotron_dspark.deepspec.status import Status
+    from nemotron_dspark.deepspec.status import BridgeStatus
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A DeepSpec config, or the name of a worked one.")]
 OptsOption = Annotated[list[str] | None, typer.Option("--opts", help="section.key=value, as DeepSpec's own --opts.")]
@@ -56,7 +56,7 @@ def check(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="Also: what goes wrong with this target.")
     ] = None,
-) -> "Status":
+) -> "BridgeStatus":
     """Compare this machine with what DeepSpec needs; exit code 3 when it cannot run here."""
     shell.quiet_libraries()
     from nemotron_dspark.deepspec.status import status
@@ -200,7 +200,7 @@ def _show_prepared(made: "Prepared") -> None:
     shell.out.print(f"Target cache {escape(str(made.folder))}: {made.samples} samples", soft_wrap=True)
 
 
-def _show_status(found: "Status") -> None:
+def _show_status(found: "BridgeStatus") -> None:
     from nemotron_dspark.deepspec import status
 
     table = Table(title="DeepSpec on this machine", title_justify="left", show_header=False)

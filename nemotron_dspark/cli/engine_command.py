@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -10,6 +10,14 @@ from rich.table import Table
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
+
+if TYPE_CHECKING:
+    from nemotron_dspark.engines.commands import EngineCommand
+    from nemotron_dspark.engines.preflight import Problem
+
+if TYPE_CHECKING:
+    from nemotron_dspark.engines.commands import EngineCommand
+    from nemotron_dspark.engines.preflight import Problem
 
 _ENGINES = "vllm, sglang, trtllm or llamacpp."
 
@@ -20,8 +28,8 @@ def register(app: typer.Typer) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EngineReport:
-    command: Any  # engines.commands.EngineCommand
-    warnings: tuple[Any, ...]  # engines.preflight.Finding
+    command: "EngineCommand"
+    warnings: "tuple[Problem, ...]"
 
     def to_json(self) -> dict[str, Any]:
         return self.command.to_json() | {"warnings": [{"what": found.what, "do": found.do} for found in self.warnings]}
@@ -77,7 +85,7 @@ def engine(
     return EngineReport(command, warnings)
 
 
-def _for_hidden_states(config: RunConfig, folder: Path, machine: str | None, host: str, port: int) -> Any:
+def _for_hidden_states(config: RunConfig, folder: Path, machine: str | None, host: str, port: int) -> "EngineCommand":
     from nemotron_dspark.engines.commands import hidden_states_command
     from nemotron_dspark.targets import Checkpoint
     from nemotron_dspark.targets.taps import chosen_taps

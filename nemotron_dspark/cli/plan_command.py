@@ -69,6 +69,7 @@ def _show(found: "ResourceEstimate") -> None:
     for column in found.columns:
         style = "red" if column.problems else "green" if column.mode == found.recommended else ""
         table.add_column(column.mode, justify="right", style=style, no_wrap=True)
+    # A column a mode, so that what differs between them stands side by side; below each part what there is of it.
     _rows(table, "Disk", found.columns, DISK, lambda column: column.disk, size)
     _total(table, [size(column.total_disk) for column in found.columns], f"of {size(machine.disk_bytes)}")
     if machine.gpus and not machine.unified:
@@ -92,6 +93,7 @@ def _show(found: "ResourceEstimate") -> None:
         shell.out.print(expected.table(found.expected))
         for sentence in expected.sentences(found.expected):
             shell.out.print(sentence, soft_wrap=True)
+    # The verdict comes behind the reasons, the commands last: they are what is copied from the screen.
     for column in found.columns:
         for problem in column.problems:
             shell.out.print(f"[red]{column.mode} does not fit:[/] {escape(problem)}")

@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
 
 from rich.console import Group
 from rich.live import Live
@@ -128,6 +127,6 @@ class Page(RecipeProgress):
             if self._shown:
                 self._live.start()
 
-    def _page(self) -> Any:
+    def _page(self) -> Group:
         table = stage_table(self._found, self._statuses, self._records, self._notes, self._running)
         return Group(table, self._bar)

@@ -101,6 +101,7 @@ def command(
     """
 
     def register(function: Callable[..., Any]) -> None:
+        # typer reads a signature: the function's own, with the options that make its configuration in place of that.
         own = list(inspect.signature(function).parameters.values())
         wants = own[0].name if own and own[0].annotation in (RunConfig, Callable[[], RunConfig]) else None
         flags = [*keys, TRUST] if target != "none" else list(keys)
@@ -130,7 +131,7 @@ def command(
                     emit(report.to_json() if hasattr(report, "to_json") else dataclasses.asdict(report))
                 elif show is not None:
                     show(report)
-            finally:
+            finally:  # a test, or a notebook, may run several commands in one process
                 state.json = False
             if code := failed(report):
                 raise typer.Exit(code)

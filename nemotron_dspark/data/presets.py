@@ -182,18 +182,7 @@ def write_prompts(
             raise InputError(f"{path} is there already.", "Delete it, or give another folder to --out.")
     hub = _Hub(dict(revisions or {}), local)
     hub.check_names((*PRESETS[preset], *EVALUATION))
-    overlap = Overlap()
-    for known in EVALUATION:
-        overlap.add(known.what, (_asked(prompt) for prompt in _usable(hub.rows(known, shuffle=False))))
-    for given in listed(against):
-        overlap.add(
-            given,
-            (
-                _asked(prompt)
-                for prompt in _usable(row for _, row in read_rows(one_file(given)) if not isinstance(row, Skipped))
-            ),
-        )
-
+    overlap = _evaluation_prompts(hub, against)
     kept: list[tuple[str, bool]] = []  # line, and whether it is held out
     seen: set[bytes] = set()
     overlapping: Counter[str] = Counter()
@@ -212,6 +201,7 @@ def write_prompts(
             skipped.add(Skipped(read, str(error)))
             continue
         text = _asked(prompt)
+        # Millions of prompts pass by: a digest of the words is kept of each, not the words.
         key = hashlib.blake2b(" ".join(words_of(text)).encode(), digest_size=16).digest()
         if key in seen:
             doubled += 1
@@ -219,6 +209,7 @@ def write_prompts(
             overlapping[found] += 1
         else:
             line = json_line({"id": f"{known.name}:{split}:{by_set[known.name]}"} | line_row)
+            # Both files are written at the end: the share is of what is kept, and a run that fails leaves neither.
             kept.append((line, place_of(line.encode()) < held_out))
             by_set[known.name] += 1
         seen.add(key)
@@ -254,6 +245,17 @@ def write_prompts(
     about |= {"train_file": train_file.name, "held_out_file": held_out_file.name}
     write_json(folder / "about.json", about)
     return report
+
+
+def _evaluation_prompts(hub: "_Hub", against: Given) -> Overlap:
+    """What no prompt may overlap with: `EVALUATION`, and what ``against`` names."""
+    overlap = Overlap()
+    for known in EVALUATION:
+        overlap.add(known.what, map(_asked, _usable(hub.rows(known, shuffle=False))))
+    for given in listed(against):
+        rows = (row for _, row in read_rows(one_file(given)) if not isinstance(row, Skipped))
+        overlap.add(given, map(_asked, _usable(rows)))
+    return overlap
 
 
 def convert(row: Mapping[str, Any]) -> tuple[Prompt, dict[str, Any]]:

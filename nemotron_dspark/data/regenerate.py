@@ -20,7 +20,7 @@ from nemotron_dspark.chat.mask import with_opening_tag
 from nemotron_dspark.data.conversations import RowError, Skipped, SkipTally
 from nemotron_dspark.data.dialogue import Answered, Dialogue
 from nemotron_dspark.data.prompts import Prompt, read_prompts
-from nemotron_dspark.data.servers import Server, Unavailable, serve_all
+from nemotron_dspark.data.servers import Endpoint, Unavailable, serve_all
 from nemotron_dspark.data.sources import Given, one_file
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.files import disk_errors, json_line, write_whole
@@ -101,7 +101,7 @@ def regenerate(
             "The package openai is not installed.", "Run: pip install 'nemotron-dspark[data]'."
         ) from None
     started = time.monotonic()
-    job = _Job(one_file(prompts), Path(out_file), progress or (lambda _: None))
+    job = _Regeneration(one_file(prompts), Path(out_file), progress or (lambda _: None))
     body: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     if thinking is not None:
         body["chat_template_kwargs"] = {"enable_thinking": thinking}
@@ -112,9 +112,11 @@ def regenerate(
         raise InputError(f"{wrong} is no URL.", "Give --base-url as in http://127.0.0.1:8000/v1.")
     answered: dict[str, int] = {}
 
+    # Clients belong to the event loop that runs them, so they are made inside. Each knows the others, to tell when none
+    # is left.
     async def run() -> None:
-        servers: list[Server] = []
-        servers += [Server(url, servers, model=model, api_key=api_key) for url in urls]
+        servers: list[Endpoint] = []
+        servers += [Endpoint(url, servers, model=model, api_key=api_key) for url in urls]
         try:
             await job.answer_all(servers, sampling, concurrency)
         finally:
@@ -123,7 +125,7 @@ def regenerate(
     if job.missing:
         with disk_errors(job.out_file):
             _run(run())
-    job.sort()
+    job.sort()  # answers were appended as they came
     return RegenerateReport(
         out_file=job.out_file,
         answered=len(job.places),
@@ -137,7 +139,7 @@ def regenerate(
     )
 
 
-class _Job:
+class _Regeneration:
     """The prompts, the answers so far, and the file they are appended to."""
 
     def __init__(self, prompts_file: Path, out_file: Path, progress: Callable[[RegenerateProgress], None]):
@@ -193,7 +195,7 @@ class _Job:
             raise InputError(f"{self.out_file} holds answers to other prompts ({key}).", "Choose another --out.")
         return key, row
 
-    async def answer_all(self, servers: Sequence[Server], sampling: dict[str, Any], concurrency: int) -> None:
+    async def answer_all(self, servers: Sequence[Endpoint], sampling: dict[str, Any], concurrency: int) -> None:
         """Answer what is missing and append it to the file."""
         self.out_file.parent.mkdir(parents=True, exist_ok=True)
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -202,7 +204,7 @@ class _Job:
         with open(self.out_file, "ab") as file:
             self._report()
 
-            async def work(server: Server) -> None:
+            async def work(server: Endpoint) -> None:
                 while True:
                     await server.ready.wait()
                     key = await queue.get()
@@ -218,8 +220,8 @@ class _Job:
 
             await serve_all(servers, queue, work, min(concurrency, len(self.missing)))
 
-    async def _answer(self, key: str, server: Server, sampling: dict[str, Any], file: BinaryIO) -> None:
-        """Answer one prompt to its end and write it, or count it as skipped; `Unavailable` as `Server.ask`."""
+    async def _answer(self, key: str, server: Endpoint, sampling: dict[str, Any], file: BinaryIO) -> None:
+        """Answer one prompt to its end and write it, or count it as skipped; `Unavailable` as `Endpoint.ask`."""
         import openai
 
         prompt = self.prompts[key]

@@ -37,10 +37,10 @@ class Unavailable(Exception):
         self.by_request = late or getattr(error, "status_code", None) == 500  # so it may be this very request
 
 
-class Server:
+class Endpoint:
     """One of the servers; `connect` finds out whether it answers."""
 
-    def __init__(self, url: str, group: "list[Server]", *, model: str | None, api_key: str):
+    def __init__(self, url: str, group: "list[Endpoint]", *, model: str | None, api_key: str):
         import openai
 
         self.url, self.answered, self.ready = url, 0, asyncio.Event()
@@ -168,7 +168,10 @@ class Server:
 
 
 async def serve_all(
-    servers: Sequence[Server], queue: "asyncio.Queue[Any]", work: Callable[[Server], Awaitable[None]], concurrency: int
+    servers: Sequence[Endpoint],
+    queue: "asyncio.Queue[Any]",
+    work: Callable[[Endpoint], Awaitable[None]],
+    concurrency: int,
 ) -> None:
     """Run ``work(server)``, which empties ``queue``, ``concurrency`` times for each server until all of it is done.
 

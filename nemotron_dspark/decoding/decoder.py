@@ -329,24 +329,25 @@ class Decoder:
         all_greedy = all(generation.greedy for generation in active)
         # All of a block's at once, used or not: a row's stream must not depend on where the others' blocks are cut.
         uniforms = None if all_greedy else torch.stack([generation.uniforms(gamma) for generation in active])
-        plan = self.schedule.begin(active, gamma)
-        tokens = anchors.new_zeros(len(active), max(plan.lengths))
+        drafting = self.schedule.begin(active, gamma)
+        tokens = anchors.new_zeros(len(active), max(drafting.lengths))
         probs = None if all_greedy else torch.zeros(*tokens.shape, draft.config.vocab_size, device=tokens.device)
-        if not tokens.shape[1]:  # nobody wants drafts
-            return _Proposal(tokens, probs, plan.lengths, None, None)
+        if not tokens.shape[1]:  # the schedule drafts nothing in this round
+            return _Proposal(tokens, probs, drafting.lengths, None, None)
         self._catch_up()
         block = draft.begin(context, anchors)
-        signal = plan.signal
+        signal = drafting.signal
         lines = draft.calibrated([each.temperature for each in samplings]) if signal else []
 
         def ends(slot: int, values: Tensor) -> bool:
             """Whether all blocks end before ``slot``, given a logit or margin [B]. It sees no token of the slot."""
             logits = [w[slot] * value + b[slot] for (w, b), value in zip(lines, values.tolist(), strict=True)]
-            plan.look(slot, [1 / (1 + math.exp(-max(each, -500.0))) for each in logits])
-            return max(plan.lengths) <= slot
+            drafting.look(slot, [1 / (1 + math.exp(-max(each, -500.0))) for each in logits])
+            return max(drafting.lengths) <= slot
 
         previous, confidence, margins = anchors, [], []
         for slot in range(tokens.shape[1]):
+            # The head looks before the slot's logits are made; a margin is read off them, before a token is drawn.
             if signal == "confidence head" or self.record_confidence:
                 confidence.append(block.confidence(previous).float())
                 if signal == "confidence head" and ends(slot, confidence[-1]):
@@ -366,7 +367,7 @@ class Decoder:
         return _Proposal(
             tokens,
             probs,
-            plan.lengths,
+            drafting.lengths,
             torch.stack(confidence, 1) if self.record_confidence else None,
             torch.stack(margins, 1) if self.record_margins else None,
         )

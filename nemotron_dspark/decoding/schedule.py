@@ -55,7 +55,7 @@ _ARM_MEMORY = 128  # rounds after which one weighs 1/e in the comparison of look
 _OTHER_ARM = 12  # every so many rounds the way is taken that has gained less
 
 
-class Plan:
+class BlockLengths:
     """The lengths of one round's blocks. While they are drafted they may only become shorter."""
 
     signal: Signal | None = None  # what the chances of a slot are made of, if it looks at them
@@ -73,11 +73,11 @@ class Plan:
 class Schedule:
     """Whole blocks: what `off` is, and what the others change."""
 
-    signal: Signal | None = None  # what its plans may look at
+    signal: Signal | None = None  # what they may look at
 
-    def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
-        """The plan of a round of ``generations``, whose blocks have at most ``gamma`` tokens."""
-        return Plan([gamma if each.sampling.speculative else 0 for each in generations])
+    def begin(self, generations: Sequence[Request], gamma: int) -> BlockLengths:
+        """Lengths of the blocks of a round of ``generations``, at most ``gamma`` tokens each."""
+        return BlockLengths([gamma if each.sampling.speculative else 0 for each in generations])
 
     def learn(self, generation: Request) -> None:
         """Its last round is over."""
@@ -91,11 +91,11 @@ class Threshold(Schedule):
     def __init__(self, least: float):
         self.least = least
 
-    def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
-        return _ThresholdPlan(super().begin(generations, gamma).lengths, self.least)
+    def begin(self, generations: Sequence[Request], gamma: int) -> BlockLengths:
+        return _ThresholdLengths(super().begin(generations, gamma).lengths, self.least)
 
 
-class _ThresholdPlan(Plan):
+class _ThresholdLengths(BlockLengths):
     signal = "confidence head"
 
     def __init__(self, lengths: list[int], least: float):
@@ -127,7 +127,7 @@ class Cost(Schedule):
         self._gained = 0  # in the last round
         self._looks = False  # in the last round
 
-    def begin(self, generations: Sequence[Request], gamma: int) -> Plan:
+    def begin(self, generations: Sequence[Request], gamma: int) -> BlockLengths:
         if self._last is not None:
             self._last(self._gained)
         self._last, self._gained = None, 0
@@ -148,26 +148,25 @@ class Cost(Schedule):
             least = 1 if looks else length
         self._looks = looks
         if not length and not looks:
-            return Plan([0] * len(generations))
+            return BlockLengths([0] * len(generations))
         lengths = [length if any(each) else 0 for each in shares]
-        plan = Plan(lengths)
+        found = BlockLengths(lengths)
         begun = [seconds[0] + self._costs.at(len(generations))[0][1], *seconds[1:]]  # before anything is looked at
         if looks:
             lengths = [gamma if any(each) else 0 for each in shares]
             rate = (len(generations) + sum(map(sum, (each[:length] for each in foretold)))) / seconds[length]
-            plan = _CostPlan(lengths, self.signal, shares, begun, rate, least)
-        self._last = lambda tokens: arms.add(looks, tokens, begun[max(plan.lengths)])
-        return plan
+            found = _CostLengths(lengths, self.signal, shares, begun, rate, least)
+        self._last = lambda tokens: arms.add(looks, tokens, begun[max(found.lengths)])
+        return found
 
     def learn(self, generation: Request) -> None:
         proposed, kept = generation.proposed[-1], generation.survived[-1]
         judged = kept if kept == generation.accepted[-1] else proposed  # behind a stop token nothing is known
         self._credit += self._worth * kept
         self._gained += kept + 1
-        for acceptance in (
-            self._of(generation) if not self._looks else ()
-        ):  # what is looked at is chosen: no fair sample
-            acceptance.add(kept, judged)
+        if not self._looks:  # what is looked at is chosen: no fair sample
+            for acceptance in self._of(generation):
+                acceptance.add(kept, judged)
 
     def _of(self, generation: Request) -> tuple["Acceptance", "Acceptance"]:
         """That of all requests like it, and its own."""
@@ -190,7 +189,7 @@ class Cost(Schedule):
         return length
 
 
-class _CostPlan(Plan):
+class _CostLengths(BlockLengths):
     def __init__(
         self,
         lengths: list[int],

@@ -1,18 +1,21 @@
 """DeepSpec's fourth extension point, the config file, for any target: every value, and why it is assumed."""
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jinja2
 
 from nemotron_dspark.chat.format import recognise
 from nemotron_dspark.chat.mask_token import choose_mask_token
 from nemotron_dspark.config import RunConfig
-from nemotron_dspark.drafts.config import EAGLE3_TAPS, build_draft_config
+from nemotron_dspark.drafts.config import EAGLE3_TAPS, DraftConfig, build_draft_config
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.spec import TargetSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ALGORITHMS = ("dspark", "eagle3")
 UNNAMED_TEMPLATE = "the tokenizer's own"  # as `cache.build` writes it
@@ -32,7 +35,7 @@ def config_for(run: RunConfig, *, algorithm: str | None = None, file: str | None
     )
 
 
-def template_name(tokenizer: Any) -> str:
+def template_name(tokenizer: "PreTrainedTokenizerBase") -> str:
     """What a cache's manifest and a config call this tokenizer's chat template."""
     found = recognise(tokenizer)
     return found.name if found else UNNAMED_TEMPLATE
@@ -53,6 +56,34 @@ def config_text(
         InputError: an unknown algorithm, or values no such draft can have.
     """
     algorithm = algorithm or run.draft.kind
+    config = _checked_config(spec, run, algorithm, mask_token_id)
+    name, dspark = exp_name(spec, run, algorithm), algorithm == "dspark"
+    width = {
+        "gated": "the target's own" if config.intermediate_size == spec.intermediate_size else "set",
+        "plain": f"about two thirds of the target's ungated {spec.intermediate_size}: as many parameters",
+        "moe": "2.25 x hidden, as NVIDIA's drafts for mixtures of experts have",
+    }[spec.mlp]
+    none = "the target has no rotary embedding; NVIDIA's drafts for such targets use 10000"
+    file_template = (resource_folder("templates") / "deepspec_config.py.jinja").read_text(encoding="utf-8")
+    return jinja2.Template(file_template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
+        title="DSpark" if dspark else "EAGLE-3",
+        dspark=dspark,
+        trainer="NemotronDSparkTrainer" if dspark else "NemotronEagle3Trainer",
+        spec=spec,
+        draft=config,
+        train=run.train,
+        file=file or f"{name}.py",
+        exp_name=name,
+        width=width,
+        rope=none if spec.rope_theta is None else "rotary base",
+        confidence_alpha=run.train.confidence_alpha if run.draft.confidence_head else 0.0,
+        template=template,
+        max_length=min(run.data.max_length, spec.max_position_embeddings),
+    )
+
+
+def _checked_config(spec: TargetSpec, run: RunConfig, algorithm: str, mask_token_id: int | None) -> DraftConfig:
+    """The draft's config; `InputError` for one that DeepSpec does not train."""
     if algorithm == "dflash":
         raise InputError(
             "DeepSpec trains no DFlash as engines read it, whose anchor predicts nothing.",
@@ -84,29 +115,7 @@ def config_text(
             f"EAGLE-3 reads exactly {EAGLE3_TAPS} taps, not {config.num_taps}.",
             "Leave draft.taps and draft.num_taps out.",
         )
-    name, dspark = exp_name(spec, run, algorithm), algorithm == "dspark"
-    width = {
-        "gated": "the target's own" if config.intermediate_size == spec.intermediate_size else "set",
-        "plain": f"about two thirds of the target's ungated {spec.intermediate_size}: as many parameters",
-        "moe": "2.25 x hidden, as NVIDIA's drafts for mixtures of experts have",
-    }[spec.mlp]
-    none = "the target has no rotary embedding; NVIDIA's drafts for such targets use 10000"
-    file_template = (resource_folder("templates") / "deepspec_config.py.jinja").read_text(encoding="utf-8")
-    return jinja2.Template(file_template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
-        title="DSpark" if dspark else "EAGLE-3",
-        dspark=dspark,
-        trainer="NemotronDSparkTrainer" if dspark else "NemotronEagle3Trainer",
-        spec=spec,
-        draft=config,
-        train=run.train,
-        file=file or f"{name}.py",
-        exp_name=name,
-        width=width,
-        rope=none if spec.rope_theta is None else "rotary base",
-        confidence_alpha=run.train.confidence_alpha if run.draft.confidence_head else 0.0,
-        template=template,
-        max_length=min(run.data.max_length, spec.max_position_embeddings),
-    )
+    return config
 
 
 def exp_name(spec: TargetSpec, run: RunConfig, algorithm: str) -> str:

@@ -67,7 +67,7 @@ class FaultSeen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Status:
+class BridgeStatus:
     """Whether DeepSpec runs here, and what transformers does wrong with a target."""
 
     lines: list[Line]
@@ -77,7 +77,7 @@ class Status:
     faults: list[FaultSeen]
 
 
-def status(target: str | None) -> Status:
+def status(target: str | None) -> BridgeStatus:
     """Look at this machine, and at ``target`` (folder, alias or hub id) if one is named."""
     try:
         home = find()
@@ -86,7 +86,7 @@ def status(target: str | None) -> Status:
     spec = Checkpoint.find(target).read_spec() if target else None
     lines = environment(home)
     missing = [line.item for line in lines if line.level == "missing"]
-    return Status(lines, missing, OVERRIDE, target, faults(spec, kernels=has_kernels(spec)) if spec else [])
+    return BridgeStatus(lines, missing, OVERRIDE, target, faults(spec, kernels=has_kernels(spec)) if spec else [])
 
 
 def environment(checkout: Checkout | None) -> list[Line]:

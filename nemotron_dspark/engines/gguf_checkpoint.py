@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -26,6 +26,9 @@ from nemotron_dspark.errors import EnvironmentFault, InputError, first_line
 from nemotron_dspark.files import disk_errors, sha256, size_text, write_json
 from nemotron_dspark.folders import check_claim, check_space
 from nemotron_dspark.targets import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package:"  # `nds import package:NAME`
 _GGUF = re.compile(r".*\.gguf(\.part\d+)?")
@@ -116,7 +119,7 @@ def _check_type(architecture: str, file: Path) -> None:
         )
 
 
-def _load(file: Path) -> tuple[Any, Any]:
+def _load(file: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The dequantised model in fp32 and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -145,10 +148,10 @@ def _load(file: Path) -> tuple[Any, Any]:
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = read.generation_config
-    return model, tokenizer
+    return model, cast("PreTrainedTokenizerBase", tokenizer)  # never None, whatever its type says
 
 
-def _write(model: Any, tokenizer: Any, out: Path, found: ImportedTarget) -> None:
+def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path, found: ImportedTarget) -> None:
     """All files into a temporary folder beside ``out``, which then takes its name: whole or absent."""
     parent = _parent(out)
     with disk_errors(out):

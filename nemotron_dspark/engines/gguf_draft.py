@@ -29,6 +29,7 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
     fields = {key: field.contents() for key, field in reader.fields.items()}
     own = {key.removeprefix(f"{ARCHITECTURE}."): value for key, value in fields.items()}
     stored = {_name(tensor.name, file): _tensor(tensor) for tensor in reader.tensors}
+    # Both kinds have the same architecture there: a Markov head tells DSpark from DFlash.
     dspark = "markov_head.markov_w1.weight" in stored
     anchored, window = own.get("sample_from_anchor", dspark), own.get("attention.sliding_window")
     if anchored and not dspark:
@@ -38,6 +39,7 @@ def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | N
             "Some layers of the draft have a window and others none; drafts here have one for all.",
             "Serve it with llama.cpp.",
         )
+    # Keys of ours are what llama.cpp has no name for; `gguf_export` writes them for this way back.
     noted = {key.removeprefix("nds."): value for key, value in fields.items() if key.startswith("nds.")}
     flat = {
         "hidden_size": own["embedding_length"],

@@ -131,6 +131,7 @@ def export_draft(config: DraftConfig, tensors: Tensors, target: Checkpoint, out:
             "llama.cpp adds a Markov head to unscaled logits, and this target scales or caps its own.",
             "Serve the pair with `nds serve`.",
         )
+    # Embedding and LM head are the target's own in llama.cpp, unless the draft has an embedding of its own.
     left = SHARED[1:] if config.own_embedding else SHARED
     own = {name: read() for name, read in tensors.items() if name not in left}
     dspark = not isinstance(config, DFlashConfig)
@@ -251,6 +252,7 @@ def _nemotron_h(target: Checkpoint, tensors: Tensors) -> _Parts:
         writer.add_block_count(spec.num_layers)
         writer.add_context_length(spec.max_position_embeddings)
         writer.add_embedding_length(spec.hidden_size)
+        # Per layer: llama.cpp tells the kinds of layers by which of heads and feed-forward widths are 0.
         feeds = [kind in (LayerKind.MLP, LayerKind.MOE) for kind in spec.layers]
         writer.add_feed_forward_length([width if feed else 0 for feed in feeds])
         writer.add_layer_norm_rms_eps(spec.norm_eps)
@@ -283,6 +285,7 @@ def _nemotron_h(target: Checkpoint, tensors: Tensors) -> _Parts:
             return lambda: read().reshape(config["n_groups"], -1)
         return (lambda: read().squeeze(1)) if name.endswith("ssm_conv1d.weight") else read
 
+    # Tensors are read when they are written: a target need not fit into the memory.
     found: dict[str, Callable[[], Tensor]] = {}
     for name, read in _stacked_experts(tensors, config.get("n_routed_experts") or 0).items():
         bare = name.removeprefix("backbone.").removeprefix("model.")

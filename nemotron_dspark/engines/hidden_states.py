@@ -37,7 +37,7 @@ def layer_ids(taps: Sequence[int], num_layers: int) -> list[int]:
     return [*(tap + 1 for tap in taps), num_layers]
 
 
-class Source(Protocol):
+class EngineStates(Protocol):
     """Where hidden states come from."""
 
     concurrency: int
@@ -159,7 +159,7 @@ def _digest(ids: Sequence[int]) -> bytes:
     return hashlib.sha256(str(list(ids)).encode()).digest()
 
 
-def source_of(engines: Sequence[str]) -> Source:
+def source_of(engines: Sequence[str]) -> EngineStates:
     """The servers at addresses, or the folder that is named."""
     if len(engines) == 1 and not engines[0].startswith(("http://", "https://")):
         return Folder(Path(engines[0]))
@@ -169,7 +169,7 @@ def source_of(engines: Sequence[str]) -> Source:
 class EngineTarget(StreamedTarget):
     """A target whose `captures` are an engine's. Of its weights only embedding and final norm stay here."""
 
-    _source: Source
+    _source: EngineStates
     _proven = False
 
     def pass_tokens(self, taps: Sequence[int]) -> int:

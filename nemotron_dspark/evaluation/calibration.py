@@ -98,7 +98,7 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bin:
+class ReliabilityBin:
     """Rounds whose survival is foretold alike."""
 
     foretold: float  # mean
@@ -147,7 +147,7 @@ def fit_margins(rounds: Rounds) -> Calibration:
     return Calibration(tuple(weight for weight, _ in fitted), tuple(bias for _, bias in fitted))
 
 
-def reliability(survival: Tensor, outcome: Tensor) -> list[Bin]:
+def reliability(survival: Tensor, outcome: Tensor) -> list[ReliabilityBin]:
     """The bins that hold rounds, of ``survival`` and ``outcome`` [N]: 15 of equal width from 0 to 1."""
     if not len(survival):
         return []
@@ -156,7 +156,9 @@ def reliability(survival: Tensor, outcome: Tensor) -> list[Bin]:
     foretold = torch.bincount(place, survival, BINS) / count
     kept = torch.bincount(place, outcome, BINS) / count
     share = count / len(survival)
-    return [Bin(*row) for row in zip(foretold.tolist(), kept.tolist(), share.tolist(), strict=True) if row[2]]
+    return [
+        ReliabilityBin(*row) for row in zip(foretold.tolist(), kept.tolist(), share.tolist(), strict=True) if row[2]
+    ]
 
 
 def calibration_error(survival: Tensor, outcome: Tensor) -> float:

@@ -47,7 +47,7 @@ ALL = "all"
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
+class CalibrationPrompts:
     """The conversations of one `--prompts`."""
 
     name: str
@@ -192,7 +192,7 @@ def check_unused(folder: Path) -> None:
 def gather(
     target: Target,
     draft: Draft,
-    workload: Workload,
+    workload: CalibrationPrompts,
     temperature: float,
     signal: Signal,
     config: EvalConfig,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_dspark.drafts.costs import CostTable
 from nemotron_dspark.errors import EnvironmentFault
-from nemotron_dspark.evaluation.calibration import Bin
+from nemotron_dspark.evaluation.calibration import ReliabilityBin
 from nemotron_dspark.evaluation.measure import Measurement
 from nemotron_dspark.files import write_whole
 from nemotron_dspark.training import validation
@@ -35,8 +35,8 @@ class Reliability:
     title: str
     error_before: float
     error_after: float
-    before: Sequence[Bin]
-    after: Sequence[Bin]
+    before: Sequence[ReliabilityBin]
+    after: Sequence[ReliabilityBin]
 
 
 def draw_run(

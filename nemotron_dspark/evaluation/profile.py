@@ -146,7 +146,7 @@ def measure_costs(
             f"{target.spec.max_position_embeddings} positions.",
             f"Give --context between 1 and {longest}." if longest > 0 else "Profile a target of more positions.",
         )
-    base = _Rounds.begin(target, draft, context, clock)
+    base = _TimedRequests.begin(target, draft, context, clock)
     batches, left_out = _batches(base, sorted({*rows}), gamma)
     cells = [(batch.rows, k) for batch in batches.values() for k in range(gamma + 1)]
     began = clock()
@@ -155,6 +155,7 @@ def measure_costs(
         if progress:
             progress("warm-up", at + 1, len(cells))
     once = clock() - began
+    # Every cell once a round, each time in another order: what the machine does meanwhile falls on all alike.
     repeats = min(max(int(seconds / once), _FEWEST), _MOST)
     found: dict[Cell, list[tuple[float, float]]] = {cell: [] for cell in cells}
     order = random.Random(0)
@@ -186,7 +187,7 @@ def measure_costs(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rounds:
+class _TimedRequests:
     """Some requests, all behind the same context."""
 
     target: Target
@@ -197,7 +198,7 @@ class _Rounds:
     clock: Callable[[], float]
 
     @staticmethod
-    def begin(target: Target, draft: Draft | None, length: int, clock: Callable[[], float]) -> "_Rounds":
+    def begin(target: Target, draft: Draft | None, length: int, clock: Callable[[], float]) -> "_TimedRequests":
         """One request behind ``length`` random tokens."""
         generator = torch.Generator().manual_seed(0)
         ids = _random_tokens(target, (length + 1,), generator).tolist()
@@ -207,13 +208,13 @@ class _Rounds:
         if draft is not None:
             context = draft.new_context()
             draft.extend(context, verified.taps, [length], torch.tensor([ids[1:]], device=target.device))
-        return _Rounds(target, draft, state, context, generator, clock)
+        return _TimedRequests(target, draft, state, context, generator, clock)
 
     @property
     def rows(self) -> int:
         return self.state.rows
 
-    def times(self, rows: int) -> "_Rounds":
+    def times(self, rows: int) -> "_TimedRequests":
         """``rows`` copies of the first request."""
         context = self.context.select([0] * rows) if self.context is not None else None
         return dataclasses.replace(self, state=self.state.select([0] * rows), context=context)
@@ -248,13 +249,13 @@ class _Rounds:
         return self.clock()
 
 
-def _batches(base: _Rounds, rows: Sequence[int], gamma: int) -> tuple[dict[int, _Rounds], str | None]:
+def _batches(base: _TimedRequests, rows: Sequence[int], gamma: int) -> tuple[dict[int, _TimedRequests], str | None]:
     """As many copies of ``base`` as each of ``rows`` says, as far as the memory goes, and what was left out."""
     logits = 8 * (gamma + 1) * base.target.spec.vocab_size
     each = 2 * (_bytes_of(base.state) + _bytes_of(base.context)) + logits  # buffers grow by doubling
     device = base.target.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    batches: dict[int, _Rounds] = {}
+    batches: dict[int, _TimedRequests] = {}
     for count in rows:
         if batches and each * (sum(batches) + count) > _MEMORY_SHARE * free:
             return batches, f"{count} and more requests take more than {_MEMORY_SHARE:.0%} of the free memory"

@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.recipe.corpus import MODULES, Passage, passages, sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VOCAB = 1024
 PATTERN = "M-*-M-*-"
@@ -83,7 +86,7 @@ def fit(
     return smoothed or float("nan")
 
 
-def token_stream(tokenizer: Any, items: list[Passage]) -> torch.Tensor:
+def token_stream(tokenizer: "PreTrainedTokenizerBase", items: list[Passage]) -> torch.Tensor:
     """All conversations rendered by the chat template, one after the other, as one row of tokens."""
     rendered = [
         tokenizer.apply_chat_template(

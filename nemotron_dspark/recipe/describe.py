@@ -6,7 +6,7 @@ published target, and said to be unchecked, or it is unknown, and said to be.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -27,6 +27,9 @@ from nemotron_dspark.targets.schemes import scheme_of
 from nemotron_dspark.targets.shards import tensors_here
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
 from nemotron_dspark.targets.weights import missing_shards, parameter_count, stored_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHORT_CONTEXT = 8192
 _EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -100,6 +103,7 @@ class _Inspection:
         known = self.published(parameters)
         tokenizer, fault = tokenizer_in(self.checkpoint)
         self.warnings += [fault] if fault else []
+        # What cannot be told without data or weights is left open: a description never fails for it.
         mask_token, mask_reason = self.mask_token(tokenizer, known)
         draft, notes = build_draft_config(
             spec, self.config.draft, mask_token_id=mask_token or 0, num_anchors=self.config.train.num_anchors
@@ -110,7 +114,7 @@ class _Inspection:
         has_template, chat_format, chat_reason = self.chat(tokenizer, known)
         self.warn_of_limits(tokenizer, known, quantised)
         preset = preset_for(self.name)
-        with torch.device("meta"):
+        with torch.device("meta"):  # counted on the model itself, so that no formula can go stale
             trainable = DSparkDraft(draft).trainable_parameters().values()
         return Description(
             spec=spec,
@@ -185,7 +189,9 @@ class _Inspection:
         path = self.folder / NOTE
         return read_json(path).get("licence") if path.is_file() else None
 
-    def mask_token(self, tokenizer: Any, known: KnownTarget | None) -> tuple[int | None, str]:
+    def mask_token(
+        self, tokenizer: "PreTrainedTokenizerBase | None", known: KnownTarget | None
+    ) -> tuple[int | None, str]:
         override = self.config.draft.mask_token_id
         if tokenizer is not None and override is None and not reserved_mask_token(tokenizer, self.spec):
             return None, "counted over the data: a special token that it never uses, else the rarest token"
@@ -205,7 +211,9 @@ class _Inspection:
             return None, f"unknown without the tokenizer; {NEMOTRON_MASK} if it is Nemotron's"
         return None, "unknown without the tokenizer"
 
-    def chat(self, tokenizer: Any, known: KnownTarget | None) -> tuple[bool | None, str | None, str]:
+    def chat(
+        self, tokenizer: "PreTrainedTokenizerBase | None", known: KnownTarget | None
+    ) -> tuple[bool | None, str | None, str]:
         """Whether there is a chat template, the bundled format it is of, and how that is known."""
         if tokenizer is None:
             if known and known.chat_format:
@@ -267,7 +275,9 @@ class _Inspection:
             )
         return stored
 
-    def warn_of_limits(self, tokenizer: Any, known: KnownTarget | None, quantised: str | None) -> None:
+    def warn_of_limits(
+        self, tokenizer: "PreTrainedTokenizerBase | None", known: KnownTarget | None, quantised: str | None
+    ) -> None:
         """What a user should know of the target before spending anything on it."""
         spec, warn = self.spec, self.warnings.append
         if known and (known.licence or "").endswith(RESEARCH_ONLY):

@@ -16,7 +16,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import size_of, size_text
 from nemotron_dspark.recipe import needs
 from nemotron_dspark.recipe.describe import inspect, tokenizer_in
-from nemotron_dspark.recipe.graph import Draft, Stage, all_stages, drafts_of
+from nemotron_dspark.recipe.graph import DraftStages, Stage, all_stages, drafts_of
 from nemotron_dspark.recipe.ledger import Ledger, Status
 from nemotron_dspark.recipe.machines import Machine
 from nemotron_dspark.recipe.machines import machine as machine_called
@@ -54,7 +54,7 @@ class RecipePlan:
 
     recipe: Recipe
     machine: Machine
-    drafts: tuple[Draft, ...]
+    drafts: tuple[DraftStages, ...]
     stages: tuple[PlannedStage, ...]
     disk: dict[str, float]  # by what lies there: targets, caches, checkpoints, drafts
     missing: float
@@ -119,6 +119,7 @@ def dry_run(recipe: Recipe) -> RecipePlan:
             config_for(shape.spec, config.draft, mask_token_id=None, num_anchors=config.train.num_anchors)
         workload = _workload(recipe, draft)
         said.append(f"{draft.target}: {workload.source}")
+        # `plan` knows one target with one draft: its column for this recipe's mode has all that is needed.
         found = estimate(shape, config, workload, machine)
         mode = recipe.mode_of(config)
         column = next(column for column in found.columns if column.mode == mode)
@@ -137,7 +138,7 @@ def dry_run(recipe: Recipe) -> RecipePlan:
         if column.problems and found.recommended:
             advice.append(f"mode: {found.recommended} fits {draft.target}.")
         for stage in draft.stages:
-            if stage.name in planned:
+            if stage.name in planned:  # drafts share it: its time and its disk count once
                 continue
             status = statuses[stage.name]
             idle = status.state in ("done", "not needed")
@@ -192,7 +193,7 @@ def _shape(config: RunConfig) -> Shape:
     return Shape.of(found)
 
 
-def _workload(recipe: Recipe, draft: Draft) -> Workload:
+def _workload(recipe: Recipe, draft: DraftStages) -> Workload:
     """From the answers where they are there, else from the prompts."""
     config, checkpoint = draft.config, Checkpoint.of(draft.config.target)
     positions = checkpoint.read_spec().max_position_embeddings

@@ -2,7 +2,7 @@
 
 A kernel that imports may still compute wrong numbers: binaries built for a neighbouring architecture have done so
 (causal-conv1d 105). And one that crashes takes its process with it, so `python -m nemotron_dspark.recipe.gpu_proofs
-NAME` runs one proof and prints its `Proof` as JSON. The references are loops over time in fp64.
+NAME` runs one proof and prints its `KernelProof` as JSON. The references are loops over time in fp64.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_dspark.drafts.layers import Sight, block_attention
-from nemotron_dspark.recipe.probes import Proof
+from nemotron_dspark.recipe.probes import KernelProof
 
 # Largest difference over the reference's largest magnitude. fp32 kernels may multiply in TF32 (10 bits), bf16 has 8.
 TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
@@ -25,7 +25,7 @@ _ROWS, _TIME, _HEADS, _WIDTH, _GROUPS, _STATE, _CHUNK = 2, 96, 4, 64, 2, 128, 64
 _NCCL_SECONDS = 60
 
 
-def mamba_ssm(scan: Callable[..., Any], update: Callable[..., Any], device: str) -> Proof:
+def mamba_ssm(scan: Callable[..., Any], update: Callable[..., Any], device: str) -> KernelProof:
     """``mamba_chunk_scan_combined`` over whole sequences and ``selective_state_update`` of one token more."""
 
     def differences(dtype: torch.dtype) -> Iterator[float]:
@@ -59,7 +59,7 @@ def mamba_ssm(scan: Callable[..., Any], update: Callable[..., Any], device: str)
     return _worst("mamba_chunk_scan_combined and selective_state_update", differences)
 
 
-def causal_conv1d(convolve: Callable[..., Any], update: Callable[..., Any], device: str) -> Proof:
+def causal_conv1d(convolve: Callable[..., Any], update: Callable[..., Any], device: str) -> KernelProof:
     """``causal_conv1d_fn`` over whole sequences and ``causal_conv1d_update`` of one token more, with bias and SiLU."""
 
     def differences(dtype: torch.dtype) -> Iterator[float]:
@@ -75,7 +75,7 @@ def causal_conv1d(convolve: Callable[..., Any], update: Callable[..., Any], devi
     return _worst("causal_conv1d_fn and causal_conv1d_update", differences)
 
 
-def flex_attention(device: str) -> Proof:
+def flex_attention(device: str) -> KernelProof:
     """FlexAttention, compiled on a GPU, as a training forward calls it, against dense attention in fp64."""
     context, block = 160, 4
     anchors = torch.tensor([[3, 40, 90, 150], [1, 64, 65, 159]], device=device)
@@ -93,7 +93,7 @@ def flex_attention(device: str) -> Proof:
     return _worst("compiled FlexAttention", differences)
 
 
-def all_reduce(rank: int, port: int) -> Proof:
+def all_reduce(rank: int, port: int) -> KernelProof:
     """A sum between two GPUs by NCCL; this is process ``rank`` of two."""
     import torch.distributed as dist
 
@@ -104,7 +104,7 @@ def all_reduce(rank: int, port: int) -> Proof:
     dist.all_reduce(values)
     error = _difference(values, torch.arange(1 << 20, device="cuda", dtype=torch.float64) * 3)
     dist.destroy_process_group()
-    return Proof("a sum of 4 MB between two GPUs by NCCL", error, 1e-6)
+    return KernelProof("a sum of 4 MB between two GPUs by NCCL", error, 1e-6)
 
 
 def scan_by_steps(
@@ -142,18 +142,18 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
-def _worst(what: str, differences: Callable[[torch.dtype], Iterator[float]]) -> Proof:
+def _worst(what: str, differences: Callable[[torch.dtype], Iterator[float]]) -> KernelProof:
     """The proof in fp32 and bf16; of the two, the one that is nearer to its tolerance or beyond it."""
     proofs = []
     for dtype, tolerance in TOLERANCES.items():
         torch.manual_seed(0)
         errors = torch.tensor([*differences(dtype)])
         error = float(errors.max())  # NaN if any is
-        proofs.append(Proof(f"{what} in {str(dtype).removeprefix('torch.')}", error, tolerance))
+        proofs.append(KernelProof(f"{what} in {str(dtype).removeprefix('torch.')}", error, tolerance))
     return next((proof for proof in proofs if not proof.passed), max(proofs, key=lambda p: p.error / p.tolerance))
 
 
-def main(name: str, *arguments: str) -> Proof:
+def main(name: str, *arguments: str) -> KernelProof:
     """The proof ``name`` with the installed kernels, on the first GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels fail, unless a test has replaced them
     if name == "mamba-ssm":

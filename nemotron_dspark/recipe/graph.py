@@ -69,7 +69,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
+class DraftStages:
     """One target with one of its drafts: the stages that end in it."""
 
     target: str
@@ -96,7 +96,7 @@ class Draft:
         return self.run.label
 
 
-def drafts_of(recipe: Recipe) -> tuple[Draft, ...]:
+def drafts_of(recipe: Recipe) -> tuple[DraftStages, ...]:
     """Every draft of the recipe with its stages in order; stages that drafts share are the same object.
 
     Raises:
@@ -138,11 +138,11 @@ def drafts_of(recipe: Recipe) -> tuple[Draft, ...]:
                     )
                 )
             chain = tuple(stage for stage in (split, answers, cache, train, *last) if stage)
-            found.append(Draft(target, variant, config, chain))
+            found.append(DraftStages(target, variant, config, chain))
     return tuple(found)
 
 
-def all_stages(drafts: tuple[Draft, ...]) -> Iterator[Stage]:
+def all_stages(drafts: tuple[DraftStages, ...]) -> Iterator[Stage]:
     """Each stage once, in an order in which they can run."""
     seen: set[str] = set()
     for draft in drafts:

@@ -25,7 +25,7 @@ from nemotron_dspark.engines.pair import Pair
 from nemotron_dspark.engines.preflight import preflight
 from nemotron_dspark.errors import NdsError
 from nemotron_dspark.evaluation.report import label_of
-from nemotron_dspark.recipe.graph import FOLDER, Draft, all_stages
+from nemotron_dspark.recipe.graph import FOLDER, DraftStages, all_stages
 from nemotron_dspark.recipe.ledger import Record, refusals
 from nemotron_dspark.recipe.plan import hours
 from nemotron_dspark.resources import resource_folder
@@ -41,7 +41,7 @@ _KINDS = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "EAGLE-3"}
 _PACKAGES = ("torch", "transformers", "mamba-ssm", "causal-conv1d")
 
 
-def write(path: Path, recipe: Recipe, drafts: Sequence[Draft], records: Mapping[str, Record]) -> None:
+def write(path: Path, recipe: Recipe, drafts: Sequence[DraftStages], records: Mapping[str, Record]) -> None:
     """Write the page about ``drafts`` with the ``records`` of their stages, by name, to ``path``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(resource_folder("templates")), autoescape=True, trim_blocks=True
@@ -75,7 +75,7 @@ def write(path: Path, recipe: Recipe, drafts: Sequence[Draft], records: Mapping[
     files.write_text(path, text)
 
 
-def _evaluation(draft: Draft) -> dict[str, Any] | None:
+def _evaluation(draft: DraftStages) -> dict[str, Any] | None:
     stage = draft.get("eval")
     file = stage.place / "eval.json" if stage else None
     return files.read_json(file) if file and file.is_file() else None
@@ -102,7 +102,7 @@ def _length(measured: dict[str, Any] | None) -> str:
     return f"{measured['accepted_length']:.2f}" + (f" ± {error:.2f}" if error is not None else "")
 
 
-def _about(draft: Draft, records: Mapping[str, Record], found: dict[str, Any] | None) -> dict[str, Any]:
+def _about(draft: DraftStages, records: Mapping[str, Record], found: dict[str, Any] | None) -> dict[str, Any]:
     """What the page says of one draft."""
     trained = _result(draft, records, "train")
     shape = draft.config.draft
@@ -130,13 +130,13 @@ def _about(draft: Draft, records: Mapping[str, Record], found: dict[str, Any] | 
     }
 
 
-def _result(draft: Draft, records: Mapping[str, Record], kind: Any) -> dict[str, Any]:
+def _result(draft: DraftStages, records: Mapping[str, Record], kind: Any) -> dict[str, Any]:
     stage = draft.get(kind)
     record = records.get(stage.name) if stage else None
     return record.result if record else {}
 
 
-def _commands(draft: Draft) -> Iterator[dict[str, str]]:
+def _commands(draft: DraftStages) -> Iterator[dict[str, str]]:
     """How to serve the draft, here and with each engine; a refusal where it is known not to work."""
     serve = ["nds", "serve", "--target", draft.target, "--draft", str(draft.folder)]
     yield {"title": "nds", "text": shlex.join(serve)}
@@ -162,7 +162,7 @@ def _commands(draft: Draft) -> Iterator[dict[str, str]]:
 
 
 def _stages(
-    drafts: Sequence[Draft], records: Mapping[str, Record], planned: Mapping[str, float]
+    drafts: Sequence[DraftStages], records: Mapping[str, Record], planned: Mapping[str, float]
 ) -> Iterator[dict[str, Any]]:
     for stage in all_stages(tuple(drafts)):
         record = records.get(stage.name)

@@ -43,7 +43,7 @@ class Torch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Proof:
+class KernelProof:
     """How far a kernel was from plain PyTorch: the relative error of the dtype that came nearest to its tolerance."""
 
     what: str
@@ -141,7 +141,7 @@ class Probes:
     def on_path(self, command: str) -> str | None:
         return shutil.which(command)
 
-    def prove(self, name: str) -> Proof:
+    def prove(self, name: str) -> KernelProof:
         """The proof ``name`` of `gpu_proofs`, in a process of its own; "nccl" in two.
 
         Raises:
@@ -164,7 +164,7 @@ class Probes:
             if process.returncode:
                 ending = f"ended by signal {-process.returncode}" if process.returncode < 0 else "failed"
                 raise EnvironmentFault((errors.strip().splitlines() or [ending])[-1], "")
-        return Proof(**json.loads(said[0][0].splitlines()[-1]))
+        return KernelProof(**json.loads(said[0][0].splitlines()[-1]))
 
     def port_is_free(self, port: int) -> bool:
         """Whether a server could listen on ``port`` of 127.0.0.1."""

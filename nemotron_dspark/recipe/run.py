@@ -20,7 +20,7 @@ from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.folders import is_locked, locked
 from nemotron_dspark.recipe import page
 from nemotron_dspark.recipe.dry_run import RecipePlan, dry_run
-from nemotron_dspark.recipe.graph import FOLDER, KINDS, Draft, Kind, Stage, all_stages, drafts_of
+from nemotron_dspark.recipe.graph import FOLDER, KINDS, DraftStages, Kind, Stage, all_stages, drafts_of
 from nemotron_dspark.recipe.ledger import Ledger, Record, Status, refusals
 from nemotron_dspark.recipe.work import RecipeProgress, Work, config_file
 from nemotron_dspark.training.metrics import read_metrics
@@ -33,17 +33,17 @@ class RecipeResult:
     """A recipe that was run, to its end or to the stage that was asked for."""
 
     out: Path
-    drafts: tuple[Draft, ...]
+    drafts: tuple[DraftStages, ...]
     records: dict[str, Record]  # by a stage's name
     report: Path | None  # None where the run ended before
     refused: tuple[str, ...]  # what was asked for and cannot be made, in two sentences each
 
     @property
-    def trained(self) -> tuple[Draft, ...]:
+    def trained(self) -> tuple[DraftStages, ...]:
         """The drafts that are there; a run that ended before its training has none."""
         return tuple(draft for draft in self.drafts if (draft.folder / "config.json").is_file())
 
-    def measured(self, draft: Draft) -> str:
+    def measured(self, draft: DraftStages) -> str:
         """The sentence on its evaluation; empty where it has none."""
         record = self._evaluation(draft)
         return record.said if record and record.done else ""
@@ -57,12 +57,12 @@ class RecipeResult:
             "seconds": {name: record.seconds for name, record in self.records.items()},
         }
 
-    def _draft(self, draft: Draft) -> dict[str, Any]:
+    def _draft(self, draft: DraftStages) -> dict[str, Any]:
         record = self._evaluation(draft)
         found = {"target": draft.target, "variant": draft.variant, "draft": str(draft.folder)}
         return found | {"evaluation": record.result if record else None}
 
-    def _evaluation(self, draft: Draft) -> Record | None:
+    def _evaluation(self, draft: DraftStages) -> Record | None:
         stage = draft.get("eval")
         return self.records.get(stage.name) if stage else None
 

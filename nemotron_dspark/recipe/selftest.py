@@ -30,12 +30,13 @@ from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.decoding.decoder import Decoder
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.decoding.sampling import Sampling
-from nemotron_dspark.drafts.dspark import DSparkDraft
+from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
 from nemotron_dspark.errors import CheckError, EnvironmentFault, InputError
 from nemotron_dspark.files import json_line, sha256
 from nemotron_dspark.recipe import tiny
 from nemotron_dspark.targets import Captured, Target
 from nemotron_dspark.targets.proofs import prove, run_proofs
+from nemotron_dspark.targets.state import State
 from nemotron_dspark.training.callbacks import Callback
 from nemotron_dspark.training.metrics import StepMetrics
 
@@ -121,7 +122,7 @@ class _Bench:
     def load(self, folder: Path) -> Target:
         return Target.load(str(folder), dtype="float32", device=self.device)
 
-    def draft(self) -> Any:
+    def draft(self) -> Draft:
         return load_draft(self.folder / "run" / "draft", self.target)
 
 
@@ -145,8 +146,8 @@ class _KeepsAll(Target):
 
     proof = "rollback"
 
-    def commit(self, state: Any, kept: Sequence[int]) -> None:
-        super().commit(state, [state.block] * len(kept))
+    def commit(self, state: State, kept: Sequence[int]) -> None:
+        super().commit(state, [state.block or 0] * len(kept))
 
 
 class _OneOff(Target):
@@ -154,7 +155,7 @@ class _OneOff(Target):
 
     proof = "taps"
 
-    def capture(self, input_ids: Any, attention_mask: Any, taps: Sequence[int]) -> Captured:
+    def capture(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, taps: Sequence[int]) -> Captured:
         return super().capture(input_ids, attention_mask, [tap + 1 for tap in taps])
 
 

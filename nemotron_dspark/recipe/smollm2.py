@@ -72,6 +72,7 @@ def run_smollm2_demo(parent: Path, minutes: float, *, seed: int = 0, progress: P
         state.dtype = str(target.dtype).removeprefix("torch.")
         progress.note(f"{imported['parameters'] / 1e6:.1f} M parameters, licence {LICENCE}, proven in {state.dtype}")
 
+    # Answers get a share of the budget, and training ends at one of the whole: what was slow before makes it shorter.
     with clock("answers"):
         count = _answer(target, run_dir, clock, _ANSWERS * state.budget, seed, progress)
         progress.note(f"{count} greedy answers of up to {_ANSWER_TOKENS} tokens")
@@ -211,7 +212,7 @@ def _train(run_dir: Path, config: RunConfig, state: _State, clock: Clock, progre
     if state.steps is None:
         trial = run_dir / "calibration"
         shutil.rmtree(trial, ignore_errors=True)
-        pace = _Pace()
+        pace = _StepTimer()
         stages.train(with_steps(_WARM + _CALIBRATION_STEPS), trial, cache=cache, callbacks=[pace])
         shutil.rmtree(trial)
         left = _TRAIN_END * state.budget - clock.total()
@@ -222,7 +223,7 @@ def _train(run_dir: Path, config: RunConfig, state: _State, clock: Clock, progre
     return run
 
 
-class _Pace(Callback):
+class _StepTimer(Callback):
     """How long a step takes once the first ones are done; a step is one micro-batch here."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from nemotron_dspark.config import DataConfig
 from nemotron_dspark.data.conversations import Skipped, read
 from nemotron_dspark.data.samples import samples_of
 from nemotron_dspark.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WHOLE_BYTES = 16_000_000  # of a larger file every k-th conversation is tokenised
 CHARACTERS_PER_TOKEN = 4  # where there is no tokenizer
@@ -71,7 +74,9 @@ def from_numbers(
     return Workload(samples, tokens, loss, max(0, loss - samples), longest, text)
 
 
-def from_file(path: Path, tokenizer: Any | None, data: DataConfig, max_positions: int) -> Workload:
+def from_file(
+    path: Path, tokenizer: "PreTrainedTokenizerBase | None", data: DataConfig, max_positions: int
+) -> Workload:
     """What ``path``, JSON lines of conversations, will be as samples.
 
     Tokenised as a cache build does; every k-th conversation of a large file stands for k. Without a tokenizer tokens

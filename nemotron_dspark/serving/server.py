@@ -198,6 +198,7 @@ def make_app(served: Served, config: ServeConfig, access: Access) -> FastAPI:
     """The server as an ASGI application; its engine runs from start-up to shut-down and is ``app.state.engine``."""
     service = Service(served, config)
 
+    # Ending waits for answers in progress, which takes its time: on a thread, so that the loop sends them meanwhile.
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine.start()

@@ -34,7 +34,7 @@ USED_EXPERTS = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token",
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class LayerPart:
     """What is loaded at a time."""
 
     layer: int
@@ -106,12 +106,12 @@ class LayerWeights:
         self._model.tie_weights()
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[LayerPart]:
         """What a forward goes through, in its order."""
         found = []
         for layer in range(len(self._model.get_submodule(self._layers))):
             divided = self._divided.get(layer)
-            found += [Part(layer), *(Part(layer, group) for group in (divided.groups if divided else ()))]
+            found += [LayerPart(layer), *(LayerPart(layer, group) for group in (divided.groups if divided else ()))]
         return found
 
     def divide(self, room: float, pause: Callable[[], None]) -> None:
@@ -177,7 +177,7 @@ class LayerWeights:
         self.read_bytes += self.bytes_of(layer, experts)
         self.read_seconds += time.monotonic() - began
 
-    def use(self, part: Part) -> None:
+    def use(self, part: LayerPart) -> None:
         """What was loaded last, ``part``, is what is computed with; the next one may be loaded meanwhile."""
         if part.experts is None:
             return
@@ -186,7 +186,7 @@ class LayerWeights:
         self._skeleton.clear(divided.parameters)
         divided.compute.use(part.experts, held)
 
-    def free(self, part: Part) -> None:
+    def free(self, part: LayerPart) -> None:
         """Take ``part`` out of the model, but for what its layer shares with others, and with the experts of a layer.
 
         Of a divided layer the last experts take the rest with them.

@@ -37,7 +37,7 @@ _FOUR_BITS = torch.cat([_FOUR_BITS, -_FOUR_BITS])
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ScaleLayout:
     """How the values of a quantised weight and its scales belong together."""
 
     words: str
@@ -76,7 +76,7 @@ class Weight:
     def _in_blocks(self) -> bool:
         return self.values.name.endswith("_blocks")
 
-    def layout(self) -> Layout | None:
+    def layout(self) -> ScaleLayout | None:
         """How it is quantised, from the headers of the files alone; None when it is not.
 
         Raises:
@@ -106,7 +106,7 @@ class Weight:
             )
         return fits
 
-    def _float8(self, scale: Stored) -> Layout | None:
+    def _float8(self, scale: Stored) -> ScaleLayout | None:
         """One scale for all, for a row, for a block; in a stack of experts, for each expert."""
         if len(self.values.shape) < 2 or self.second is not None:
             return None
@@ -114,9 +114,9 @@ class Weight:
         powers = scale.dtype in _EXPONENTS
         one = "one power of two" if powers else "one scale"
 
-        def made(share: str, grid: tuple[int, ...], block: tuple[int, int]) -> Layout:
+        def made(share: str, grid: tuple[int, ...], block: tuple[int, int]) -> ScaleLayout:
             name = "MXFP8" if powers and block == (1, 32) else "FP8"
-            return Layout(f"{name} (e4m3, {one} per {share})", _EIGHT_BITS, self.values.shape, grid, block)
+            return ScaleLayout(f"{name} (e4m3, {one} per {share})", _EIGHT_BITS, self.values.shape, grid, block)
 
         if math.prod(scale.shape) == 1:
             return made("tensor", (1,) * (len(lead) + 2), (rows, columns))
@@ -130,7 +130,7 @@ class Weight:
                 return made(f"{high}x{wide} block", (*lead, down, across), (high, wide))
         return None
 
-    def _float4(self, scale: Stored) -> Layout | None:
+    def _float4(self, scale: Stored) -> ScaleLayout | None:
         """Two values in a byte; by its type, a scale belongs to 16 of them or to 32."""
         shape = self.values.shape
         if self._in_blocks and len(shape) > 2:
@@ -148,7 +148,7 @@ class Weight:
             whole = self.second is not None and math.prod(self.second.shape) in (1, math.prod(shape[:-2]))
         if not whole:
             return None
-        return Layout(words, _FOUR_BITS, shape, scale.shape, (1, share))
+        return ScaleLayout(words, _FOUR_BITS, shape, scale.shape, (1, share))
 
     def read(self) -> Tensor:
         """The weight: in its own type when it is not quantised, else dequantised in fp32 and rounded to BF16.
@@ -171,7 +171,7 @@ class Weight:
         error, weight = (self._decoded(layout, table).float() for table in (_cells(layout.table), layout.table))
         return float(error.square().mean().sqrt() / weight.square().mean().sqrt().clamp(min=1e-30))
 
-    def _decoded(self, layout: Layout, table: Tensor) -> Tensor:
+    def _decoded(self, layout: ScaleLayout, table: Tensor) -> Tensor:
         """What ``table`` has for each code, times its scale, in BF16; [..., R, C], gpt-oss's blocks [..., C, R]."""
         *lead, rows, columns = layout.shape
         scales = self._scales(layout)
@@ -194,7 +194,7 @@ class Weight:
         weight = weight.view(layout.shape)
         return weight.transpose(-1, -2).contiguous() if self._in_blocks else weight
 
-    def _scales(self, layout: Layout) -> Tensor:
+    def _scales(self, layout: ScaleLayout) -> Tensor:
         """The scales as one grid in fp32."""
         if self.scale is None:
             raise ValueError(f"{self.name} has no scale")

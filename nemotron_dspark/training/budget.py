@@ -57,7 +57,7 @@ class _Pace(Callback):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Measurement:
+class _StepCost:
     """Seconds, alike on all processes."""
 
     step: float
@@ -82,7 +82,7 @@ def fit(config: TrainConfig, seconds: float, trial: Trial, context: DistContext)
     """
     began, deadline = time.monotonic(), time.monotonic() + _SHARE * seconds
 
-    def measured(anchors: int) -> _Measurement:
+    def measured(anchors: int) -> _StepCost:
         pace = _Pace(context)
         alone = config.local_batch_size * context.world_size
         short = {"num_anchors": anchors, "global_batch_size": alone, "max_steps": 2 * _MICRO_BATCHES}
@@ -91,7 +91,7 @@ def fit(config: TrainConfig, seconds: float, trial: Trial, context: DistContext)
         kept = SampleSchedule.of(config, round(pace.samples * (1 - config.validation)), context)
         times = torch.tensor([pace.seconds * kept.accumulation, pace.setup, deadline - time.monotonic()])
         step, setup, left = (context.all_reduce_sum(times) / context.world_size).tolist()
-        return _Measurement(step, setup, left, kept)
+        return _StepCost(step, setup, left, kept)
 
     anchors, found = config.num_anchors, measured(config.num_anchors)
     if found.steps < _EPOCHS * found.schedule.steps_per_epoch and anchors > _FEWEST_ANCHORS:

@@ -75,7 +75,7 @@ def split(source: Source, share: float) -> tuple[Source, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
+class HeldOutResult:
     """Averages over the held-out samples."""
 
     metrics: StepMetrics
@@ -119,7 +119,7 @@ class Validation:
         patience, best = self._config.patience, self.best
         return patience is not None and best is not None and len(self.lines) - 1 - self.lines.index(best) >= patience
 
-    def measure(self, objective: Objective, load: Loader, step: int, context: DistContext) -> Measurement:
+    def measure(self, objective: Objective, load: Loader, step: int, context: DistContext) -> HeldOutResult:
         """Averages over the held-out samples; every rank takes as many micro-batches, some of them twice."""
         config, device = self._config, load.device
         rounds = -(-len(self.ids) // (config.local_batch_size * context.world_size))
@@ -149,7 +149,7 @@ class Validation:
         if context.is_main:
             with files.disk_errors(self._file), open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        return Measurement(metrics, best)
+        return HeldOutResult(metrics, best)
 
     def summary(self) -> str:
         """A sentence on when the held-out part was best, and whether training went on for too long."""

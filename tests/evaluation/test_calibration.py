@@ -24,7 +24,7 @@ from nemotron_dspark.evaluation.calibration import (
     fit_margins,
     fit_temperatures,
 )
-from nemotron_dspark.evaluation.calibration_report import HEAD, MIN_ROUNDS, Workload, gather
+from nemotron_dspark.evaluation.calibration_report import HEAD, MIN_ROUNDS, CalibrationPrompts, gather
 from nemotron_dspark.evaluation.measure import conversation_ids
 from nemotron_dspark.targets import Target
 
@@ -240,8 +240,8 @@ def test_the_reported_errors_are_those_of_the_held_out_rounds(target, draft, pro
     config = load_config(str(target.folder), eval={"max_new_tokens": 24, "batch_size": 12, "temperatures": (1.0,)})
     (fit,) = stages.calibrate(config, draft, prompts, target=target)[0].fits
     halves = [
-        gather(target, draft, Workload("", conversation_ids(target, file, new_tokens=24)), 1.0, HEAD, config.eval)
-        for file in prompts
+        gather(target, draft, CalibrationPrompts("", ids), 1.0, HEAD, config.eval)
+        for ids in (conversation_ids(target, file, new_tokens=24) for file in prompts)
     ]
     fitted = fit_temperatures(Rounds.cat([each.fit for each in halves]))
     assert fit.calibration == fitted
@@ -261,7 +261,7 @@ def test_halves_share_no_conversation(target, draft, monkeypatch):
 
     monkeypatch.setattr("nemotron_dspark.evaluation.calibration_report.decode", record)
     conversations = [[[1, 2], [1, 2, 3]], [[4]], [[1, 2], [1, 2, 9]], [[5], [5, 6]], [[7]]]
-    found = gather(target, draft, Workload("w", conversations), 0.0, HEAD, load_config().eval)
+    found = gather(target, draft, CalibrationPrompts("w", conversations), 0.0, HEAD, load_config().eval)
     assert decoded == [[[1, 2], [1, 2, 3], [1, 2], [1, 2, 9], [5], [5, 6]], [[4], [7]]]
     assert found.conversations == (3, 2)
 

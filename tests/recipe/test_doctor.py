@@ -18,7 +18,7 @@ from nemotron_dspark.cli import doctor_command, shell
 from nemotron_dspark.errors import EnvironmentFault
 from nemotron_dspark.recipe import doctor, gpu_proofs
 from nemotron_dspark.recipe.doctor import GIB, Finding, Report, examine
-from nemotron_dspark.recipe.probes import Gpu, Probes, Proof, Torch
+from nemotron_dspark.recipe.probes import Gpu, KernelProof, Probes, Torch
 from nemotron_dspark.targets.mamba2 import scan_block
 
 GB10 = Gpu("NVIDIA GB10", (12, 1), 128 * 10**9, unified=True)
@@ -85,7 +85,7 @@ class Simulated(Probes):
 
     def prove(self, name):
         self.proven.append(name)
-        return self.kernels.get(name, lambda: Proof(name, 1e-4, 1e-2))()
+        return self.kernels.get(name, lambda: KernelProof(name, 1e-4, 1e-2))()
 
     def port_is_free(self, port):
         return port not in self.taken
@@ -529,7 +529,7 @@ def nds(monkeypatch):
 
 
 def test_a_fault_exits_1_and_its_command_is_printed_in_one_line(nds, folder):
-    result = nds(spark(folder, kernels={"causal-conv1d": lambda: Proof("it", float("nan"), 1e-2)}))
+    result = nds(spark(folder, kernels={"causal-conv1d": lambda: KernelProof("it", float("nan"), 1e-2)}))
     assert result.exit_code == 1
     assert "1 fault." in result.stdout
     (mend,) = (line for line in result.stdout.splitlines() if "TORCH_CUDA_ARCH_LIST" in line)

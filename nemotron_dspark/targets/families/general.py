@@ -49,6 +49,7 @@ def _spec(read: Callable[[], "PreTrainedConfig"], name: str, *, trusted: bool) -
             f"transformers cannot build a causal language model from the config of {name}: {first_line(error)}.",
             "Check that the target is a text model; one of several modalities needs its language model alone.",
         ) from None
+    # The model has shapes and no numbers: what the config does not say is read off its modules.
     names, text = _names(model, name), config.get_text_config()
     layers = cast(nn.ModuleList, model.get_submodule(names.layers))
     intermediate = getattr(text, "intermediate_size", None)
