@@ -206,7 +206,7 @@ class CacheWriter:
             self.mark_written({sample: check for sample, check in found.items() if not self.written[sample]})
 
     def finish(self, extra_files: Iterable[str] = ()) -> None:
-        """Write index, checksums (of ``extra_files`` too) and manifest; the cache is complete when this returns."""
+        """Write index, checksums (of ``extra_files`` too) and, last, the manifest, which makes the cache complete."""
         if not self.written.all():
             raise CheckError(
                 f"{int((~self.written).sum())} samples of {self.folder} were never written.",
@@ -214,8 +214,14 @@ class CacheWriter:
             )
         for closed in self._closing:
             closed.result()
-        finish_cache(self.folder, self.layout, self._checksums, self._digests, extra_files)
-        shutil.rmtree(self.folder / WORK)
+        folder, manifest = self.folder, self.layout.manifest()
+        write_whole(folder / INDEX, lambda file: file.write(self.layout.records.tobytes()))
+        write_whole(folder / SAMPLES, lambda file: file.write(self._checksums.tobytes()))
+        digests = {name: sha256(folder / name) for name in (INDEX, SAMPLES, *extra_files)}
+        digests[MANIFEST] = hashlib.sha256(manifest).hexdigest()
+        write_checksums(folder, self._digests | digests)
+        write_whole(folder / MANIFEST, lambda file: file.write(manifest))
+        shutil.rmtree(folder / WORK)
 
     def _note(self, checksums: Written) -> None:
         ids = list(checksums)
@@ -250,22 +256,6 @@ class CacheWriter:
                 self._closing.append(self._closer.submit(self._put_in_place, shard))
         entries = b"".join(_entry(sample, noted[sample]) for sample in np.flatnonzero(self.written).tolist())
         write_whole(self._journal, lambda file: file.write(entries))
-
-
-def finish_cache(
-    folder: Path,
-    layout: Layout,
-    checksums: np.ndarray,  # uint32 [samples]
-    digests: Mapping[str, str],  # of the shards
-    extra_files: Iterable[str] = (),
-) -> None:
-    """Write everything but the shards; the manifest comes last."""
-    write_whole(folder / INDEX, lambda file: file.write(layout.records.tobytes()))
-    write_whole(folder / SAMPLES, lambda file: file.write(checksums.astype("<u4").tobytes()))
-    manifest = layout.manifest()
-    digests = {**digests, MANIFEST: hashlib.sha256(manifest).hexdigest()}
-    write_checksums(folder, digests | {name: sha256(folder / name) for name in (INDEX, SAMPLES, *extra_files)})
-    write_whole(folder / MANIFEST, lambda file: file.write(manifest))
 
 
 def _write_at(descriptor: int, array: np.ndarray, offset: int) -> None:

@@ -26,7 +26,7 @@ FolderArgument = Annotated[Path, typer.Argument(help="Cache folder, as given to 
 
 def register(app: typer.Typer) -> None:
     commands = shell.group(app, "cache", "Build, describe and check target caches.")
-    shell.command(commands, keys=[shell.TAPS, _FORMAT, shell.STREAM], show=_show_built)(build)
+    shell.command(commands, keys=[shell.TAPS, _FORMAT, shell.STREAM], show=show_built)(build)
     shell.command(commands, show=_show_info)(info)
     shell.command(commands, show=_show_verified, failed=lambda report: not report.whole)(verify)
     shell.command(commands, target="none", keys=[_TO], show=_show_converted)(convert)
@@ -123,7 +123,7 @@ def convert(
         return convert_cache(source, out, config.cache, on_progress=lambda now: shell.show_build(bars, now))
 
 
-def _show_built(report: "CacheReport") -> None:
+def show_built(report: "CacheReport") -> None:
     built, mask = report.build, report.mask_token
     shell.show_rows(
         [

@@ -9,14 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemotron_dspark import files
-from nemotron_dspark.cli import shell
+from nemotron_dspark.cli import cache_command, shell
 from nemotron_dspark.config import RunConfig
 from nemotron_dspark.errors import InputError
 
 if TYPE_CHECKING:
     from nemotron_dspark.deepspec.checkout import Checkout
-    from nemotron_dspark.deepspec.prepare import Prepared
     from nemotron_dspark.deepspec.status import BridgeStatus
+    from nemotron_dspark.stages import CacheReport
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A DeepSpec config, or the name of a worked one.")]
 OptsOption = Annotated[list[str] | None, typer.Option("--opts", help="section.key=value, as DeepSpec's own --opts.")]
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
     shell.command(commands, show=_show_installed)(install)
     shell.command(commands, show=_show_status, failed=lambda found: 3 if found.missing else 0)(check)
     shell.command(commands)(config)
-    shell.command(commands, show=_show_prepared)(prepare)
+    shell.command(commands, show=cache_command.show_built)(prepare)
     shell.command(commands)(train)
     shell.command(commands, "eval")(evaluate)
 
@@ -84,7 +84,7 @@ def config(
 
 def prepare(
     config: ConfigArgument,
-    data: Annotated[list[Path], typer.Option("--data", "-d", help="JSON lines of conversations; may be repeated.")],
+    data: Annotated[list[str], typer.Option("--data", "-d", help=shell.several("JSON lines of conversations"))],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache, shared by all machines.")],
     opts: OptsOption = None,
     min_loss_tokens: Annotated[int, typer.Option(min=1, help="Samples with fewer loss tokens are dropped.")] = 14,
@@ -92,29 +92,22 @@ def prepare(
     device: Annotated[str | None, typer.Option(help="Build on this device, e.g. cpu; default: every GPU.")] = None,
     nodes: NodesOption = None,
     node_rank: RankOption = None,
-) -> "Prepared | None":
+    master: MasterOption = None,
+) -> "CacheReport | None":
     """Build the target cache of a config with our builder. The same command goes on where it stopped."""
     shell.quiet_libraries()
+    shell.stop_on_sigterm()
     from nemotron_dspark.deepspec import launch
     from nemotron_dspark.deepspec import prepare as preparing
 
-    places = launch.Nodes(nodes, node_rank).variables()
+    places = launch.Nodes(nodes, node_rank, master).variables()
     home = _home()
     if device is None:
         launch.require_gpus()
     cfg = launch.load_config(home, launch.resource_config(config), opts or ())
-    part, machines = int(places["RANK"]), int(places["WORLD_SIZE"])
-    job = preparing.Preparation.of(
-        cfg, data, out, machines, min_loss_tokens=min_loss_tokens, shard_bytes=shard_bytes, device=device or "auto"
-    )
-    if not preparing.begin(job):
-        with shell.bars() as bars:
-            preparing.build_part(job, part, lambda now: shell.show_build(bars, now))
-        if part:
-            shell.err.print(f"This machine's part of {escape(str(out))} is done; the first machine joins them.")
-            return None
-        preparing.wait_for_parts(job, lambda parts: shell.err.print(f"waiting for {len(parts)} other machines"))
-    return preparing.join(job)
+    run = preparing.run_config(cfg, min_loss_tokens=min_loss_tokens, shard_bytes=shard_bytes, device=device or "auto")
+    with shell.bars() as bars:
+        return preparing.prepare(run, data, out, places, lambda now: shell.show_build(bars, now))
 
 
 def train(
@@ -194,10 +187,6 @@ def _show_installed(found: "Checkout") -> None:
     shell.out.print(f"DeepSpec {(found.commit or 'unknown')[:7]} is in {escape(str(found.folder))}", soft_wrap=True)
     if found.folder != checkout.install_folder():
         shell.out.print(f"To use it: export {checkout.HOME_VARIABLE}={escape(str(found.folder))}", soft_wrap=True)
-
-
-def _show_prepared(made: "Prepared") -> None:
-    shell.out.print(f"Target cache {escape(str(made.folder))}: {made.samples} samples", soft_wrap=True)
 
 
 def _show_status(found: "BridgeStatus") -> None:
