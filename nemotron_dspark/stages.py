@@ -112,60 +112,46 @@ def build_cache(
         EnvironmentFault: the disk is or would be full, a process died, or the machines do not share ``out``.
     """
     with contextlib.ExitStack() as prepared:
+        # Rank 0 tokenises and lays the cache out; the others begin when all of that lies in the folder.
         prepared.enter_context(context.main_process_first(Path(out)))
-        given = (config, data, out, processes, engines, target, masked, on_progress, context)
-        return _build_cache(*given, on_prepared=prepared.close)
-
-
-def _build_cache(
-    config: RunConfig,
-    data: Given,
-    out: Path | str,
-    processes: int | None,
-    engines: Sequence[str],
-    target: Target | None,
-    masked: bool,
-    on_progress: Callable[[BuildProgress], None] | None,
-    context: DistContext,
-    on_prepared: Callable[[], None],
-) -> CacheReport:
-    device = target.device if target else resolve_device(config.target.device)
-    if context.local_world_size > 1:
-        if processes is not None and processes > 1:
-            raise InputError(
-                f"{context.local_world_size} processes share this machine, and each is to start {processes - 1} more.",
-                "Leave --processes out, or give torchrun --nproc-per-node 1.",
-            )
-        processes, device = 1, own_device(device, "target.device", context)
-        config = config.model_copy(update={"target": config.target.model_copy(update={"device": str(device)})})
-    config = config.model_copy(update={"target": keep_dtype(config.target, dtype_of(Path(out)))})
-    facts = target or _unloaded(config.target, device) or load_target(config, load_for_capture)
-    taps = chosen_taps(facts.spec, config.draft)
-    override, mask = config.draft.mask_token_id, None
-    if masked and (override is not None or reserved_mask_token(facts.tokenizer, facts.spec)):
-        mask = choose_mask_token(facts.tokenizer, facts.spec, override=override)
-    load: Callable[[], Target] | None = None
-    if engines:
-        load = functools.partial(load_served, config.target, engines)
-    elif not isinstance(facts, Target):
-        load = functools.partial(load_target, config, load_for_capture)
-    report = write_cache(
-        facts,
-        one_file(data),
-        out,
-        taps=taps,
-        data=config.data,
-        cache=config.cache,
-        mask_token_id=mask.id if mask else None,
-        load=load,
-        helpers=helper_loads(config.target, device, processes) if not engines else [],
-        on_progress=on_progress or (lambda progress: None),
-        context=context,
-        on_prepared=on_prepared,
-    )
-    if masked and mask is None and context.is_main:  # one that the samples do not use; training will find it too
-        mask = choose_mask_token(facts.tokenizer, facts.spec, samples=TargetCache(report.folder).all_input_ids())
-    return CacheReport(report, taps, mask)
+        device = target.device if target else resolve_device(config.target.device)
+        if context.local_world_size > 1:
+            if processes is not None and processes > 1:
+                raise InputError(
+                    f"{context.local_world_size} processes share this machine, and each is to start {processes - 1} "
+                    "more.",
+                    "Leave --processes out, or give torchrun --nproc-per-node 1.",
+                )
+            processes, device = 1, own_device(device, "target.device", context)
+            config = config.model_copy(update={"target": config.target.model_copy(update={"device": str(device)})})
+        config = config.model_copy(update={"target": keep_dtype(config.target, dtype_of(Path(out)))})
+        facts = target or _unloaded(config.target, device) or load_target(config, load_for_capture)
+        taps = chosen_taps(facts.spec, config.draft)
+        override, mask = config.draft.mask_token_id, None
+        if masked and (override is not None or reserved_mask_token(facts.tokenizer, facts.spec)):
+            mask = choose_mask_token(facts.tokenizer, facts.spec, override=override)
+        load: Callable[[], Target] | None = None
+        if engines:
+            load = functools.partial(load_served, config.target, engines)
+        elif not isinstance(facts, Target):
+            load = functools.partial(load_target, config, load_for_capture)
+        report = write_cache(
+            facts,
+            one_file(data),
+            out,
+            taps=taps,
+            data=config.data,
+            cache=config.cache,
+            mask_token_id=mask.id if mask else None,
+            load=load,
+            helpers=helper_loads(config.target, device, processes) if not engines else [],
+            on_progress=on_progress or (lambda progress: None),
+            context=context,
+            on_prepared=prepared.close,
+        )
+        if masked and mask is None and context.is_main:  # one that the samples do not use; training will find it too
+            mask = choose_mask_token(facts.tokenizer, facts.spec, samples=TargetCache(report.folder).all_input_ids())
+        return CacheReport(report, taps, mask)
 
 
 def _unloaded(config: TargetConfig, device: torch.device) -> TargetFacts | None:

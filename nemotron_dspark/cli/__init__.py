@@ -68,9 +68,9 @@ def options(
 
 def _show_the_way() -> None:
     """What `nds` alone says: the next sensible command."""
-    from nemotron_dspark.recipe.guide import way_from
+    from nemotron_dspark.recipe.guide import way_on
 
-    way = way_from()
+    way = way_on()
     shell.out.print(escape(way.here), soft_wrap=True)
     shell.out.print(f"Next: [bold]{escape(way.next)}[/]\n      {escape(way.why)}", soft_wrap=True)
     for command, why in way.others:

@@ -241,10 +241,9 @@ class Draft(nn.Module, Generic[ConfigT, ContextT]):
         draft.lm_head.requires_grad_(False)
         return draft.eval()
 
-    def target_logits(self, last: Tensor) -> Tensor:
-        """The target's logits [..., V] from its last hidden states [..., H], with its multiplier and its soft cap."""
-        config, logits = self.config, functional.linear(last, self.target_head)
-        return finish_logits(logits, config.target_logit_multiplier, config.target_logit_softcap)
+    def finish_target_logits(self, logits: Tensor) -> Tensor:
+        """The target's logits [..., V] from the bare output of its LM head, with its multiplier and its soft cap."""
+        return finish_logits(logits, self.config.target_logit_multiplier, self.config.target_logit_softcap)
 
     # --- decoding ---
 

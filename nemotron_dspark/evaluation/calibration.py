@@ -83,18 +83,8 @@ class Calibration:
 
     def survival(self, logits: Tensor) -> Tensor:
         """s_k [N, γ] of ``logits`` [N, γ]."""
-        return torch.sigmoid(self._calibrated(logits)).cumprod(1)
-
-    def log_likelihood(self, rounds: Rounds) -> float:
-        """Of the number of drafts that each round kept, in nats."""
-        logits, total = self._calibrated(rounds.logits), 0.0
-        for slot in range(logits.shape[1]):
-            trial = rounds.trials(slot)
-            total -= _loss(logits[trial, slot], rounds.outcome(slot)[1][trial])
-        return total
-
-    def _calibrated(self, logits: Tensor) -> Tensor:
-        return logits * logits.new_tensor(self.weights) + logits.new_tensor(self.biases)
+        calibrated = logits * logits.new_tensor(self.weights) + logits.new_tensor(self.biases)
+        return torch.sigmoid(calibrated).cumprod(1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,38 +29,38 @@ class Way:
         return dataclasses.asdict(self)
 
 
-def way_from(folder: Path = Path()) -> Way:
-    """The way on from ``folder``."""
+def way_on() -> Way:
+    """The way on from the folder that it is called in."""
     ways = (_recipe, _run, _cache, _answers, _prompts, _demo)
-    return next(filter(None, (way(folder) for way in ways)), None) or _nothing()
+    return next(filter(None, (way() for way in ways)), None) or _nothing()
 
 
-def _recipe(folder: Path) -> Way | None:
-    files = (folder / RECIPE_FILE, folder / "recipe" / RECIPE_FILE)
+def _recipe() -> Way | None:
+    files = (Path(RECIPE_FILE), Path("recipe", RECIPE_FILE))
     file = next((path for path in files if path.is_file()), None)
     if file is None:
         return None
     command = "nds recipe run"  # it finds both files by itself
-    records = _json(folder / "recipe" / "state.json").get("records", {})
+    records = _json(Path("recipe", "state.json")).get("records", {})
     if not records:
         others = ((command, "answers, cache, train, eval, calibrate, export"),)
         return Way(f"A recipe: {file}.", f"{command} --dry-run", "says what it would do, with disk and hours", others)
     done = sum(bool(record.get("done")) for record in records.values())
     others = (("nds recipe status", "where each stage stands"), ("nds recipe clean", "what can go from the disk"))
-    if done == len(records) and (folder / "report.html").is_file() and (run := _newest_run(folder)):
+    if done == len(records) and Path("report.html").is_file() and (run := _newest_run()):
         return Way(f"A recipe that is finished, and its report.html: {file}.", _serve(run), "serves the draft", others)
     here = f"A recipe with {done} of its stages done: {file}."
     return Way(here, command, "goes on where it stopped", others)
 
 
-def _run(folder: Path) -> Way | None:
-    run = _newest_run(folder)
+def _run() -> Way | None:
+    run = _newest_run()
     if run is None:
         return None
     target = shlex.quote(_target(run))
     if not (run / "draft" / "config.json").is_file():
         return Way(f"A run that is not finished: {run}.", _train(run), "goes on from its last checkpoint")
-    prompts = held_out_file(folder) or Path("held_out.jsonl")
+    prompts = held_out_file() or Path("held_out.jsonl")
     evaluate = f"nds eval --target {target} --draft {shlex.quote(str(run / 'draft'))}"
     evaluate += f" --prompts {shlex.quote(str(prompts))} --out {shlex.quote(str(run / 'eval'))}"
     if (run / "eval" / "eval.json").is_file():
@@ -70,8 +70,8 @@ def _run(folder: Path) -> Way | None:
     return Way(f"A trained draft: {run / 'draft'}.", evaluate, "measures it on prompts it has not seen", others)
 
 
-def _cache(folder: Path) -> Way | None:
-    manifests = [*folder.glob("caches/*/manifest.json"), *folder.glob("*/manifest.json")]
+def _cache() -> Way | None:
+    manifests = [*Path().glob("caches/*/manifest.json"), *Path().glob("*/manifest.json")]
     path = max(manifests, key=_age, default=None)
     target = _json(path).get("target_model_name_or_path") if path else None
     if path is None or target is None:
@@ -80,8 +80,8 @@ def _cache(folder: Path) -> Way | None:
     return Way(f"A cache of {target}: {path.parent}.", command, "trains a draft on it")
 
 
-def _answers(folder: Path) -> Way | None:
-    path = max([*folder.glob("answers/*.jsonl"), *folder.glob("answers.jsonl")], key=_age, default=None)
+def _answers() -> Way | None:
+    path = max([*Path().glob("answers/*.jsonl"), *Path().glob("answers.jsonl")], key=_age, default=None)
     if path is None:
         return None
     train = f"nds recipe run --target {_EXAMPLE} --data {shlex.quote(str(path))}"
@@ -89,10 +89,10 @@ def _answers(folder: Path) -> Way | None:
     return Way(f"Answers: {path}.", f"{train} --dry-run", "plans a draft of their target (put its name there)", others)
 
 
-def _prompts(folder: Path) -> Way | None:
+def _prompts() -> Way | None:
     # by name, or as `nds data prompts` and `nds data split` write them
     patterns = ("*prompts*.jsonl", "*/train.jsonl", "prompts/*/train.jsonl")
-    path = max((path for pattern in patterns for path in folder.glob(pattern)), key=_age, default=None)
+    path = max((path for pattern in patterns for path in Path().glob(pattern)), key=_age, default=None)
     if path is None:
         return None
     command = f"nds recipe run --target {_EXAMPLE} --prompts {shlex.quote(str(path))}"
@@ -102,8 +102,8 @@ def _prompts(folder: Path) -> Way | None:
     return Way(f"Prompts: {path}.", f"{command} --dry-run", "plans a draft for a target (put its name there)", others)
 
 
-def _demo(folder: Path) -> Way | None:
-    path = max(folder.glob("runs/*/demo.json"), key=_age, default=None)
+def _demo() -> Way | None:
+    path = max(Path().glob("runs/*/demo.json"), key=_age, default=None)
     if path is None or not (path.parent / "run" / "draft" / "config.json").is_file():
         return None
     run = path.parent / "run"
@@ -121,14 +121,14 @@ def _nothing() -> Way:
     return Way("Nothing of nds is in this folder.", "nds doctor", "says whether this machine is ready", others)
 
 
-def held_out_file(folder: Path) -> Path | None:
-    """The newest prompts that `nds data prompts` or `nds data split` has held out in ``folder``."""
+def held_out_file() -> Path | None:
+    """The newest prompts that `nds data prompts` or `nds data split` has held out here."""
     patterns = ("held_out.jsonl", "*/held_out.jsonl", "prompts/*/held_out.jsonl")
-    return max((path for pattern in patterns for path in folder.glob(pattern)), key=_age, default=None)
+    return max((path for pattern in patterns for path in Path().glob(pattern)), key=_age, default=None)
 
 
-def _newest_run(folder: Path) -> Path | None:
-    path = max([*folder.glob("runs/*/run.json"), *folder.glob("*/run.json")], key=_age, default=None)
+def _newest_run() -> Path | None:
+    path = max([*Path().glob("runs/*/run.json"), *Path().glob("*/run.json")], key=_age, default=None)
     return path.parent if path else None
 
 

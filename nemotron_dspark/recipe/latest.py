@@ -67,7 +67,7 @@ def held_out() -> list[str]:
     given = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("held_out") if recipe.is_file() else None
     if isinstance(given, list):
         return list(map(str, given))
-    newest = held_out_file(Path())
+    newest = held_out_file()
     return [str(newest)] if newest else []
 
 

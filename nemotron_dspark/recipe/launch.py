@@ -15,20 +15,20 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 
 from nemotron_dspark import files
+from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.config.recipe import Recipe
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.recipe.doctor import SOURCES
 from nemotron_dspark.recipe.dry_run import RecipePlan, dry_run
-from nemotron_dspark.recipe.graph import Stage
 from nemotron_dspark.recipe.work import cache_options, train_options
+from nemotron_dspark.training.schedule import most_processes
 
 Place = Literal["torchrun", "slurm", "skypilot", "docker"]
-PLACES: tuple[Place, ...] = get_args(Place)
 FOLDER = "launch"
 _PORT = 29500  # torchrun's own default; every further stage takes the next one
 _GRACE = 120  # seconds before a job's time is over, to save and ask for more
@@ -169,19 +169,15 @@ class _Job:
                 built.add(cache.name)
                 yield 1, ["cache", "build", *cache_options(cache, draft.run, self.recipe)]
         for draft in self.plan.drafts:
-            yield self._processes(draft.run), ["train", *train_options(draft.run, self.recipe)]
+            yield self._processes(draft.run.config.train), ["train", *train_options(draft.run, self.recipe)]
 
-    def _processes(self, stage: Stage) -> int:
-        """Of each node that train: one a GPU, as far as the samples of a step can be dealt out."""
-        settings = stage.config.train
-        forwards = settings.global_batch_size // settings.local_batch_size
-        counts = [count for count in range(1, (self.gpus or 1) + 1) if forwards % (count * self.nodes) == 0]
-        if not counts:
+    def _processes(self, config: TrainConfig) -> int:
+        if not (found := most_processes(config, self.gpus, self.nodes)):
             raise InputError(
-                f"train.global_batch_size={settings.global_batch_size} cannot be dealt out to {self.nodes} nodes.",
-                f"Set it to a multiple of {self.nodes * settings.local_batch_size}, or take another number of nodes.",
+                f"train.global_batch_size={config.global_batch_size} cannot be dealt out to {self.nodes} nodes.",
+                f"Set it to a multiple of {self.nodes * config.local_batch_size}, or take another number of nodes.",
             )
-        return counts[-1]
+        return found
 
     def slurm(self, options: Sequence[str]) -> str:
         hours = max(1, math.ceil(1.5 * self.plan.total_hours))  # the plan's are estimates; what is over goes on anyway

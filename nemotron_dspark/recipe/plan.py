@@ -32,6 +32,7 @@ from nemotron_dspark.targets import Checkpoint
 from nemotron_dspark.targets.layer_weights import USED_EXPERTS
 from nemotron_dspark.targets.placement import BESIDE_DRAFT, KEPT_FREE, room_on
 from nemotron_dspark.targets.streamed import pass_tokens, streams, token_bytes
+from nemotron_dspark.training.schedule import most_processes
 
 _SEGMENTS = 2  # of a rolling cache, on the disk at once
 
@@ -47,11 +48,6 @@ class Mode:
     batch: Callable[[int, int], int]  # (tokens of a capture's, of a training forward) to those in the loop
     format: str | None = None  # of what is stored; None: as configured
     streams: bool = True  # a target that does not fit goes through layer by layer
-
-    def processes(self, config: RunConfig, machine: Machine) -> int:
-        """Those that train: as many as there are GPUs, and as the samples of a step can be dealt out to."""
-        forwards = config.train.global_batch_size // config.train.local_batch_size
-        return max((count for count in range(1, max(1, machine.gpus) + 1) if forwards % count == 0), default=1)
 
 
 def _whole_cache(name: str, cache_format: str) -> Mode:
@@ -304,7 +300,7 @@ class _Case:
         if streaming:
             target = self.resident_bytes + streaming.tokens * self.token_bytes
         found = {}  # on the device; in main memory; there for each further process, and how many there are
-        others = mode.processes(self.config, self.machine) - 1
+        others = most_processes(self.config.train, self.machine.gpus) - 1
         if mode.setting is None:
             written = float(before * bytes_per_token(self.shape.taps, self.shape.hidden))
             found["cache"] = (target + capture(cache_batch), written, written, max(1, self.machine.gpus) - 1)
@@ -324,7 +320,7 @@ class _Case:
 
     def hours(self, mode: Mode) -> dict[str, float]:
         epochs = needs.epochs(self.config.train, self.workload.samples)
-        processes = mode.processes(self.config, self.machine)
+        processes = most_processes(self.config.train, self.machine.gpus)
         work = needs.training_seconds(self.shape, self.config.train, self.workload, self.machine, epochs, processes)
         forward = needs.forward_seconds(self.shape, self.workload.tokens, self.machine)
         forward /= max(1, self.machine.gpus) if mode.setting is None else processes
@@ -398,7 +394,7 @@ class _Case:
         width = machine.weight_bytes
         if not (mode.streams and streams(config.target.stream, shape.parameters * width, self.free_bytes)):
             return None
-        processes = max(1, machine.gpus) if mode.setting is None else mode.processes(config, machine)
+        processes = max(1, machine.gpus) if mode.setting is None else most_processes(config.train, machine.gpus)
         free = self.free_bytes - self.resident_bytes - (self.training().device if mode.setting else 0)
         share = math.ceil(self.workload.tokens / processes)
         whole = self.states(mode)
@@ -525,7 +521,7 @@ def _commands(
     written = f" --cache-format {mode.format}" if mode.format not in (None, config.cache.format) else ""
     build = [f"nds cache build {target} --data {data} --out {cache}{given}{written}"] if setting is None else []
     states = f"--cache {cache}" if setting is None else f"--data {data} --set {setting}"
-    processes = mode.processes(config, machine)
+    processes = most_processes(config.train, machine.gpus)
     nds = f"torchrun --nproc-per-node {processes} -m nemotron_dspark" if processes > 1 else "nds"
     train = f"{nds} train {target} {states} --out {run}{given}"
     measured = f"--draft {run}/draft" if "eval" in best.hours else "--engine URL"

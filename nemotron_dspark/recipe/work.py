@@ -27,6 +27,7 @@ from nemotron_dspark.recipe.graph import FOLDER, Kind, Stage
 from nemotron_dspark.recipe.ledger import Ledger, Record, Status, made
 from nemotron_dspark.recipe.progress import Progress, StepProgress
 from nemotron_dspark.targets import Checkpoint, Target
+from nemotron_dspark.training.schedule import most_processes
 
 
 class RecipeProgress(Progress):
@@ -135,7 +136,9 @@ class Work:
     def _train(self, stage: Stage) -> dict[str, Any]:
         self._release()  # its memory is the training's now
         cache = stage.get("cache")
-        processes, hours = _processes(self._recipe, stage.config), self._recipe.train_hours
+        settings, hours = stage.config.train, self._recipe.train_hours
+        gpus = self._recipe.gpus or (torch.cuda.device_count() if settings.device in ("auto", "cuda") else 1)
+        processes = most_processes(settings, gpus)
         if processes > 1:
             with self._tell.elsewhere():
                 said = _call(train_command(stage, self._recipe, processes), self._lock)
@@ -277,13 +280,6 @@ def _call(command: list[str], lock: int) -> str:
             "What it said stands above; the same command goes on from the last checkpoint.",
         )
     return said
-
-
-def _processes(recipe: Recipe, config: RunConfig) -> int:
-    """Those that train here: one a GPU, as far as the samples of a step can be dealt out to them."""
-    most = recipe.gpus or (torch.cuda.device_count() if config.train.device in ("auto", "cuda") else 1)
-    forwards = config.train.global_batch_size // config.train.local_batch_size
-    return max((count for count in range(1, most + 1) if forwards % count == 0), default=1)
 
 
 def _data(stage: Stage) -> list[str]:

@@ -12,15 +12,12 @@ For a draft of a part of the vocabulary the sum over v is over that part, with q
 target gives to tokens that can be drafted.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
 from nemotron_dspark.drafts.layers import sample_lengths
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
 from nemotron_dspark.training.fused import Heads, TargetProbabilities, chunked_losses, softmax
 from nemotron_dspark.training.metrics import StepSums
@@ -65,11 +62,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
             (weight, reported, reported),
             batch.last.flatten(0, 1)[slots.positions].to(hidden.dtype),
             slots,
-            partial(
-                finish_logits,
-                multiplier=draft.config.target_logit_multiplier,
-                softcap=draft.config.target_logit_softcap,
-            ),
+            draft.finish_target_logits,
             self.tiling,
         )
         ce, rates, agreed = (

@@ -15,7 +15,6 @@ A draft of a part of the vocabulary has p = 0 for all other tokens. So L1 counts
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -26,7 +25,6 @@ from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.drafts.dspark import Draft, DSparkDraft
 from nemotron_dspark.drafts.heads import VanillaHead
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.targets.spec import finish_logits
 from nemotron_dspark.training.batches import Batch
 from nemotron_dspark.training.fused import Heads, TargetProbabilities, chunked_losses, softmax
 from nemotron_dspark.training.metrics import StepSums
@@ -152,11 +150,7 @@ class DSparkObjective(Objective[DSparkDraft]):
             term_weights,
             None if last is None else last.flatten(0, 1)[slots.positions].to(hidden.dtype),
             slots,
-            partial(
-                finish_logits,
-                multiplier=draft.config.target_logit_multiplier,
-                softcap=draft.config.target_logit_softcap,
-            ),
+            draft.finish_target_logits,
             self.tiling,
         )
         l1_sum = confidence_sum = tau = weight.new_zeros(())

@@ -212,6 +212,15 @@ class RollingSchedule(SampleSchedule):
         return [part.flatten() for part in np.array_split(steps, count)]
 
 
+def most_processes(config: TrainConfig, gpus: int, nodes: int = 1) -> int:
+    """Processes that train on each of ``nodes``: one a GPU, as far as the micro-batches of a step can be dealt out.
+
+    0 where they cannot be dealt out to so many nodes.
+    """
+    micro_batches = config.global_batch_size // config.local_batch_size
+    return max((count for count in range(1, max(1, gpus) + 1) if micro_batches % (count * nodes) == 0), default=0)
+
+
 def _check_batch_sizes(config: TrainConfig, processes: int) -> None:
     whole, local = config.global_batch_size, config.local_batch_size
     if whole % local:

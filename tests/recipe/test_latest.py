@@ -15,7 +15,7 @@ from nemotron_dspark.config import load_config
 from nemotron_dspark.engines import exchange
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.recipe import latest
-from nemotron_dspark.recipe.guide import way_from
+from nemotron_dspark.recipe.guide import way_on
 
 H_8B = "nvidia/Nemotron-H-8B"
 REPOSITORY = "nvidia/Nemotron-H-8B-Base-8K"
@@ -176,7 +176,7 @@ FOLDERS = {
 def test_nds_alone_shows_the_next_command(name, config, tmp_path):
     make, expected = FOLDERS[name]
     make()
-    way = way_from()
+    way = way_on()
     assert expected in way.next
     for command in (way.next, *(command for command, _ in way.others)):
         parses(command)
@@ -188,8 +188,8 @@ def test_nds_alone_shows_the_next_command(name, config, tmp_path):
 def test_a_recipe_goes_on_and_a_finished_one_is_served(config):
     write("recipe.yaml", RECIPE)
     write("recipe/state.json", {"records": {"a": {"done": True}, "b": {"done": False}}})
-    assert way_from().next == "nds recipe run"
+    assert way_on().next == "nds recipe run"
     write("recipe/state.json", {"records": {"a": {"done": True}}})
     write("report.html", "")
     run("runs/a")
-    assert way_from().next == f"nds serve --target {REPOSITORY} --draft runs/a/draft"
+    assert way_on().next == f"nds serve --target {REPOSITORY} --draft runs/a/draft"

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from nemotron_dspark import cli
 from nemotron_dspark.config.recipe import load_recipe
 from nemotron_dspark.errors import EnvironmentFault, InputError
-from nemotron_dspark.recipe.launch import PLACES, launch
+from nemotron_dspark.recipe.launch import Place, launch
 from nemotron_dspark.recipe.run import run_recipe
 from nemotron_dspark.recipe.work import RecipeProgress
 from tests.recipe.test_recipe_run import write_recipe
@@ -149,7 +150,7 @@ def scripts_of(job):
     return [path for path in job.files if path.suffix in (".sh", ".sbatch")]
 
 
-@pytest.mark.parametrize("on", PLACES)
+@pytest.mark.parametrize("on", get_args(Place))
 def test_what_is_written_is_short_and_its_scripts_parse(folder, on):
     job = job_of(folder, on)
     assert all(len(path.read_text().splitlines()) <= 40 for path in job.files)

@@ -225,7 +225,8 @@ def unfused_loss(draft, batch, weights):
     rows = torch.arange(len(at))[:, None, None]
     previous, label = (batch.input_ids[rows, (at + k).clamp(max=batch.input_ids.shape[1] - 1)] for k in (0, 1))
     logits = block_logits(draft, hidden, previous)
-    q = torch.softmax(draft.target_logits(batch.last[rows, at.clamp(max=batch.input_ids.shape[1] - 1)]), dim=-1)
+    last = batch.last[rows, at.clamp(max=batch.input_ids.shape[1] - 1)]
+    q = torch.softmax(draft.finish_target_logits(last @ draft.target_head.mT), dim=-1)
     w = batch.slot_mask * torch.exp(-torch.arange(draft.config.block_size) / weights.decay)
     ce = torch.nn.functional.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="none").view_as(w)
     l1 = (torch.softmax(logits, dim=-1) - q).abs().sum(-1)

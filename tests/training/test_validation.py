@@ -67,7 +67,8 @@ def test_what_is_measured_is_the_objective_over_the_held_out_samples(make_cache,
         rows, last = torch.arange(len(at))[:, None, None], batch.input_ids.shape[1] - 1
         hidden = draft(batch.input_ids, batch.taps, batch.anchors, batch.block_mask)
         drafted = block_logits(draft, hidden, batch.input_ids[rows, at.clamp(max=last)]).argmax(-1)
-        likeliest = draft.target_logits(batch.last[rows, at.clamp(max=last)].float()).argmax(-1)
+        seen = batch.last[rows, at.clamp(max=last)].float()
+        likeliest = draft.finish_target_logits(seen @ draft.target_head.mT).argmax(-1)
         same = (drafted == likeliest)[batch.slot_mask]
     assert line["loss"] == pytest.approx(float(sums.loss / sums.weight), rel=1e-6)
     assert line["tau"] == pytest.approx(float(sums.tau / sums.blocks), rel=1e-6)
