@@ -136,7 +136,7 @@ class BuildProgress:
 
     @staticmethod
     def of(writer: CacheWriter, layer: int | None = None) -> "BuildProgress":
-        """Of the capture for ``writer``, on rank 0 what all ranks have done."""
+        """The progress of the capture for ``writer``, on rank 0 of all ranks."""
         writer.gather()
         done, lengths = writer.written, writer.layout.lengths
         return BuildProgress(
@@ -146,7 +146,7 @@ class BuildProgress:
 
 @dataclasses.dataclass(frozen=True)
 class CaptureBatch:
-    """One forward."""
+    """The samples of one forward of the target."""
 
     samples: list[int]  # longest first
     rows: list[int]  # of those that are not written yet

@@ -260,14 +260,14 @@ class CompactLayout(Layout):
         return len(text).to_bytes(8, "little") + text, [8 + len(text) + end for end in ends[2:]]
 
     def _encoded(self, name: str, states: Tensor) -> dict[str, np.ndarray]:
-        """Bytes by column name."""
+        """States as bytes, by column name."""
         return {
             f"{name}.{part.name}": tensor.cpu().contiguous().view(torch.uint8).numpy()
             for part, tensor in zip(self._quantiser.parts, self._quantiser.encode(states), strict=True)
         }
 
     def _tensors(self, fields: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """By column name; of one sample."""
+        """The tensors of one sample by column name."""
         return {
             column.name: torch.from_numpy(field).view(column.dtype).view(-1, *column.row)
             if len(field)

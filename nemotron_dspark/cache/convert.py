@@ -87,7 +87,7 @@ def convert_cache(
 
 
 def _write(source: TargetCache, folder: Path, cache: CacheConfig, on_progress: Callable[[BuildProgress], None]) -> int:
-    """Returns how many samples were there already."""
+    """Write the missing samples; how many were there already."""
     predicting = [predicts_loss_token(source.loss_mask(sample)).sum() for sample in range(len(source))]
     ends, pending = np.cumsum(source.lengths), 0
     written: Written = {}

@@ -133,7 +133,7 @@ class ManifestFile(BaseModel):
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What others added."""
+        """The keys that others have added."""
         return self.model_extra or {}
 
     @classmethod

@@ -151,7 +151,7 @@ def _sums(size: int) -> Tensor:
 
 @functools.cache
 def _levels() -> np.ndarray:
-    """All 16, ascending, fp32."""
+    """The 16 levels, ascending, fp32."""
     return np.array([*(-level for level in reversed(_LEVELS)), *_LEVELS], np.float32)
 
 

@@ -185,7 +185,7 @@ def show_plan(planned: "RecipePlan") -> None:
 
 
 def _memory(each: "PlannedStage", apart: bool) -> str:
-    """Of the GPU and in main memory, or of both together where they are one."""
+    """Memory of the GPU and main memory, or both together where they are one."""
     if each.memory is None:
         return "-"
     if apart:

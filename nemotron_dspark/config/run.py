@@ -263,7 +263,7 @@ class TrainConfig(Section):
 
     @property
     def most_checkpoints(self) -> int:
-        """Those on the disk at one time: the newest, the one being written and, with held-out samples, the best."""
+        """Checkpoints on the disk at a time: the newest, the one being written and, with held-out samples, the best."""
         return self.keep_checkpoints + 1 + (self.validation > 0)
 
 

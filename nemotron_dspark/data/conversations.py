@@ -84,7 +84,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
 
 
 def rows_of(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
-    """As `read_rows`, of lines that are numbered from ``first``."""
+    """`read_rows` of lines that are numbered from ``first``."""
     for number, line in enumerate(lines, start=first):
         if not line.strip():
             continue
@@ -142,7 +142,7 @@ def _part(part: Any) -> str:
 
 
 def parse_tool_call(call: Any) -> dict[str, Any]:
-    """As templates take it: the arguments an object, given as one or as its JSON; `RowError` when unusable."""
+    """A tool call as templates take it: arguments as an object, given as one or as JSON; `RowError` when unusable."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         _refuse_call()

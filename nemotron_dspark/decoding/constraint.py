@@ -52,7 +52,7 @@ class Likelihood:
 
 
 def likelihoods(logits: Tensor, tokens: Sequence[int], count: int) -> list[Likelihood]:
-    """Of ``tokens``, each drawn from a row of ``logits`` [n, V], beside the ``count`` likeliest ones."""
+    """Likelihoods of ``tokens``, each drawn from a row of ``logits`` [n, V], and of the ``count`` likeliest ones."""
     logprobs = torch.log_softmax(logits[: len(tokens)].float(), -1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(count)

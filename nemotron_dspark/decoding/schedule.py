@@ -80,7 +80,7 @@ class Schedule:
         return BlockLengths([gamma if each.sampling.speculative else 0 for each in generations])
 
     def learn(self, generation: Request) -> None:
-        """Its last round is over."""
+        """Learn from the last round of ``generation``, which is over."""
 
 
 class Threshold(Schedule):
@@ -169,7 +169,7 @@ class Cost(Schedule):
                 acceptance.add(kept, judged)
 
     def _of(self, generation: Request) -> tuple["Acceptance", "Acceptance"]:
-        """That of all requests like it, and its own."""
+        """The acceptance of all requests like ``generation``, and its own."""
         own = self._own.setdefault(generation, Acceptance(self._costs.gamma, _OWN_MEMORY))
         return self._common[generation.sampling.temperature == 0], own
 

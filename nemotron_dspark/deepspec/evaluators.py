@@ -78,7 +78,7 @@ class _OurDecoding:
         )
 
     def _observe(self, generation: Generation) -> None:
-        """Called with every finished generation; a subclass records what DeepSpec's sums leave out."""
+        """Take note of a finished generation; a subclass records what DeepSpec's sums leave out."""
 
 
 class NemotronDSparkEvaluator(_OurDecoding, _eval.Qwen3DSparkEvaluator):

@@ -462,7 +462,7 @@ class DraftContext:
 
     @property
     def size(self) -> int:
-        """Bytes of what counts."""
+        """Bytes of the keys and values of the stored positions."""
         return sum(kv.size(max(self.stored)) for kv in self.layers)
 
     def select(self, rows: Sequence[int]) -> Self:

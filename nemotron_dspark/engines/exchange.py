@@ -147,7 +147,7 @@ def with_markov_head(
 def _without_added(
     flat: dict[str, Any], named: Mapping[str, Tensor], noted: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `with_markov_head` was given."""
+    """The inverse of `with_markov_head`."""
     named = dict(named)
     if noted.get("confidence_head_with_markov") is False and _CONFIDENCE in named:
         named[_CONFIDENCE] = named[_CONFIDENCE][:, : flat["hidden_size"]].contiguous()

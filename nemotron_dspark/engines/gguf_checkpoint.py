@@ -152,7 +152,7 @@ def _load(file: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
 
 
 def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path, found: ImportedTarget) -> None:
-    """All files into a temporary folder beside ``out``, which then takes its name: whole or absent."""
+    """Write all files into a temporary folder beside ``out``, which then takes its name: whole or absent."""
     parent = _parent(out)
     with disk_errors(out):
         parent.mkdir(parents=True, exist_ok=True)

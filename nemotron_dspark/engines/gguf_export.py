@@ -311,7 +311,7 @@ def _stacked_experts(tensors: Tensors, experts: int) -> dict[str, Callable[[], T
 
 
 def _layer_name(name: str, names: Mapping[str, str]) -> str:
-    """``layers.3.mlp.up_proj.weight`` as ``blk.3.ffn_up.weight``."""
+    """llama.cpp's name of a layer's tensor: ``blk.3.ffn_up.weight`` for ``layers.3.mlp.up_proj.weight``."""
     _, number, rest = name.split(".", 2)
     stem, _, kind = rest.rpartition(".")
     if rest in names:

@@ -37,7 +37,7 @@ class Rounds:
 
     @staticmethod
     def of(generations: Sequence[Generation], gamma: int) -> "Rounds":
-        """Those of finished ``generations`` with whole blocks, whose decoder recorded confidence, or else margins."""
+        """Rounds of finished ``generations`` with whole blocks, whose decoder recorded confidence, or else margins."""
         rows = [
             (logits, survived, survived if survived == gained else gamma)
             for each in generations
@@ -57,7 +57,7 @@ class Rounds:
         return len(self.kept)
 
     def outcome(self, slot: int) -> tuple[Tensor, Tensor]:
-        """For ``slot`` from 0: [N] bool, the rounds that are known to have kept it or not; and [N] float64, kept."""
+        """Whether it is known of each round that it kept ``slot`` or not, [N] bool; and whether it did, [N] float64."""
         return self.judged > slot, (self.kept > slot).double()
 
     def trials(self, slot: int) -> Tensor:

@@ -77,7 +77,7 @@ class Figures:
 
     @property
     def means(self) -> tuple[float, float, float]:
-        """Of the slots: before, after, by chance."""
+        """Means over the slots: before, after, by chance."""
         return _mean(self.before), _mean(self.after), _mean(self.chance)
 
     def to_json(self) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def _figures(workload: Halves, fitted: Calibration) -> Figures:
 
 
 def _panel(title: str, found: Figures, rounds: Rounds, fitted: Calibration, slots: Sequence[int]) -> Reliability:
-    """Of the rounds' ``slots``, in the same bins."""
+    """The reliability of the rounds' ``slots``, before and after, in the same bins."""
     errors = [_mean([values[slot] for slot in slots]) for values in (found.before, found.after)]
     known, outcome = (torch.stack(part, 1) for part in zip(*(rounds.outcome(slot) for slot in slots), strict=True))
     curves = []

@@ -81,7 +81,7 @@ class Compared:
 
     @property
     def speedup(self) -> float | None:
-        """Speed over plain decoding's."""
+        """Speed over that of plain decoding."""
         return None if self.cost is None else self.tokens_per_second / self.plain_tokens_per_second
 
     @property

@@ -172,7 +172,7 @@ def draw_costs(path: Path, costs: CostTable, title: str = "") -> Path:
 
 
 def _new_figure(width: float, height: float) -> "Figure":
-    """In inches; it does not reach for a display."""
+    """A figure of a size in inches; it does not reach for a display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

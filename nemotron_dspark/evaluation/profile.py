@@ -264,7 +264,7 @@ def _batches(base: _TimedRequests, rows: Sequence[int], gamma: int) -> tuple[dic
 
 
 def _bytes_of(value: Any) -> int:
-    """Of the tensors in ``value``, a state or what one is made of."""
+    """Bytes of the tensors in ``value``, a state or what one is made of."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, dict):
@@ -286,7 +286,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def machine_name(device: torch.device) -> str:
-    """What computes there."""
+    """The name of what computes on ``device``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     file = Path("/proc/cpuinfo")

@@ -69,7 +69,7 @@ class RecipePlan:
 
     @property
     def total_hours(self) -> float:
-        """Of what is left to do."""
+        """Hours of what is left to do."""
         return sum(planned.hours for planned in self.stages)
 
     @property
@@ -194,7 +194,7 @@ def _shape(config: RunConfig) -> Shape:
 
 
 def _workload(recipe: Recipe, draft: DraftStages) -> Workload:
-    """From the answers where they are there, else from the prompts."""
+    """How much data there will be, by the answers where they are there, else by the prompts."""
     config, checkpoint = draft.config, Checkpoint.of(draft.config.target)
     positions = checkpoint.read_spec().max_position_embeddings
     answers = draft.get("answers")

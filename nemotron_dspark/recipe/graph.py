@@ -82,7 +82,7 @@ class DraftStages:
 
     @property
     def run(self) -> Stage:
-        """Its training, the one stage that every draft has."""
+        """The stage that trains it, which every draft has."""
         return next(stage for stage in self.stages if stage.kind == "train")
 
     @property

@@ -107,12 +107,12 @@ class Ledger:
         files.write_json(self._path, values)
 
     def set_aside(self) -> list[Path]:
-        """What lies aside."""
+        """Files and folders that lie aside."""
         folder = self.out / FOLDER / "aside"
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
     def forget_aside(self, path: Path) -> None:
-        """``path`` of `set_aside` is gone."""
+        """Forget ``path`` of `set_aside`, which was removed."""
         self._aside.pop(path.name, None)
         self.save()
 
@@ -130,7 +130,7 @@ class Ledger:
         return Status("begun")
 
     def _set_aside(self, key: str, record: Record) -> None:
-        """The place, with all that lies in it, and the records of that."""
+        """Move the place aside, with all that lies in it and the records of that."""
         place, aside = self.out / key, self._aside_path(key, record.fingerprint)
         if place.exists():
             aside.parent.mkdir(parents=True, exist_ok=True)

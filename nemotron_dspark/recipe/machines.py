@@ -34,7 +34,7 @@ class Machine:
 
     @property
     def weight_bytes(self) -> int:
-        """Of one weight in training: bf16 on a GPU, fp32 on a processor."""
+        """Bytes of a weight in computing: bf16 on a GPU, fp32 on a processor."""
         return 2 if self.gpus else 4
 
 

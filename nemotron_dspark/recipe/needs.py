@@ -120,7 +120,7 @@ def _tensors(layers: int) -> int:
 
 
 def checkpoint_bytes(shape: Shape) -> int:
-    """12·D and headers."""
+    """A checkpoint: 12·D and headers."""
     return checkpoints.checkpoint_bytes(shape.trainable, shape.tensors)
 
 
@@ -272,8 +272,8 @@ def training_operations(shape: Shape, config: TrainConfig, workload: Workload) -
 def training_seconds(
     shape: Shape, config: TrainConfig, workload: Workload, machine: Machine, epochs_: float, processes: int = 1
 ) -> float:
-    """All forwards and backwards, shared by ``processes``, and the optimiser, which moves some 40 bytes a parameter and
-    step in each; what goes over the network between them is not counted."""
+    """Seconds of all forwards and backwards, shared by ``processes``, and of the optimiser, which moves some 40 bytes a
+    parameter and step in each; what goes over the network between them is not counted."""
     computed = epochs_ * workload.samples * training_operations(shape, config, workload)
     steps = epochs_ * workload.samples / config.global_batch_size
     moved = steps * 40 * shape.trainable

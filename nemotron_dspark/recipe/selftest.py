@@ -101,7 +101,7 @@ def run_selftest(folder: Path | None = None, *, device: str = "cpu") -> Iterator
 
 
 class _Bench:
-    """What the checks share."""
+    """What the checks share: a folder, a device, a tiny target."""
 
     def __init__(self, folder: Path, device: str):
         self.folder = folder

@@ -115,7 +115,7 @@ class _State:
 
     @property
     def budget(self) -> float:
-        """Seconds."""
+        """The budget in seconds."""
         return 60 * self.minutes
 
     @classmethod

@@ -31,7 +31,7 @@ from nemotron_dspark.training.schedule import most_processes
 
 
 class RecipeProgress(Progress):
-    """Also told of all stages, and when one ends; ``elsewhere`` gives the screen to a command that prints by itself."""
+    """`Progress` that is told of all stages, and when one ends; ``elsewhere`` leaves the screen to another command."""
 
     def begin(self, found: Sequence[Stage], ledger: Ledger) -> None: ...
     def ended(self, name: str, record: Record) -> None: ...

@@ -153,7 +153,7 @@ class TextStream:
         return "".join(self.pieces(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """As `push`, what each token adds, up to the one that ends the answer."""
+        """What each token adds to the text that `push` gives, up to the one that ends the answer."""
         shown = []
         for token in ids:
             if self.stopped:

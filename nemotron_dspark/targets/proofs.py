@@ -112,7 +112,7 @@ def _finite(target: Target, taps: Sequence[int]) -> float:
     half_tolerance=0.01,  # both sides are computed in the same shape
 )
 def _causality(target: Target, taps: Sequence[int]) -> float:
-    """Tokens behind a prefix are changed, but for the last few: the prefix must not notice, those few must.
+    """Change the tokens behind a prefix, but for the last few: its outputs must stay, those of the last few must not.
 
     Mixers that pass nothing on would make every other proof an empty one.
     """

@@ -64,7 +64,7 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight as it is read."""
+        """Shape of the weight as it is read."""
         shape = self.values.shape
         if self.values.dtype != "U8":
             return shape

@@ -61,7 +61,7 @@ class Stored:
 
     @property
     def dtype(self) -> str:
-        """As safetensors spells it: BF16, F8_E4M3, U8."""
+        """The type as safetensors spells it: BF16, F8_E4M3, U8."""
         return self._header[0]
 
     @property

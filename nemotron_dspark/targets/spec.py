@@ -54,7 +54,7 @@ class WeightNames:
 def weight_names(
     base: str = "model", *, norm: str = "norm", embedding: str = "embed_tokens", stored: tuple[str, ...] = ()
 ) -> WeightNames:
-    """As Llama has them, and most since, but for what is said; ``stored`` are the tensor names of the embedding."""
+    """Llama's names, which most have since, but for what is given; ``stored`` are tensor names of the embedding."""
     path = f"{base}.{embedding}"
     return WeightNames(
         f"{base}.layers", f"{base}.{norm}", path, "lm_head", stored or (f"{path}.weight",), ("lm_head.weight",)

@@ -44,7 +44,7 @@ class State(abc.ABC):
     @property
     @abc.abstractmethod
     def size(self) -> int:
-        """Bytes of what counts."""
+        """Bytes of what is committed."""
 
     @abc.abstractmethod
     def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:

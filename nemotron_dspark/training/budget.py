@@ -52,7 +52,7 @@ class _Pace(Callback):
 
     @property
     def seconds(self) -> float:
-        """Of a micro-batch, by those behind the warm ones."""
+        """Seconds of a micro-batch, by those behind the warm-up."""
         return (self._ended[-1] - self._ended[_WARM - 1]) / (len(self._ended) - _WARM)
 
 
@@ -67,7 +67,7 @@ class _StepCost:
 
     @property
     def steps(self) -> int:
-        """That there is time for."""
+        """Steps that there is time for."""
         return int((self.left - self.setup) / self.step)
 
 

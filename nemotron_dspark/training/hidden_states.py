@@ -130,7 +130,7 @@ class HiddenStates:
 
 
 def open_cached(setup: Setup, cache_folder: Path) -> HiddenStates:
-    """Those of a finished cache; the target is never loaded."""
+    """Hidden states of a finished cache; the target is never loaded."""
     cache = TargetCache(cache_folder)
     section = setup.config.draft
     if section.taps is None:  # it was built with some; they are the only ones there are
@@ -150,7 +150,7 @@ def open_cached(setup: Setup, cache_folder: Path) -> HiddenStates:
 
 
 def open_online(setup: Setup, data: Path) -> HiddenStates:
-    """Those that the target computes in the training loop, never written."""
+    """Hidden states that the target computes in the training loop, never written."""
     return _beside_target(
         setup,
         data,
@@ -163,7 +163,7 @@ def open_online(setup: Setup, data: Path) -> HiddenStates:
 
 
 def open_rolling(setup: Setup, data: Path) -> HiddenStates:
-    """Those that the target writes a segment ahead of the training."""
+    """Hidden states that the target writes a segment ahead of the training."""
     config = setup.config
     return _beside_target(
         setup,

@@ -212,7 +212,7 @@ class Trainer:
         raise KeyboardInterrupt from None
 
     def _set_up(self, step: int) -> None:
-        """Everything that a step needs, as it was after ``step`` steps."""
+        """Make everything that a step needs, as it was after ``step`` steps."""
         draft, config = self.draft, self.config
         for parameter in draft.trainable_parameters().values():
             parameter.data = parameter.data.float()
@@ -245,7 +245,7 @@ class Trainer:
         draft.train()
 
     def _micro_batches(self, feed: Generator[Batch], stopped: list[int]) -> Iterator[Batch]:
-        """Those of one step in this process, each once all ranks have agreed to go on."""
+        """The micro-batches of a step in this process, each once all ranks have agreed to go on."""
         for _ in range(self.schedule.accumulation):
             batch, failure = None, None
             try:
