@@ -1,6 +1,6 @@
-"""Prompts being read: in pieces, so that answers in progress go on between them, and short ones several at once.
+"""Chunked prefill: prompts are read in chunks, between which answers in progress go on; short ones several at once.
 
-A pass reads one piece of each of its rows, padded to the longest; the padding is never committed. Only the target's
+A pass reads one chunk of each of its rows, padded to the longest; the padding is never committed. Only the target's
 states meet in a pass: the draft reads a row's positions by themselves, which is little.
 """
 
@@ -26,7 +26,7 @@ class Prompt:
     ids: tuple[int, ...]
     memory: Memory  # the draft's context ends before ``taps``: it may want to know the token that follows them
     logits: Tensor  # [1, V] of the first token
-    taps: Tensor  # [1, n, T·H] of the last piece
+    taps: Tensor  # [1, n, T·H] of the last chunk
     reused: int  # tokens that had been read for others
 
 
@@ -87,7 +87,7 @@ class Reader:
         """
         reading = self.begin(ids)
         while reading.prompt is None:
-            self._pass([reading], self._piece(reading))
+            self._pass([reading], self._chunk(reading))
         return reading.prompt
 
     def step(self, readings: Sequence[Reading], budget: int) -> None:
@@ -101,11 +101,11 @@ class Reader:
             if not reading.ended:
                 firsts.setdefault(id(reading.ids), reading)
         while budget > 0 and (waiting := [reading for reading in firsts.values() if not reading.ended]):
-            size = self._piece(waiting[0])
-            if self._target.piece:
+            size = self._chunk(waiting[0])
+            if self._target.prefill_chunk:
                 size = min(size, budget)
-            together = budget // size if self._target.piece else 1
-            fitting = [reading for reading in waiting[1:] if self._piece(reading) >= _FULL * size]
+            together = budget // size if self._target.prefill_chunk else 1
+            fitting = [reading for reading in waiting[1:] if self._chunk(reading) >= _FULL * size]
             rows = [waiting[0], *fitting[: together - 1]]
             budget -= size * len(rows)
             try:
@@ -120,27 +120,27 @@ class Reader:
             elif first is not reading:
                 reading.error = first.error
 
-    def _piece(self, reading: Reading) -> int:
-        """Tokens of the next piece, if it has room."""
+    def _chunk(self, reading: Reading) -> int:
+        """Tokens of the next chunk, if it has room."""
         end = reading.place if reading.place > reading.read else len(reading.ids)
-        return min(end - reading.read, self._target.piece or reading.left)
+        return min(end - reading.read, self._target.prefill_chunk or reading.left)
 
     @torch.no_grad()
     def _pass(self, rows: Sequence[Reading], size: int) -> None:
         """Read the next ``size`` tokens of each of ``rows``, or all that are left."""
-        pieces = [row.ids[row.read : row.read + min(size, self._piece(row))] for row in rows]
+        chunks = [row.ids[row.read : row.read + min(size, self._chunk(row))] for row in rows]
         state = rows[0].memory.state
         for other in rows[1:]:
             state.join(other.memory.state)
-        last, taps = self._target.read(state, pieces)
-        for at, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
+        last, taps = self._target.read(state, chunks)
+        for at, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
             row.memory = Memory(state.select([at]) if len(rows) > 1 else state, row.memory.context)
-            tapped = taps[at : at + 1, : len(piece)]
+            tapped = taps[at : at + 1, : len(chunk)]
             if row.left == 0:
                 row.prompt = Prompt(row.ids, row.memory, self._target.logits(last[at : at + 1]), tapped, row.reused)
                 continue
             if self._draft is not None and row.memory.context is not None:
-                following = torch.tensor([row.ids[row.read - len(piece) + 1 : row.read + 1]], device=taps.device)
-                self._draft.extend(row.memory.context, tapped, [len(piece)], following)
+                following = torch.tensor([row.ids[row.read - len(chunk) + 1 : row.read + 1]], device=taps.device)
+                self._draft.extend(row.memory.context, tapped, [len(chunk)], following)
             if self.prefixes is not None and row.read == row.place:
                 self.prefixes.keep(row.ids[: row.read + 1], row.memory)

@@ -71,7 +71,7 @@ class Answer:
 
     def chunks(self, index: int, event: TextDelta | Finished) -> Iterator[dict[str, Any]]:
         """The chunks of what the engine delivered for one choice; the last one of its end has a reason."""
-        for choice in self._choices[index].pieces(event):
+        for choice in self._choices[index].deltas(event):
             yield self._chunk([choice])
 
     def usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class _Choice:
             message["tool_calls"] = calls
         return self.body({"message": message}, self._reason(end), end.rounds)
 
-    def pieces(self, event: TextDelta | Finished) -> Iterator[dict[str, Any]]:
+    def deltas(self, event: TextDelta | Finished) -> Iterator[dict[str, Any]]:
         end = event if isinstance(event, Finished) else None
         texts = list(self._texts(event.text, end is not None))
         if event.rounds and not texts:

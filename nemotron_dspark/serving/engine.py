@@ -354,20 +354,20 @@ class Engine:
         ticket.rounds_read = len(generation.accepted)
         ended_by_token = generation.finished == "stop"
         said = new[:-1] if ended_by_token else new  # a stop token is not part of the text
-        pieces: list[str] = []
+        deltas: list[str] = []
         if request.by_token:
-            pieces = text.pieces(said)
+            deltas = text.deltas(said)
         elif request.stream or request.stops:
-            pieces = [text.push(said)]
+            deltas = [text.push(said)]
         elif generation.finished:  # nobody reads along: decode once
-            pieces = [text.push(generation.tokens[:-1] if ended_by_token else generation.tokens)]
+            deltas = [text.push(generation.tokens[:-1] if ended_by_token else generation.tokens)]
         else:
             return
         if generation.finished and not text.stopped:
-            pieces = [*pieces[:-1], "".join([*pieces[-1:], text.finish()])]
+            deltas = [*deltas[:-1], "".join([*deltas[-1:], text.finish()])]
         if request.by_token:
-            ticket.rounds.append(self._told(generation, before, new, pieces, ended_by_token and not text.stopped))
-        shown = "".join(pieces)
+            ticket.rounds.append(self._told(generation, before, new, deltas, ended_by_token and not text.stopped))
+        shown = "".join(deltas)
         if text.stopped or generation.finished:
             self._finish(ticket, generation, shown, ended_by_token)
         elif not request.stream:
@@ -376,10 +376,10 @@ class Engine:
             ticket.deliver(TextDelta(shown, tuple(ticket.rounds)))
             ticket.rounds.clear()
 
-    def _told(self, generation: Generation, before: int, new: list[int], pieces: list[str], ended: bool) -> Round:
-        """The round that brought the tokens ``new``; ``pieces`` is what each adds to the text up to its end."""
+    def _told(self, generation: Generation, before: int, new: list[int], deltas: list[str], ended: bool) -> Round:
+        """The round that brought the tokens ``new``; ``deltas`` is what each adds to the text up to its end."""
         spell = self._spelling.token
-        texts: list[str | None] = [*pieces, *[None] * (ended and len(pieces) < len(new))]
+        texts: list[str | None] = [*deltas, *[None] * (ended and len(deltas) < len(new))]
         tokens = [Token(spell(id_), text) for id_, text in zip(new, texts, strict=False)]
         for at, held in enumerate(generation.likelihoods[before : before + len(tokens)]):
             top = tuple((spell(id_), logprob) for id_, logprob in held.top)

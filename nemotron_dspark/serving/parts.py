@@ -16,7 +16,7 @@ OPENS, CLOSES = "<think>", "</think>"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A piece of an answer: ``text`` of one kind, or a complete call."""
+    """A part of an answer: ``text`` of one kind, or a complete call."""
 
     kind: Literal["content", "reasoning", "call"]
     text: str = ""

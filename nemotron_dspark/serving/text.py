@@ -150,9 +150,9 @@ class TextStream:
         if not self._one_by_one:
             self.used += len(ids)
             return self._detokeniser.push(ids)
-        return "".join(self.pieces(ids))
+        return "".join(self.deltas(ids))
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def deltas(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text that `push` gives, up to the one that ends the answer."""
         shown = []
         for token in ids:

@@ -13,7 +13,7 @@ form, its triangular system kept as one):
     S_n = exp(c_n) S_0 + Σ_{s≤n} exp(c_n - c_s) k_s ⊗ u_s          for any accepted prefix n
 
 No u_s depends on a later token, so u, k and c are all that a commit needs: S_0 is not written before, and no weight is
-read a second time. The sums c are float64: a head that forgets fast brings them to thousands within a prompt's piece,
+read a second time. The sums c are float64: a head that forgets fast brings them to thousands within a prompt's chunk,
 where float32 differences would be off in the fourth digit.
 """
 

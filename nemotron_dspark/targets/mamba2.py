@@ -11,7 +11,7 @@ Over a block of m tokens, with c_t = A Σ_{s≤t} Δ_s (the paper's quadratic, "
 
 So verifying never writes S_0, and S_n for any n needs only the block's own x, B and Δ, which are small. Nothing is
 copied back, and no weight is read a second time. The sums c are float64: a head that forgets fast brings them to
-thousands within a prompt's piece, where float32 differences would be off in the fourth digit.
+thousands within a prompt's chunk, where float32 differences would be off in the fourth digit.
 """
 
 import contextlib

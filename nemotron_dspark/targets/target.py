@@ -170,24 +170,24 @@ class Target:
         if len(ids) == 0:
             raise InputError("The prompt has no tokens.", "Give at least one token.")
         state, seen = self.new_state(tuple(taps)), []
-        for start in range(0, len(ids), self.piece or len(ids)):
-            last, tapped = self.read(state, [ids[start : start + (self.piece or len(ids))]])
+        for start in range(0, len(ids), self.prefill_chunk or len(ids)):
+            last, tapped = self.read(state, [ids[start : start + (self.prefill_chunk or len(ids))]])
             seen.append(tapped)
         return state, Verified(self.logits(last)[:, None], torch.cat(seen, dim=1))
 
     @property
-    def piece(self) -> int | None:
+    def prefill_chunk(self) -> int | None:
         """Tokens that are best read in one pass of a row; None: the whole prompt, and each row by itself."""
         return None if self._family.replays else PREFILL_BLOCK
 
     @torch.no_grad()
-    def read(self, state: State, pieces: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Commit ``pieces``, a row's each, none empty and none longer than `piece`.
+    def read(self, state: State, chunks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Commit ``chunks``, a row's each, none empty and none longer than `prefill_chunk`.
 
         Returns hidden states [B, H] after the last token of each, and taps [B, m, T·H] up to the longest's end.
         """
-        counts = [len(piece) for piece in pieces]
-        padded = [[*piece] + [0] * (max(counts) - len(piece)) for piece in pieces]
+        counts = [len(chunk) for chunk in chunks]
+        padded = [[*chunk] + [0] * (max(counts) - len(chunk)) for chunk in chunks]
         hidden, tapped = state.run(torch.tensor(padded, dtype=torch.long, device=self.device))
         state.commit(counts)
         return hidden[torch.arange(len(counts)), torch.tensor(counts) - 1], tapped
