@@ -12,7 +12,7 @@ from nemotron_dspark.config import RunConfig
 from nemotron_dspark.files import size_text as size
 
 if TYPE_CHECKING:
-    from nemotron_dspark.recipe.plan import Column, Memory, ResourceEstimate
+    from nemotron_dspark.recipe.plan import MemoryNeeds, ModeNeeds, ResourceEstimate
 
 DISK = {
     "target": "target's weights",
@@ -108,7 +108,7 @@ def _show(found: "ResourceEstimate") -> None:
         shell.out.print(f"[dim]{escape(sentence)}[/]")
 
 
-def _streamed(column: "Column") -> dict[str, str]:
+def _streamed(column: "ModeNeeds") -> dict[str, str]:
     found = column.streaming
     return (
         {}
@@ -117,11 +117,11 @@ def _streamed(column: "Column") -> dict[str, str]:
     )
 
 
-def _whole(memory: "Memory") -> float:
+def _whole(memory: "MemoryNeeds") -> float:
     return memory.gpu + memory.host
 
 
-def _rows(table: Table, title: str, columns: "tuple[Column, ...]", labels: dict, values, text) -> None:
+def _rows(table: Table, title: str, columns: "tuple[ModeNeeds, ...]", labels: dict, values, text) -> None:
     """A heading, then a row for each label that any column has."""
     table.add_row(f"[bold]{title}[/]")
     for key, label in labels.items():

@@ -20,7 +20,7 @@ from nemotron_dspark.decoding.accept import accept_greedy, accept_sampled
 from nemotron_dspark.decoding.constraint import Constraint, Likelihood, forbid, likelihoods
 from nemotron_dspark.decoding.memory import Memory
 from nemotron_dspark.decoding.prefixes import Prefixes
-from nemotron_dspark.decoding.reading import Prompt, Reader
+from nemotron_dspark.decoding.reading import Reader, ReadPrompt
 from nemotron_dspark.decoding.sampling import Sampling, pick, probabilities
 from nemotron_dspark.decoding.schedule import Schedule
 from nemotron_dspark.drafts.dspark import Draft
@@ -143,13 +143,13 @@ class Decoder:
         # Of rounds without drafts, which the draft has not read yet: taps [B, 1, T·H] and the token after each [B, 1].
         self._unread: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, prompt_ids: Sequence[int]) -> Prompt:
+    def read(self, prompt_ids: Sequence[int]) -> ReadPrompt:
         """Prefill ``prompt_ids``, for several answers to `start` from."""
         return self.reader.read(prompt_ids)
 
     def start(
         self,
-        prompt: Sequence[int] | Prompt,
+        prompt: Sequence[int] | ReadPrompt,
         sampling: Sampling,
         stop_ids: frozenset[int] | None = None,
         constraint: Constraint | None = None,
@@ -159,7 +159,7 @@ class Decoder:
         ``stop_ids`` defaults to the target's.
         """
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        if isinstance(prompt, Prompt):
+        if isinstance(prompt, ReadPrompt):
             read, memory = prompt, prompt.memory.select([0])
         else:
             read = self.read(prompt)

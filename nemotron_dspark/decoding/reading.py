@@ -20,7 +20,7 @@ _FULL = 0.5  # of a pass's length that a prompt must fill to be read beside the 
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class ReadPrompt:
     """A prompt that was read, to start answers from."""
 
     ids: tuple[int, ...]
@@ -38,7 +38,7 @@ class Reading:
     memory: Memory
     reused: int = 0  # tokens that were read before
     place: int = 0  # a length at which the memory is to be kept; 0: none
-    prompt: Prompt | None = None  # once it is read to its end
+    prompt: ReadPrompt | None = None  # once it is read to its end
     error: Exception | None = None  # what ended it before
 
     @property
@@ -79,7 +79,7 @@ class Reader:
             memory = Memory(self._target.new_state(self._taps), context)
         return Reading(tuple(ids), memory, memory.length, place)
 
-    def read(self, ids: Sequence[int]) -> Prompt:
+    def read(self, ids: Sequence[int]) -> ReadPrompt:
         """A prompt, read to its end.
 
         Raises:
@@ -137,7 +137,7 @@ class Reader:
             row.memory = Memory(state.select([at]) if len(rows) > 1 else state, row.memory.context)
             tapped = taps[at : at + 1, : len(chunk)]
             if row.left == 0:
-                row.prompt = Prompt(row.ids, row.memory, self._target.logits(last[at : at + 1]), tapped, row.reused)
+                row.prompt = ReadPrompt(row.ids, row.memory, self._target.logits(last[at : at + 1]), tapped, row.reused)
                 continue
             if self._draft is not None and row.memory.context is not None:
                 following = torch.tensor([row.ids[row.read - len(chunk) + 1 : row.read + 1]], device=taps.device)

@@ -21,7 +21,7 @@ from nemotron_dspark.recipe.ledger import Ledger, Status
 from nemotron_dspark.recipe.machines import Machine
 from nemotron_dspark.recipe.machines import machine as machine_called
 from nemotron_dspark.recipe.needs import ASSUMED, Shape
-from nemotron_dspark.recipe.plan import Column, Memory, assumptions, estimate
+from nemotron_dspark.recipe.plan import MemoryNeeds, ModeNeeds, assumptions, estimate
 from nemotron_dspark.recipe.workload import CHARACTERS_PER_TOKEN, Workload, from_file, from_numbers
 from nemotron_dspark.targets import Checkpoint
 
@@ -33,7 +33,7 @@ class PlannedStage:
     stage: Stage
     status: Status
     hours: float
-    memory: Memory | None  # None where it is little
+    memory: MemoryNeeds | None  # None where it is little
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -229,7 +229,7 @@ def _eval_prompts(recipe: Recipe) -> int:
     return recipe.eval_prompts or ASSUMED.eval_prompts
 
 
-def _hours(stage: Stage, column: Column, shape: Shape, recipe: Recipe, machine: Machine) -> float:
+def _hours(stage: Stage, column: ModeNeeds, shape: Shape, recipe: Recipe, machine: Machine) -> float:
     share = _eval_prompts(recipe) / ASSUMED.eval_prompts
     if stage.kind == "calibrate":
         return share * needs.calibration_seconds(shape, stage.config.eval, machine) / 3600
@@ -238,7 +238,7 @@ def _hours(stage: Stage, column: Column, shape: Shape, recipe: Recipe, machine: 
     return column.hours.get(stage.kind, 0.0) * (share if stage.kind == "eval" else 1.0)
 
 
-def _sizes(stage: Stage, column: Column) -> dict[str, float]:
+def _sizes(stage: Stage, column: ModeNeeds) -> dict[str, float]:
     """Bytes on the disk by what they are."""
     kinds = {
         "cache": {"caches": ["cache"]},

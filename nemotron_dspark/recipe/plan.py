@@ -76,7 +76,7 @@ MODES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class MemoryNeeds:
     """Bytes at the highest point of a stage, on one GPU and in main memory."""
 
     gpu: float
@@ -94,7 +94,7 @@ class Streaming:
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
+class ModeNeeds:
     """What one mode needs. ``problems`` say why it does not fit; none: it does.
 
     Where the target is streamed, stages that need it whole are missing if it does not fit: an engine does them.
@@ -102,7 +102,7 @@ class Column:
 
     mode: str
     disk: dict[str, float]
-    memory: dict[str, Memory]
+    memory: dict[str, MemoryNeeds]
     hours: dict[str, float]
     dollars: float | None
     problems: tuple[str, ...]
@@ -125,7 +125,7 @@ class ResourceEstimate:
     target: str
     machine: Machine
     workload: Workload
-    columns: tuple[Column, ...]
+    columns: tuple[ModeNeeds, ...]
     recommended: str | None
     reason: str
     commands: tuple[str, ...]
@@ -253,7 +253,7 @@ class _Case:
     workload: Workload
     machine: Machine
 
-    def column(self, mode: Mode, price: float | None) -> Column:
+    def column(self, mode: Mode, price: float | None) -> ModeNeeds:
         disk = self.disk(mode)
         memory = self.memory(mode)
         hours = self.hours(mode)
@@ -270,7 +270,7 @@ class _Case:
                 if remedy:
                     advice.append(remedy)
         dollars = price * sum(hours.values()) if price is not None else None
-        return Column(mode.name, disk, memory, hours, dollars, tuple(problems), tuple(advice), self.streaming(mode))
+        return ModeNeeds(mode.name, disk, memory, hours, dollars, tuple(problems), tuple(advice), self.streaming(mode))
 
     def disk(self, mode: Mode) -> dict[str, float]:
         found = {} if self.shape.weights_here else {"target": float(self.shape.stored_bytes)}
@@ -284,7 +284,7 @@ class _Case:
         found["draft"] = float(needs.draft_bytes(self.shape, self.machine.weight_bytes))
         return found
 
-    def memory(self, mode: Mode) -> dict[str, Memory]:
+    def memory(self, mode: Mode) -> dict[str, MemoryNeeds]:
         """Per stage; without a GPU everything is in main memory."""
         width = self.machine.weight_bytes
         train_batch = self.config.train.local_batch_size * self.workload.longest
@@ -312,9 +312,9 @@ class _Case:
         if holds or not streaming:
             found["eval"] = (serve, 0.0, 0.0, 0)
         if not self.machine.gpus:
-            return {stage: Memory(0.0, ASSUMED.libraries + gpu + host) for stage, (gpu, host, *_) in found.items()}
+            return {stage: MemoryNeeds(0.0, ASSUMED.libraries + gpu + host) for stage, (gpu, host, *_) in found.items()}
         return {
-            stage: Memory(ASSUMED.cuda_context + gpu, ASSUMED.cuda_libraries * (1 + count) + host + count * other)
+            stage: MemoryNeeds(ASSUMED.cuda_context + gpu, ASSUMED.cuda_libraries * (1 + count) + host + count * other)
             for stage, (gpu, host, other, count) in found.items()
         }
 
@@ -463,7 +463,7 @@ class _Case:
         return next((count for count in range(1, self.machine.gpus) if weights < room_on(count, free)), None)
 
 
-def _lacking(need: Memory, machine: Machine) -> str:
+def _lacking(need: MemoryNeeds, machine: Machine) -> str:
     """What ``machine`` has too little of, or an empty text."""
     if machine.unified or not machine.gpus:
         has = machine.gpu_bytes if machine.unified else machine.host_bytes
@@ -476,7 +476,7 @@ def _lacking(need: Memory, machine: Machine) -> str:
     return ""
 
 
-def _reason(best: Column | None, columns: Sequence[Column]) -> str:
+def _reason(best: ModeNeeds | None, columns: Sequence[ModeNeeds]) -> str:
     if best is None:
         return "No mode fits this machine."
     others = [column for column in columns if column is not best]
@@ -494,7 +494,7 @@ def _reason(best: Column | None, columns: Sequence[Column]) -> str:
     return f"{best.mode} fits" + (f", and {'; '.join(said)}" if said else "") + f"{more}."
 
 
-def _without(best: Column, shape: Shape, machine: Machine) -> str:
+def _without(best: ModeNeeds, shape: Shape, machine: Machine) -> str:
     """What an engine elsewhere has to do where the target does not fit as a whole."""
     if best.streaming is None:
         return ""
@@ -509,7 +509,7 @@ def _without(best: Column, shape: Shape, machine: Machine) -> str:
 
 
 def _commands(
-    best: Column, shape: Shape, config: RunConfig, machine: Machine, options: Sequence[str], data: Given
+    best: ModeNeeds, shape: Shape, config: RunConfig, machine: Machine, options: Sequence[str], data: Given
 ) -> tuple[str, ...]:
     name = Path(shape.name).name.lower() or "target"
     target = f"--target {shlex.quote(shape.name)}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_dspark.decoding.constraint import Constraint
 from nemotron_dspark.decoding.decoder import Decoder, Generation
-from nemotron_dspark.decoding.reading import Prompt, Reading
+from nemotron_dspark.decoding.reading import Reading, ReadPrompt
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.errors import NdsError
 from nemotron_dspark.serving.metrics import Metrics
@@ -305,7 +305,7 @@ class Engine:
             elif reading.prompt is not None:
                 self._begin(ticket, reading.prompt)
 
-    def _begin(self, ticket: Ticket, prompt: Prompt) -> None:
+    def _begin(self, ticket: Ticket, prompt: ReadPrompt) -> None:
         """Start the answer to a prompt that was read."""
         request, ticket.reading, ticket.reused = ticket.request, None, prompt.reused
         try:

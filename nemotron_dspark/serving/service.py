@@ -72,7 +72,7 @@ class Served:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class RenderedPrompt:
     """A prompt, and what its template makes of the answer."""
 
     ids: list[int]
@@ -115,7 +115,7 @@ class Service:
         """``function(*arguments)`` on the thread that owns the tokenizer."""
         return await asyncio.get_running_loop().run_in_executor(self.tokenising, function, *arguments)
 
-    async def prompt(self, request: ChatRequest | CompletionRequest) -> Prompt:
+    async def prompt(self, request: ChatRequest | CompletionRequest) -> RenderedPrompt:
         """The prompt's tokens; `ApiError` when the chat template refuses it."""
         if isinstance(request, ChatRequest):
             messages, tools = request.conversation(), request.offered()
@@ -128,17 +128,19 @@ class Service:
             except RenderError as error:
                 raise ApiError(400, error.what, error.do, param="messages") from None
         prompt = request.text_or_ids(self.served.vocab_size)
-        return Prompt(await self.tokenised(self.served.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt)
+        return RenderedPrompt(
+            await self.tokenised(self.served.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
+        )
 
     def _rendered(
         self, messages: list[Message], tools: tuple[Any, ...], thinking: bool | None, calls: CallFormat | None
-    ) -> Prompt:
+    ) -> RenderedPrompt:
         tokenizer = self.served.tokenizer
         text = render(tokenizer, messages, generation_prompt=True, thinking=thinking, tools=tools)
         reasoning = None
         if self.thinks:
             reasoning = "open" if text.rstrip().endswith(OPENS) else "possible"
-        return Prompt(
+        return RenderedPrompt(
             tokenizer(text, add_special_tokens=False)["input_ids"], reasoning, calls if tools else None, tools
         )
 
@@ -159,7 +161,7 @@ class Service:
         return Grammars(self.served.tokenizer, self.served.vocab_size, sorted(self.served.stop_ids))
 
     def _constraint(
-        self, request: ChatRequest | CompletionRequest, schema: dict[str, Any] | None, prompt: Prompt
+        self, request: ChatRequest | CompletionRequest, schema: dict[str, Any] | None, prompt: RenderedPrompt
     ) -> GrammarConstraint | None:
         """What the answer must be: JSON of ``schema``, or calls of the functions that the request demands."""
         if schema is not None:
@@ -192,7 +194,7 @@ class Service:
             )
         return min(asked or room, self.config.max_new_tokens, room)
 
-    async def checked(self, request: ChatRequest | CompletionRequest) -> tuple[Prompt, list[GenerationRequest]]:
+    async def checked(self, request: ChatRequest | CompletionRequest) -> tuple[RenderedPrompt, list[GenerationRequest]]:
         """What the engine is to generate, a request for each choice; `ApiError` when this server cannot do it."""
         self.check_model(request.model)
         request.refuse_unsupported()
