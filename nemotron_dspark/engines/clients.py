@@ -47,7 +47,7 @@ class Counts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class EngineAnswer:
     """One answer of an engine."""
 
     tokens: tuple[int, ...]  # ids; empty where the engine tells text alone
@@ -57,7 +57,7 @@ class Answer:
     counts: Counts | None  # of this request; None where the engine counts for all requests together
 
 
-class Engine:
+class EngineClient:
     """A running engine. Subclasses know one protocol each."""
 
     owner: ClassVar[str]  # `owned_by` in /v1/models
@@ -66,7 +66,7 @@ class Engine:
     def __init__(self, url: str, model: str):
         self.url, self.model = url, model
 
-    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
+    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> EngineAnswer:
         """Answer one prompt.
 
         Raises:
@@ -87,12 +87,12 @@ class Engine:
         """Counts of all requests since the engine was started; None where each answer has its own."""
         return None
 
-    def plain(self) -> "Engine | None":
+    def plain(self) -> "EngineClient | None":
         """The same engine with its draft left out; None where no request can ask for that."""
         return None
 
 
-class Nds(Engine):
+class Nds(EngineClient):
     """`nds serve`. ``speculative`` False asks it to leave its draft out."""
 
     owner = "nemotron-dspark"
@@ -102,7 +102,7 @@ class Nds(Engine):
         super().__init__(url, model)
         self._speculative = speculative
 
-    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
+    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> EngineAnswer:
         body = {"model": self.model, "prompt": list(ids), "max_tokens": max_tokens, "temperature": temperature}
         body |= {"seed": seed, "return_token_ids": True, "return_rounds": True, "speculative": self._speculative}
         found, seconds = post(f"{self.url}/v1/completions", body)
@@ -113,7 +113,7 @@ class Nds(Engine):
         slots = tuple(float(sum(count > slot for count in kept)) for slot in range(max(drafted, default=0)))
         counts = Counts(len(rounds) if any(drafted) else 0, sum(drafted), sum(kept), slots)
         tokens = tuple(choice["token_ids"])
-        return Answer(tokens, choice["text"], len(tokens), seconds, counts)
+        return EngineAnswer(tokens, choice["text"], len(tokens), seconds, counts)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         body = {"model": self.model, "messages": list(messages), "max_tokens": 1, "return_token_ids": True}
@@ -122,20 +122,20 @@ class Nds(Engine):
     def totals(self) -> Counts | None:
         return None  # every answer tells its own
 
-    def plain(self) -> "Engine":
+    def plain(self) -> "EngineClient":
         return Nds(self.url, self.model, speculative=False)
 
 
-class VLLM(Engine):
+class VLLM(EngineClient):
     owner = "vllm"
     title = "vLLM"
 
-    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
+    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> EngineAnswer:
         body = {"model": self.model, "prompt": list(ids), "max_tokens": max_tokens, "temperature": temperature}
         found, seconds = post(f"{self.url}/v1/completions", body | {"seed": seed, "return_token_ids": True})
         choice = found["choices"][0]
         tokens = tuple(choice.get("token_ids") or ())
-        return Answer(tokens, choice["text"], found["usage"]["completion_tokens"], seconds, None)
+        return EngineAnswer(tokens, choice["text"], found["usage"]["completion_tokens"], seconds, None)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return post(f"{self.url}/tokenize", {"model": self.model, "messages": list(messages)})[0]["tokens"]
@@ -144,11 +144,11 @@ class VLLM(Engine):
         return _spec_decode_counts(_get_text(f"{self.url}/metrics"), "vllm:")
 
 
-class SGLang(Engine):
+class SGLang(EngineClient):
     owner = "sglang"
     title = "SGLang"
 
-    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
+    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> EngineAnswer:
         sampling = {"max_new_tokens": max_tokens, "temperature": temperature, "sampling_seed": seed}
         found, seconds = post(f"{self.url}/generate", {"input_ids": list(ids), "sampling_params": sampling})
         meta = found["meta_info"]
@@ -156,14 +156,14 @@ class SGLang(Engine):
         # Where accepted drafts are not told: every pass but the prompt's writes them and one more.
         accepted = meta.get("spec_accept_token_num", max(length - 1 - rounds, 0)) if rounds else 0
         counts = Counts(rounds, meta.get("spec_draft_token_num") or 0, accepted)
-        return Answer(tuple(found.get("output_ids") or ()), found["text"], length, seconds, counts)
+        return EngineAnswer(tuple(found.get("output_ids") or ()), found["text"], length, seconds, counts)
 
 
-class LlamaCpp(Engine):
+class LlamaCpp(EngineClient):
     owner = "llamacpp"
     title = "llama.cpp"
 
-    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Answer:
+    def answer(self, ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> EngineAnswer:
         body = {"prompt": list(ids), "n_predict": max_tokens, "temperature": temperature, "seed": seed}
         body |= {"return_tokens": True, "cache_prompt": False}
         # Unless told, its samplers cut the distribution that a draft has learned (top-k 40, top-p 0.95, min-p 0.05).
@@ -174,7 +174,7 @@ class LlamaCpp(Engine):
         drafted = timings.get("draft_n", 0)
         # It tells no rounds for one request; every pass but the prompt's writes the accepted tokens and one more.
         counts = Counts(max(length - 1 - accepted, 0) if drafted else 0, drafted, accepted)
-        return Answer(tuple(found.get("tokens") or ()), found["content"], length, seconds, counts)
+        return EngineAnswer(tuple(found.get("tokens") or ()), found["content"], length, seconds, counts)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         text = post(f"{self.url}/apply-template", {"messages": list(messages)})[0]["prompt"]
@@ -187,10 +187,10 @@ class LlamaCpp(Engine):
             return None
 
 
-_KINDS: dict[str, type[Engine]] = {kind.owner: kind for kind in (Nds, VLLM, SGLang, LlamaCpp)}
+_KINDS: dict[str, type[EngineClient]] = {kind.owner: kind for kind in (Nds, VLLM, SGLang, LlamaCpp)}
 
 
-def connect(url: str) -> Engine:
+def connect(url: str) -> EngineClient:
     """The engine that listens at ``url``, with or without ``/v1`` at its end.
 
     Raises:
@@ -230,7 +230,7 @@ def _spec_decode_counts(text: str, prefix: str) -> Counts:
 
 
 def post(url: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """What ``url`` answers to ``body`` in JSON, and after how many seconds; errors as in `Engine.answer`."""
+    """What ``url`` answers to ``body`` in JSON, and after how many seconds; errors as in `EngineClient.answer`."""
     began = time.perf_counter()
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     text = _read(request)

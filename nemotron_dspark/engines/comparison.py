@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from nemotron_dspark.config import EvalConfig
 from nemotron_dspark.decoding.decoder import Generation
-from nemotron_dspark.engines.clients import Answer, Engine
+from nemotron_dspark.engines.clients import EngineAnswer, EngineClient
 from nemotron_dspark.engines.measure import measure_prompts
 from nemotron_dspark.evaluation.comparison import Compared, Group, plain_answers
 from nemotron_dspark.evaluation.measure import Lossless, speed_of
@@ -12,7 +12,7 @@ from nemotron_dspark.targets import Target
 
 
 def compare_engine(
-    engine: Engine,
+    engine: EngineClient,
     target: Target,
     group: Group,
     config: EvalConfig,
@@ -47,7 +47,7 @@ def compare_engine(
     )
 
 
-def _same(target: Target, plain: Generation, answer: Answer) -> bool:
+def _same(target: Target, plain: Generation, answer: EngineAnswer) -> bool:
     """By token ids without a stop token, which not every engine tells, or by text where it tells no ids."""
     if not answer.tokens:
         return target.tokenizer.decode(plain.tokens, skip_special_tokens=True) == answer.text

@@ -15,7 +15,7 @@ from nemotron_dspark.chat.format import Message, render_prompt
 from nemotron_dspark.config import EvalConfig, RunConfig
 from nemotron_dspark.data.prompts import rendered_turns
 from nemotron_dspark.data.sources import Given, named, one_file
-from nemotron_dspark.engines.clients import Answer, Counts, Engine, connect
+from nemotron_dspark.engines.clients import Counts, EngineAnswer, EngineClient, connect
 from nemotron_dspark.errors import CheckError, InputError
 from nemotron_dspark.evaluation.lossless import MOST_PROMPTS, TOKENS, SampledLossless, check_count
 from nemotron_dspark.evaluation.lossless import compare as compare_sampled
@@ -41,7 +41,7 @@ class EngineMeasurement:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class PlainComparison:
     """Greedy answers with the draft against greedy answers of an engine without one."""
 
     engine: str
@@ -61,7 +61,7 @@ class EngineEvaluation:
     model: str
     prompts_file: str
     measurements: tuple[EngineMeasurement, ...]
-    plain: Compared | None
+    plain: PlainComparison | None
     sampled: SampledLossless | None = None  # where it was asked for
 
     def to_json(self) -> dict[str, Any]:
@@ -122,8 +122,8 @@ def evaluate_engine(
 
 
 def measure_prompts(
-    engine: Engine, prompts: Sequence[Sequence[int]], config: EvalConfig, progress: Progress
-) -> tuple[list[Answer], tuple[EngineMeasurement, ...]]:
+    engine: EngineClient, prompts: Sequence[Sequence[int]], config: EvalConfig, progress: Progress
+) -> tuple[list[EngineAnswer], tuple[EngineMeasurement, ...]]:
     """The engine's greedy answers to prompts given as token ids, and its draft's acceptance, greedy first.
 
     Raises:
@@ -131,7 +131,7 @@ def measure_prompts(
         EnvironmentFault: it does not answer.
     """
     _answers(engine, prompts[:1], _WARM_TOKENS, 0.0, 0, "warming up", progress)
-    answers: dict[float, list[Answer]] = {}
+    answers: dict[float, list[EngineAnswer]] = {}
     measurements = []
     for temperature in (0.0, *(t for t in config.temperatures if t > 0)):
         before = engine.totals()
@@ -150,8 +150,8 @@ def measure_prompts(
 
 
 def _sampled(
-    engine: Engine,
-    plain: Engine,
+    engine: EngineClient,
+    plain: EngineClient,
     prompts: Sequence[Sequence[int]],
     answers: int,
     config: RunConfig,
@@ -172,7 +172,7 @@ def _sampled(
     return compare_sampled(groups, temperature)
 
 
-def summarise(answers: Sequence[Answer], temperature: float, total: Counts | None) -> EngineMeasurement:
+def summarise(answers: Sequence[EngineAnswer], temperature: float, total: Counts | None) -> EngineMeasurement:
     """Sum up answers; ``total`` are the engine's own counts of them where it keeps any."""
     apart = [answer.counts for answer in answers if answer.counts is not None]
     counts = total if total is not None and total.rounds else sum(apart, Counts())
@@ -189,7 +189,7 @@ def summarise(answers: Sequence[Answer], temperature: float, total: Counts | Non
     )
 
 
-def compare(plain: Engine, slow: Sequence[Answer], fast: Sequence[Answer]) -> Compared:
+def compare(plain: EngineClient, slow: Sequence[EngineAnswer], fast: Sequence[EngineAnswer]) -> PlainComparison:
     """Whether the answers without and with a draft are the same: by token ids, by text where an engine tells none."""
     differing = [at for at, (one, other) in enumerate(zip(slow, fast, strict=True)) if _said(one) != _said(other)]
     first = None
@@ -199,27 +199,27 @@ def compare(plain: Engine, slow: Sequence[Answer], fast: Sequence[Answer]) -> Co
         where = next(at for at, (left, right) in pairs if left != right)
         first = f"prompt {differing[0]}, {'token' if one.tokens and other.tokens else 'character'} {where}"
     same = len(slow) - len(differing)
-    return Compared(plain.title, plain.url, len(slow), same, first, _speed(slow))
+    return PlainComparison(plain.title, plain.url, len(slow), same, first, _speed(slow))
 
 
-def _said(answer: Answer) -> Sequence[Any]:
+def _said(answer: EngineAnswer) -> Sequence[Any]:
     return answer.tokens or answer.text
 
 
-def _speed(answers: Sequence[Answer]) -> float:
+def _speed(answers: Sequence[EngineAnswer]) -> float:
     seconds = sum(answer.seconds for answer in answers)
     return sum(answer.length for answer in answers) / seconds if seconds else 0.0
 
 
 def _answers(
-    engine: Engine,
+    engine: EngineClient,
     ids: Sequence[Sequence[int]],
     max_tokens: int,
     temperature: float,
     seed: int,
     what: str,
     progress: Progress,
-) -> list[Answer]:
+) -> list[EngineAnswer]:
     found = []
     for at, prompt in enumerate(ids):
         found.append(engine.answer(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed + at))
@@ -227,7 +227,7 @@ def _answers(
     return found
 
 
-def _rendered(config: RunConfig, engine: Engine, file: Path, limit: int | None) -> list[list[int]]:
+def _rendered(config: RunConfig, engine: EngineClient, file: Path, limit: int | None) -> list[list[int]]:
     """Token ids of the prompts that leave room for an answer, by the target's tokenizer or the engine's."""
     room, checkpoint = float("inf"), None
     if config.target.name is not None:
