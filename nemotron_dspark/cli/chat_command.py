@@ -43,7 +43,7 @@ def chat(
     tokenizer = Checkpoint.of(config.target).load_tokenizer()
     chat_format = recognise(tokenizer)
     items = read_samples(one_file(data), tokenizer, config.data)
-    shown, skipped, more = _first(items, limit)
+    shown, skipped, more = _first(items, limit)  # it stops reading there: a data file may be large
     samples = [sample.tokens for conversation, _ in shown for sample in conversation]
     counts = {
         "samples": len(samples),

@@ -47,6 +47,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
             raise InputError("The cache holds no last hidden states.", "EAGLE-3 learns from them: build it again.")
         hidden = torch.stack(draft(batch.input_ids, batch.taps, batch.positions), dim=2)[:, : shape[1]]
         samples, length = _samples(batch)
+        # Slots without loss never meet the vocabulary.
         hidden_n = draft.norm(hidden.flatten(0, 2)[slots.index])
         step = slots.index % shape[2]
         weight = draft.config.step_loss_decay ** step.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -68,6 +69,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
         ce, rates, agreed = (
             term.new_zeros(shape).view(-1).index_copy_(0, slots.index, term).view(shape) for term in terms
         )
+        # Accepted length as decoding would count it: a step counts where all before it were kept.
         reached = batch.slot_mask[..., 0]
         tau, tau_greedy = (((1 + kept.cumprod(-1).sum(-1)) * reached).sum() for kept in (rates, agreed))
         zero = total.new_zeros(())
