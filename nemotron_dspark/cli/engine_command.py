@@ -32,7 +32,8 @@ class EngineReport:
     warnings: "tuple[Problem, ...]"
 
     def to_json(self) -> dict[str, Any]:
-        return self.command.to_json() | {"warnings": [{"what": found.what, "do": found.do} for found in self.warnings]}
+        warnings = [{"what": found.what, "do": found.do} for found in self.warnings]
+        return dataclasses.asdict(self.command) | {"warnings": warnings}
 
 
 def engine(

@@ -78,9 +78,6 @@ class EngineCommand:
         variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
         return variables + " \\\n  ".join(lines)
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @functools.cache
 def engine_table(engine: EngineName) -> EngineTable:

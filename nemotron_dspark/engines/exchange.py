@@ -45,9 +45,6 @@ class Exchanged:
     embeddings: bool  # whether the target's embedding and LM head are in it
     remarks: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 def export_draft(
     folder: Path, format_name: str, out: Path, target: Checkpoint | None = None, *, slim: bool = False

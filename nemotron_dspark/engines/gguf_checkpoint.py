@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -48,9 +48,6 @@ class ImportedTarget:
     bytes: int
     chat_template: bool
     licence: str | None  # as the file or the package says
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def import_gguf(
@@ -160,7 +157,7 @@ def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: 
         try:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            write_json(temporary / NOTE, found.to_json())
+            write_json(temporary / NOTE, dataclasses.asdict(found))
             temporary.chmod(0o755)
             if out.is_dir():
                 out.rmdir()  # empty, or only hidden files: then this fails and nothing is lost

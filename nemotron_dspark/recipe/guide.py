@@ -25,9 +25,6 @@ class Way:
     why: str
     others: tuple[tuple[str, str], ...] = ()  # command, what for
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 def way_on() -> Way:
     """The way on from the folder that it is called in."""
