@@ -1,13 +1,16 @@
 """`nds calibrate`: make what a draft foretells of its acceptance a probability."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
+
+if TYPE_CHECKING:
+    from nemotron_dspark.evaluation.calibration_report import CalibrationReport
 
 
 def register(app: typer.Typer) -> None:
@@ -16,42 +19,34 @@ def register(app: typer.Typer) -> None:
 
 def calibrate(
     config: RunConfig,
-    draft: Annotated[
-        Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft; the target's newest here.")
-    ] = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompts",
-            "-p",
-            help="JSON lines of prompts the draft has not seen, without it those held out; repeated, each a workload.",
-        ),
-    ] = None,
+    draft: Annotated[Path | None, shell.DRAFT] = None,
+    prompts: Annotated[list[str] | None, shell.WORKLOADS] = None,
     margin: Annotated[
         bool, typer.Option("--margin", help="Use the draft's margin also where it has a confidence head.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts of each.")] = None,
+    limit: Annotated[int | None, shell.LIMIT] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the files; by default `calibration` in the draft's.")
     ] = None,
 ) -> None:
     """Calibrate a draft's confidence on prompts, for the threshold here and for engines."""
     from nemotron_dspark import stages
-    from nemotron_dspark.evaluation import calibration_report
 
     draft, prompts = draft or shell.newest_draft(config), prompts or shell.held_out_prompts()
 
-    with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
+    with shell.measuring() as (on_loaded, on_progress):
         report, written = stages.calibrate(
-            config, draft, prompts, out=out, margin=margin, limit=limit, on_loaded=status.stop, on_progress=bars.update
+            config, draft, prompts, out=out, margin=margin, limit=limit, on_loaded=on_loaded, on_progress=on_progress
         )
-    if shell.state.json:
-        shell.emit(report.to_json())
-        return
+    shell.present(report, _show, written)
+
+
+def _show(report: "CalibrationReport") -> None:
+    from nemotron_dspark.evaluation import calibration_report
+
     for fit in report.fits:
         shell.out.print(calibration_report.slot_table(fit))
     if (by_workload := calibration_report.workload_table(report)) is not None:
         shell.out.print(by_workload)
     for fit in report.fits:
         shell.out.print(escape(fit.verdict), soft_wrap=True)
-    shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)

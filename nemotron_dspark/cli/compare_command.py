@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
@@ -23,16 +22,9 @@ def compare(
     drafts: Annotated[
         list[Path], typer.Option("--draft", "-d", help="Folder of a trained draft, of any kind; repeat for each.")
     ],
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompts",
-            "-p",
-            help="JSON lines of prompts the drafts have not seen, or those held out; repeated, each a workload.",
-        ),
-    ] = None,
+    prompts: Annotated[list[str] | None, shell.WORKLOADS] = None,
     lengths: Annotated[str | None, shell.CONTEXT_LENGTHS] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts of each.")] = None,
+    limit: Annotated[int | None, shell.LIMIT] = None,
     engines: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,7 +50,7 @@ def compared(
     """`stages.compare` with its progress shown."""
     from nemotron_dspark import stages
 
-    with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
+    with shell.measuring() as (on_loaded, on_progress):
         return stages.compare(
             config,
             drafts,
@@ -66,22 +58,20 @@ def compared(
             lengths=shell.numbers("--context-lengths", lengths) if lengths is not None else (),
             limit=limit,
             engines=engines,
-            on_loaded=status.stop,
-            on_progress=bars.update,
+            on_loaded=on_loaded,
+            on_progress=on_progress,
         )
 
 
 def show(found: "Comparison", out: Path | None) -> None:
     """Write ``found`` to the folder ``out``, print it, and fail where a draft changes what comes out."""
-    from nemotron_dspark.evaluation import comparison
-
-    written = found.save(out) if out is not None else ()
-    if shell.state.json:
-        shell.emit(found.to_json())
-    else:
-        shell.out.print(comparison.table(found))
-        shell.show_rows([(name, what) for name, what in found.drafts.items()])
-        if written:
-            shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
+    shell.present(found, _show, found.save(out) if out is not None else ())
     if remark := found.check_lossless():
         shell.note(remark)
+
+
+def _show(found: "Comparison") -> None:
+    from nemotron_dspark.evaluation import comparison
+
+    shell.out.print(comparison.table(found))
+    shell.show_rows([(name, what) for name, what in found.drafts.items()])

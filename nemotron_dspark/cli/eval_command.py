@@ -33,9 +33,7 @@ def evaluate(
             help=shell.several("Prompts the draft has not seen; without it those held out. JSON lines"),
         ),
     ] = None,
-    draft: Annotated[
-        Path | None, typer.Option("--draft", "-d", help="Folder of a trained draft; the target's newest here.")
-    ] = None,
+    draft: Annotated[Path | None, shell.DRAFT] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for eval.json and eval.png.")] = None,
     engine: Annotated[
@@ -67,26 +65,22 @@ def evaluate(
         return
     from nemotron_dspark import stages
 
-    with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
+    with shell.measuring() as (on_loaded, on_progress):
         report = stages.evaluate(
             config,
             draft,
             prompts,
             limit=limit,
             lossless=lossless,
-            on_loaded=status.stop,
-            on_progress=bars.update,
+            on_loaded=on_loaded,
+            on_progress=on_progress,
         )
-    written = report.save(out) if out is not None else ()
-    if shell.state.json:
-        shell.emit(report.to_json())
-    else:
-        _show(report, written)
+    shell.present(report, _show, report.save(out) if out is not None else ())
     if remark := report.check_lossless():
         shell.note(remark)
 
 
-def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:
+def _show(found: "EvalReport") -> None:
     from nemotron_dspark.evaluation import expected, report
 
     shell.out.print(report.acceptance_table(found.labelled, f"{found.prompts} prompts of {escape(found.prompts_file)}"))
@@ -97,8 +91,6 @@ def _show(found: "EvalReport", written: tuple[Path, ...]) -> None:
             shell.out.print(sentence, soft_wrap=True)
     if found.sampled:
         shell.out.print(found.sampled.sentence(), soft_wrap=True)
-    if written:
-        shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
 
 
 def _in_engine(
@@ -123,13 +115,7 @@ def _in_engine(
         found = evaluate_engine(
             config, url, prompts, plain_url=plain_url, limit=limit, lossless=lossless, progress=bars.update
         )
-    written = found.save(out) if out is not None else None
-    if shell.state.json:
-        shell.emit(found.to_json())
-    else:
-        _show_engine(found)
-        if written:
-            shell.out.print(f"Written: {escape(str(written))}", soft_wrap=True)
+    shell.present(found, _show_engine, [found.save(out)] if out is not None else ())
     found.check_lossless()
 
 

@@ -1,13 +1,15 @@
 """`nds profile`: what a round of drafting and verifying costs on this machine, by requests and tokens."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig
+
+if TYPE_CHECKING:
+    from nemotron_dspark.evaluation.profile import Profile
 
 _BUSY = 0.15  # of the median between the quartiles and it
 
@@ -38,10 +40,9 @@ def profile(
 ) -> None:
     """Measure what a round costs here, and write the tables that schedulers read."""
     from nemotron_dspark import stages
-    from nemotron_dspark.evaluation.profile import spread, tables
 
     rows = shell.numbers("--requests", requests)
-    with shell.err.status("Loading and proving the target") as status, shell.bars() as bars:
+    with shell.measuring() as (on_loaded, on_progress):
         found, written = stages.profile(
             config,
             draft,
@@ -49,16 +50,18 @@ def profile(
             rows=rows,
             context=context,
             seconds=seconds,
-            on_loaded=status.stop,
-            on_progress=bars.update,
+            on_loaded=on_loaded,
+            on_progress=on_progress,
         )
-    if shell.state.json:
-        shell.emit(found.to_json())
-        return
+    shell.present(found, _show, written)
+
+
+def _show(found: "Profile") -> None:
+    from nemotron_dspark.evaluation.profile import spread, tables
+
     for table in tables(found):
         shell.out.print(table)
     if spread(found) > _BUSY:
         shell.note("the times are spread widely: is the machine busy? Another run on a quiet one will be nearer.")
     if found.left_out:
         shell.note(f"{found.left_out}: not measured.")
-    shell.out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)

@@ -76,6 +76,13 @@ _CONFIG_OPTIONS = {
     "config_file": Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with sections of keys.")],
     "assignments": Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")],
 }
+DRAFT = typer.Option("--draft", "-d", help="Folder of a trained draft; the target's newest here.")
+WORKLOADS = typer.Option(
+    "--prompts",
+    "-p",
+    help="JSON lines of prompts that no draft has seen, without it those held out; repeated, each a workload.",
+)
+LIMIT = typer.Option("--limit", min=1, help="Use the first N prompts of each --prompts.")
 CONTEXT_LENGTHS = typer.Option(
     "--context-lengths",
     metavar="N,N,…",
@@ -127,10 +134,7 @@ def command(
                 report = function(**given)
                 if report is None:
                     return
-                if state.json:
-                    emit(report.to_json() if hasattr(report, "to_json") else dataclasses.asdict(report))
-                elif show is not None:
-                    show(report)
+                present(report, show)
             finally:  # a test, or a notebook, may run several commands in one process
                 state.json = False
             if code := failed(report):
@@ -286,6 +290,17 @@ def emit(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, default=lambda part: getattr(part, "to_json", part.__str__)()))
 
 
+def present(report: Any, show: Callable[[Any], None] | None, written: Sequence[Path] = ()) -> None:
+    """Print ``report``: under `--json` its ``to_json()``, else by ``show``, and which files it was ``written`` to."""
+    if state.json:
+        emit(report.to_json() if hasattr(report, "to_json") else dataclasses.asdict(report))
+        return
+    if show is not None:
+        show(report)
+    if written:
+        out.print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
+
+
 def show_rows(rows: Iterable[tuple[str, str | None]], remarks: Iterable[str] = ()) -> None:
     """Labels and values, one a line without those that are None; then ``remarks``, a line each."""
     table = Table.grid(padding=(0, 2))
@@ -338,6 +353,13 @@ def bars(*, counts: bool = True) -> Iterator[Bars]:
     rest = [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
     with Progress(*columns, *rest, console=err, disable=not err.is_terminal) as progress:
         yield Bars(progress)
+
+
+@contextmanager
+def measuring() -> Iterator[tuple[Callable[[], None], Callable[[str, int, int], None]]]:
+    """Show that the target is loaded and proven, then bars: functions to call when it is, and how far a step is."""
+    with err.status("Loading and proving the target") as status, bars() as shown:
+        yield status.stop, shown.update
 
 
 def quiet_libraries() -> None:
