@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ORDER, _ANCHORS, _ROUNDS, _STRETCHES = 0, 1, 2, 3  # keeps the uses of a seed apart
+_ORDER, _ANCHORS, _CYCLES, _STRETCHES = 0, 1, 2, 3  # keeps the uses of a seed apart
 
 
 def draw_anchors(
@@ -111,6 +111,6 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(num_samples)
 
 
-def round_order(num_samples: int, *, seed: int, number: int) -> np.ndarray:
-    """The samples in the order in which round ``number`` of a rolling cache takes them, int64 [num_samples]."""
-    return np.random.default_rng([_ROUNDS, seed, number]).permutation(num_samples)
+def cycle_order(num_samples: int, *, seed: int, number: int) -> np.ndarray:
+    """The samples in the order in which cycle ``number`` of a rolling cache takes them, int64 [num_samples]."""
+    return np.random.default_rng([_CYCLES, seed, number]).permutation(num_samples)

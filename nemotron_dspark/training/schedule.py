@@ -9,7 +9,7 @@ import numpy as np
 from nemotron_dspark.config import TrainConfig
 from nemotron_dspark.distributed import SINGLE, DistContext
 from nemotron_dspark.errors import InputError
-from nemotron_dspark.training.anchors import epoch_order, round_order
+from nemotron_dspark.training.anchors import cycle_order, epoch_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RollingSchedule(SampleSchedule):
-    """Takes the samples segment by segment, each for several epochs before the next, until all were taken; then anew.
+    """Takes the samples segment by segment, each for several epochs before the next. All of them once are a cycle.
 
     A segment is a number of whole global batches of at most half the budget: while one trains, the next is made. It is
     a function of sizes, seed and step alone, so any segment can be made again. Where the budget holds all samples there
@@ -104,7 +104,7 @@ class RollingSchedule(SampleSchedule):
     epochs: int  # of the whole run
     seed: int
     _batch: int  # samples of one step
-    _rounds: dict[int, list[Segment]] = dataclasses.field(default_factory=dict)
+    _cycles: dict[int, list[Segment]] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def rolling(
@@ -157,7 +157,7 @@ class RollingSchedule(SampleSchedule):
 
     def segment(self, step: int) -> Segment:
         """The segment of ``step``."""
-        segments = self._round(step // (self.steps_per_epoch * self.reuse))
+        segments = self._cycle(step // (self.steps_per_epoch * self.reuse))
         return next(segment for segment in segments if step < segment.stop_step)
 
     def segments(self, step: int) -> Iterator[Segment]:
@@ -180,12 +180,12 @@ class RollingSchedule(SampleSchedule):
         first = (step - segment.first_step) % segment.steps * size
         return segment.ids[order[first : first + size]]
 
-    def _round(self, number: int) -> list[Segment]:
-        if number not in self._rounds:
-            for old in [known for known in list(self._rounds) if known < number - 1]:
-                self._rounds.pop(old, None)
-            self._rounds[number] = self._segments_of(number)
-        return self._rounds[number]
+    def _cycle(self, number: int) -> list[Segment]:
+        if number not in self._cycles:
+            for old in [known for known in list(self._cycles) if known < number - 1]:
+                self._cycles.pop(old, None)
+            self._cycles[number] = self._segments_of(number)
+        return self._cycles[number]
 
     def _segments_of(self, number: int) -> list[Segment]:
         groups = self._groups(number)
@@ -203,7 +203,7 @@ class RollingSchedule(SampleSchedule):
         """Sample ids of each segment: as few segments as fit, as equal as whole steps allow."""
         if self.whole:
             return [np.arange(self.num_samples)]
-        order = round_order(self.num_samples, seed=self.seed, number=number)
+        order = cycle_order(self.num_samples, seed=self.seed, number=number)
         steps = order[: self.steps_per_epoch * self._batch].reshape(self.steps_per_epoch, self._batch)
         per_step = self.sizes[steps].sum(axis=1)
         count = -(-int(per_step.sum()) // (self.room // 2))

@@ -96,11 +96,11 @@ class _Product:
         torch.sum(self._logits @ self._head, 0)
 
 
-def _fastest(cases: dict[_Case, _Product], rounds: int = 4) -> tuple[_Case, dict[_Case, float]]:
-    """The case that takes the least time, and the time of each: the best of several rounds, taken in turn."""
+def _fastest(cases: dict[_Case, _Product], tries: int = 4) -> tuple[_Case, dict[_Case, float]]:
+    """The case that takes the least time, and the time of each: the best of several tries, taken in turn."""
     seconds = dict.fromkeys(cases, float("inf"))
     with torch.no_grad():
-        for _ in range(rounds):
+        for _ in range(tries):
             for case, product in cases.items():
                 started = time.perf_counter()
                 product()

@@ -122,12 +122,12 @@ class Validation:
     def measure(self, objective: Objective, load: Loader, step: int, context: DistContext) -> HeldOutResult:
         """Averages over the held-out samples; every rank takes as many micro-batches, some of them twice."""
         config, device = self._config, load.device
-        rounds = -(-len(self.ids) // (config.local_batch_size * context.world_size))
+        count = -(-len(self.ids) // (config.local_batch_size * context.world_size))
         load = dataclasses.replace(load, source=self._source)
         sums = StepSums.zeros(objective.draft.config.block_size, device)
         correct = torch.zeros((), dtype=torch.float64, device=device)  # slots whose likeliest token is the target's
         with torch.no_grad():
-            for ids in np.array_split(self.ids, rounds * context.world_size)[context.rank :: context.world_size]:
+            for ids in np.array_split(self.ids, count * context.world_size)[context.rank :: context.world_size]:
                 found = objective(load(0, ids if len(ids) else self.ids[-1:]).to(device))
                 if len(ids):
                     sums += found.sums

@@ -342,7 +342,7 @@ def test_segments_fit_their_budget_and_cover_the_data_as_often_as_asked():
     assert plan.total_steps == 5 * 10 == sum(segment.steps * segment.epochs for segment in segments)
     assert [segment.first_step for segment in segments[1:]] == [segment.stop_step for segment in segments[:-1]]
     assert all(sizes[segment.ids].sum() == segment.size <= 60_000 for segment in segments)
-    assert {segment.epochs for segment in segments} == {2, 1}  # two rounds of two epochs, one of one
+    assert {segment.epochs for segment in segments} == {2, 1}  # two cycles of two epochs, one of one
     taken = np.zeros((5, 40), dtype=int)
     for step in range(plan.total_steps):
         ids = plan.samples(step, asked)
@@ -351,7 +351,7 @@ def test_segments_fit_their_budget_and_cover_the_data_as_often_as_asked():
         assert plan.must_save(step + 1) == (plan.segment(step).stop_step == step + 1)
     assert (taken == 1).all()  # each epoch, each sample once
     first, other = (set(plan.segment(step).ids.tolist()) for step in (0, 20))
-    assert first != other  # rounds mix the data anew
+    assert first != other  # cycles mix the data anew
 
 
 def test_a_budget_that_holds_everything_has_the_steps_of_a_cache():
@@ -448,7 +448,7 @@ def test_segments_are_replaced_within_the_budget(run, tmp_path, monkeypatch):
     disk = Disk(tmp_path / "run")
     report = run("run", *ROLLING, callbacks=[disk])
     assert report.steps == 12
-    assert sum(rows) == 2 * 24  # two rounds over the data for three epochs
+    assert sum(rows) == 2 * 24  # two cycles over the data for three epochs
     made = [note for note in disk.notes if note.startswith("hidden states for steps")]
     assert len(made) >= 4
     assert 300_000 < disk.most <= 600_000
