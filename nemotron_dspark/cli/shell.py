@@ -86,7 +86,7 @@ LIMIT = typer.Option("--limit", min=1, help="Use the first N prompts of each --p
 CONTEXT_LENGTHS = typer.Option(
     "--context-lengths",
     metavar="N,N,…",
-    help="Measure by length of the context: prompts made so many tokens long, by others of theirs before them.",
+    help="Measure by length of the context: prompts made so many tokens long by others before them.",
 )
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 

@@ -173,7 +173,7 @@ class CacheConfig(Section):
     reuse: int = Field(5, ge=1, description="rolling: epochs for which a part of the data stays on the disk")
     format: Literal["deepspec", "compact"] = Field(
         "deepspec",
-        description="deepspec = bf16, as DeepSpec reads it; compact = int4, in safetensors files",
+        description="how they are stored: deepspec = bf16, as DeepSpec reads it; compact = int4, in safetensors files",
     )
     shard_bytes: int = Field(4 * 1024**3, ge=1, description="a shard is closed when it holds this many bytes")
     batch_tokens: int = Field(16384, ge=1, description="padded tokens of one target forward")
