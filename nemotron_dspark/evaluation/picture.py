@@ -1,4 +1,7 @@
-"""Draw a run: loss and expected accepted length over its steps, acceptance by position; a calibration; costs."""
+"""Draw a run: loss and expected accepted length over its steps, acceptance by position; a calibration; costs.
+
+Every picture is a PNG at the path that is given and returned; `EnvironmentFault` where matplotlib is not installed.
+"""
 
 import dataclasses
 import importlib.util
@@ -42,11 +45,7 @@ class Reliability:
 def draw_run(
     path: Path, measurements: Mapping[str, Measurement], run_folder: Path | None = None, title: str = ""
 ) -> Path:
-    """Draw ``measurements`` by label, if any, and the training in ``run_folder`` if given, as a PNG at ``path``.
-
-    Raises:
-        EnvironmentFault: matplotlib is not installed.
-    """
+    """Draw ``measurements`` by label, if any, and the training in ``run_folder`` if given."""
     panels = bool(measurements) + (run_folder is not None)
     figure = _new_figure(5.2 * panels, 3.9)
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -54,18 +53,11 @@ def draw_run(
         _draw_training(axes[0], run_folder)
     if measurements:
         _draw_acceptance(axes[-1], measurements)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    return path
+    return _save(figure, path, title)
 
 
 def draw_reliability(path: Path, rows: Sequence[Sequence[Reliability]], title: str = "") -> Path:
-    """Draw ``rows`` of reliability diagrams, as a PNG at ``path``.
-
-    Raises:
-        EnvironmentFault: matplotlib is not installed.
-    """
+    """Draw ``rows`` of reliability diagrams."""
     columns = max(map(len, rows))
     figure = _new_figure(3.0 * columns, 3.2 * len(rows) + 0.5)
     axes = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
@@ -74,18 +66,11 @@ def draw_reliability(path: Path, rows: Sequence[Sequence[Reliability]], title: s
             _draw_curves(axis, panel)
     figure.supxlabel("chance foretold that the draft is kept up to a slot", fontsize=10)
     figure.supylabel("share of held-out rounds that kept it", fontsize=10)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    return path
+    return _save(figure, path, title)
 
 
 def draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, str, float]]], title: str = "") -> Path:
-    """Draw a panel of bars for each quantity in ``panels``, of (group, series, value), as a PNG at ``path``.
-
-    Raises:
-        EnvironmentFault: matplotlib is not installed.
-    """
+    """Draw a panel of bars for each quantity in ``panels``, of (group, series, value)."""
     rows = next(iter(panels.values()))
     groups, series = (list(dict.fromkeys(row[at] for row in rows)) for at in (0, 1))
     figure = _new_figure(max(7.0, 1.6 + 0.34 * len(groups) * (len(series) + 1)), 2.3 * len(panels))
@@ -103,19 +88,13 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, str, float]]]
         axis.grid(axis="y", alpha=0.25)
     axes[-1].set_xticks(range(len(groups)), groups, fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=len(series), loc="outside lower center")
-    if title:
-        figure.suptitle(title, fontsize=11)
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    return path
+    return _save(figure, path, title)
 
 
 def draw_lengths(path: Path, lines: Mapping[str, Sequence[tuple[int, float, float | None]]], title: str = "") -> Path:
-    """Draw accepted length over the length of the context, a line for each series in ``lines``, as a PNG at ``path``.
+    """Draw accepted length over the length of the context, a line for each series in ``lines``.
 
     A point is (tokens, accepted length, its standard error or None).
-
-    Raises:
-        EnvironmentFault: matplotlib is not installed.
     """
     figure = _new_figure(7.2, 4.2)
     axis = figure.subplots()
@@ -135,16 +114,11 @@ def draw_lengths(path: Path, lines: Mapping[str, Sequence[tuple[int, float, floa
     axis.legend(fontsize=8)
     if title:
         axis.set_title(title, fontsize=11)
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    return path
+    return _save(figure, path)
 
 
 def draw_costs(path: Path, costs: CostTable, title: str = "") -> Path:
-    """Draw what verifying and drafting cost by tokens drafted, a line a number of requests, as a PNG at ``path``.
-
-    Raises:
-        EnvironmentFault: matplotlib is not installed.
-    """
+    """Draw what verifying and drafting cost by tokens drafted, a line a number of requests."""
     figure = _new_figure(10.0, 4.2)
     whole, relative = figure.subplots(1, 2)
     lengths = range(costs.gamma + 1)
@@ -165,10 +139,7 @@ def draw_costs(path: Path, costs: CostTable, title: str = "") -> Path:
         axis.set_xticks(list(lengths))
         axis.grid(alpha=0.25)
     figure.legend(*relative.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    if title:
-        figure.suptitle(title, fontsize=11)
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    return path
+    return _save(figure, path, title)
 
 
 def _new_figure(width: float, height: float) -> "Figure":
@@ -183,6 +154,13 @@ def _new_figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _save(figure: "Figure", path: Path, title: str = "") -> Path:
+    if title:
+        figure.suptitle(title, fontsize=11)
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    return path
 
 
 def _draw_curves(axis: "Axes", panel: Reliability) -> None:
