@@ -272,7 +272,7 @@ def evaluate(
     limit: int | None = None,
     lossless: int | None = None,
     target: Target | None = None,
-    on_loaded: Callable[[], None] | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EvalReport:
     """Measure ``draft`` on the (first ``limit``) prompts: accepted length, speed, and equality with plain decoding.
@@ -287,8 +287,7 @@ def evaluate(
     if lossless is not None:
         check_count(lossless)
     loaded, drafting = _pair(config, draft, target)
-    if on_loaded is not None:
-        on_loaded()
+    on_loaded()
     ids = prompt_ids(
         loaded, one_file(prompts), limit=limit, new_tokens=config.eval.max_new_tokens, thinking=config.data.thinking
     )
@@ -323,7 +322,7 @@ def compare(
     limit: int | None = None,
     engines: Sequence[str] = (),
     target: Target | None = None,
-    on_loaded: Callable[[], None] | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> comparison.Comparison:
     """Measure several ``drafts`` of the target side by side, against no draft: accepted length, cost, speed, equality.
@@ -358,8 +357,7 @@ def compare(
     by_name = dict(zip(comparison.names_of(folders), loaded_drafts, strict=True))
     if config.target.proofs:
         proofs.prove(loaded, sorted({tap for draft in loaded_drafts for tap in draft.config.target_layer_ids}))
-    if on_loaded is not None:
-        on_loaded()
+    on_loaded()
     groups, given = [], listed(prompts)
     for workload, text in zip(calibration_report.workload_names(given), given, strict=True):
         thinking = config.data.thinking
@@ -386,7 +384,7 @@ def calibrate(
     margin: bool = False,
     limit: int | None = None,
     target: Target | None = None,
-    on_loaded: Callable[[], None] | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[CalibrationReport, list[Path]]:
     """Make what ``draft`` foretells of its acceptance a probability, at each of ``config.eval.temperatures``.
@@ -406,8 +404,7 @@ def calibrate(
     if out is not None:
         calibration_report.check_unused(Path(out))
     loaded, drafting = _pair(config, draft, target)
-    if on_loaded is not None:
-        on_loaded()
+    on_loaded()
     given, new_tokens = listed(prompts), config.eval.max_new_tokens
     workloads = []
     for name, text in zip(calibration_report.workload_names(given), given, strict=True):
@@ -436,7 +433,7 @@ def profile(
     context: int | None = None,
     seconds: float = 40.0,
     target: Target | None = None,
-    on_loaded: Callable[[], None] | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Profile, list[Path]]:
     """Measure what rounds of ``rows`` requests cost on this machine, by tokens drafted of each.
@@ -450,8 +447,7 @@ def profile(
         CheckError: a proof failed.
     """
     loaded, drafting = _pair(config, draft, target)
-    if on_loaded is not None:
-        on_loaded()
+    on_loaded()
     folder = None if draft is None or isinstance(draft, Draft) else Path(draft)
     gamma = drafting.config.block_size if drafting is not None else config.draft.block_size
     found = measure_costs(

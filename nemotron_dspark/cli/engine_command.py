@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from nemotron_dspark.engines.commands import EngineCommand
     from nemotron_dspark.engines.preflight import Problem
 
-if TYPE_CHECKING:
-    from nemotron_dspark.engines.commands import EngineCommand
-    from nemotron_dspark.engines.preflight import Problem
-
 _ENGINES = "vllm, sglang, trtllm or llamacpp."
 
 
