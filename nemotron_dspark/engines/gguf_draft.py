@@ -1,7 +1,7 @@
 """A DSpark or DFlash draft out of a GGUF file, of `gguf_export.export_draft` or of llama.cpp's converter."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,11 +13,14 @@ from nemotron_dspark.engines.gguf_export import DRAFT_NAMES, LAYER_NAMES
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets import Checkpoint
 
+if TYPE_CHECKING:
+    from gguf.gguf_reader import GGUFReader, ReaderTensor
+
 ARCHITECTURE = "dflash"
 _KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def import_draft_gguf(reader: Any, file: Path, out: Path, target: Checkpoint | None) -> Exchanged:
+def import_draft_gguf(reader: "GGUFReader", file: Path, out: Path, target: Checkpoint | None) -> Exchanged:
     """Write the draft that ``reader`` (a ``gguf.GGUFReader`` of ``file``) holds as a draft folder ``out``.
 
     ``target`` as in `exchange.import_draft`; embedding and LM head are never in such a file.
@@ -90,7 +93,7 @@ def _name(name: str, file: Path) -> str:
     )
 
 
-def _tensor(tensor: Any) -> Tensor:
+def _tensor(tensor: "ReaderTensor") -> Tensor:
     import gguf
 
     values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))

@@ -199,7 +199,7 @@ def _answers(target: Target, prompts: Iterator[tuple[int, str]]) -> Iterator[tup
         decoder.step(list(running))
         for generation in [each for each in running if each.finished]:
             tokens = generation.tokens[:-1] if generation.finished == "stop" else generation.tokens
-            yield *running.pop(generation), target.tokenizer.decode(tokens)
+            yield *running.pop(generation), str(target.tokenizer.decode(tokens))
 
 
 def _train(run_dir: Path, config: RunConfig, state: _State, clock: Clock, progress: Progress) -> Path:

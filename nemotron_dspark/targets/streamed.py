@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -42,6 +42,9 @@ from nemotron_dspark.targets.target import (
     resolve_dtype,
     unquantised_config,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LAYERS_SHARE = 0.5  # of what is free, for two layers; of larger ones the experts are read in groups
 _STATES_SHARE = 0.5  # of what is free beside the weights, for the states of a pass; the rest is one batch's activations
@@ -121,7 +124,9 @@ class StreamedTarget(Target):
 
     decodes = False
 
-    def __init__(self, model: Any, tokenizer: Any, spec: TargetSpec, folder: Path, weights: LayerWeights):
+    def __init__(
+        self, model: Any, tokenizer: "PreTrainedTokenizerBase", spec: TargetSpec, folder: Path, weights: LayerWeights
+    ):
         super().__init__(model, tokenizer, spec, folder)
         self._weights = weights
         self._waited, self._captured = 0.0, 0.0  # seconds: for layers, and in all passes

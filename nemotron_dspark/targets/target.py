@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from nemotron_dspark.targets.shards import Stored
 from nemotron_dspark.targets.spec import TargetSpec, first_stop_ids
 from nemotron_dspark.targets.state import ReplayState, State, TargetState
 from nemotron_dspark.targets.weights import weights_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PREFILL_BLOCK = 256  # tokens of one prefill step: bounds the memory of the quadratic scan and of the attention mask
 
@@ -66,7 +69,7 @@ class Target:
 
     decodes = True  # whether it can `prefill`, `verify` and `commit`
 
-    def __init__(self, model: Any, tokenizer: Any, spec: TargetSpec, folder: Path):
+    def __init__(self, model: Any, tokenizer: "PreTrainedTokenizerBase", spec: TargetSpec, folder: Path):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.spec = spec
