@@ -45,7 +45,7 @@ def demo(
         typer.Option(min=0.01, max=4.0, help="hybrid: share of the usual budgets; less is sooner and worse."),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="smollm2: time of all stages together, such as 60m or 2h; 60m.")
+        str | None, typer.Option(help="smollm2: time of all stages together, 60m or 2h; a bare number is minutes; 60m.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of text, weights and sampling.")] = 0,
 ) -> "DemoResult":
@@ -54,7 +54,8 @@ def demo(
         raise InputError("--budget belongs to --target smollm2.", "Give --scale, or --target smollm2.")
     if target == "smollm2" and scale is not None:
         raise InputError("--scale belongs to the hybrid demo.", "Give --budget 60m, or another time.")
-    minutes = shell.duration("--budget", budget) / 60 if budget is not None else 60.0
+    given = f"{budget or 60}m" if (budget or "60").isdecimal() else str(budget)
+    minutes = shell.duration("--budget", given) / 60
     if minutes < 2:
         raise InputError(f"A demo in {budget} holds no training.", "Give --budget 2m or more.")
     shell.quiet_libraries()

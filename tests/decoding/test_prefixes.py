@@ -1,5 +1,9 @@
 """What is kept of prompts and answers changes nothing but what is read."""
 
+import dataclasses
+import itertools
+import random
+
 import pytest
 import torch
 
@@ -169,3 +173,43 @@ def test_choices_of_one_request_read_their_prompt_once(targets, monkeypatch):
     assert {tuple(each.tokens) for each in running} == {
         tuple(Decoder(targets["hybrid"]).generate(ids, SAMPLING).tokens)
     }
+
+
+@dataclasses.dataclass
+class Held:
+    """A memory of nothing but its length."""
+
+    length: int
+    shortens: bool
+    size: int = 1
+    looks_ahead: bool = False
+
+    def select(self, rows):
+        return dataclasses.replace(self)
+
+    def shorten(self, length):
+        self.length = min(self.length, length)
+
+
+def common(one: list[int], other: list[int]) -> int:
+    return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))])
+
+
+@pytest.mark.parametrize("shortens", [False, True])
+def test_of_many_kept_the_longest_is_found(shortens):
+    draw, prefixes, kept = random.Random(0), Prefixes(10**9), []
+    monotone = [7] * 50  # beginnings of each other
+    for number in range(300):
+        ids = (
+            monotone[: draw.randint(2, 50)] if number % 3 == 0 else draw.choices((1, 256, 70000), k=draw.randint(2, 60))
+        )
+        ids = ids + draw.choices((1, 256), k=draw.randint(0, 3))
+        shared = [common(ids, one) for one in kept]
+        usable = [min(count, len(ids) - 1) for count in shared]
+        whole = [most for most, one in zip(usable, kept, strict=True) if shortens or most == len(one)]
+        memory, place = prefixes.longest(ids)
+        assert (memory.length if memory else 0) == max(whole, default=0)
+        assert place == (max(usable) if max(usable, default=0) >= max(whole, default=0) + 32 else 0)
+        prefixes.keep([*ids, 0], Held(len(ids), shortens))
+        kept.append(ids)
+    assert prefixes.held <= len(kept)

@@ -5,7 +5,9 @@ import importlib.util
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from nemotron_dspark.cli import app
 from nemotron_dspark.errors import EnvironmentFault, InputError
 from nemotron_dspark.recipe import smollm2, tiny
 from nemotron_dspark.recipe.instructions import instructions
@@ -86,3 +88,9 @@ def test_the_demo_runs_on_the_published_target(tmp_path):
     result = run_smollm2_demo(tmp_path, 2.0)
     assert result.target["parameters"] == 134_515_008
     assert all(1 <= found.accepted_length <= 5 for found in result.measurements.values())
+
+
+@pytest.mark.parametrize("budget", ["1", "1m", "60s"])
+def test_a_bare_number_is_minutes_and_one_is_too_few(budget):
+    run = CliRunner().invoke(app, ["demo", "--target", "smollm2", "--budget", budget])
+    assert f"A demo in {budget} holds no training" in str(run.exception)
