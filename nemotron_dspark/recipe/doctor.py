@@ -271,7 +271,7 @@ def _mend_compile(said: str) -> str:
 def nccl(probes: Probes) -> Finding:
     """A sum between two GPUs."""
     if (count := len(probes.torch().gpus)) < 2:
-        return _finding("skipped", f"{count} GPU here, two are needed")
+        return _finding("skipped", "one GPU here, two are needed") if count else _no_gpu()
     return _proven(probes, "nccl", "", lambda said: "export NCCL_P2P_DISABLE=1")
 
 
