@@ -49,8 +49,8 @@ WANTED = {
     "drafts/layers.py _dense_masks": "with train.attention=dense alone: half of the scores need not be computed then",
     "drafts/layers.py tables": "the rotary tables, once",
     "targets/state.py positions": "the rows' lengths, which the host keeps",
-    "targets/target.py capture": "the samples come from the host",
-    "targets/target.py prefill": "the prompt, once",
+    "targets/target.py inputs": "the samples come from the host",
+    "targets/target.py read": "the prompt, a chunk at a time",
 }
 
 
@@ -132,7 +132,7 @@ def samples() -> list[Sample]:
     ]
 
 
-def walk(watch: Watch, target: Target, dspark: DSparkDraft, eagle3: Eagle3Draft, batches: tuple[Batch, Batch]) -> None:
+def walk(watch: Watch, target: Target, dspark: DSparkDraft, eagle3: Eagle3Draft, batches: dict[str, Batch]) -> None:
     """Every path that runs on a GPU, forward."""
     on_gpu(target.model, torch.bfloat16)
     for draft in (dspark, eagle3):
@@ -148,14 +148,16 @@ def walk(watch: Watch, target: Target, dspark: DSparkDraft, eagle3: Eagle3Draft,
     state, _ = target.prefill(list(range(1, 20)), (1, 3, 5))
     target.verify(state, torch.zeros(1, 8, dtype=torch.long, device=CUDA))
     target.commit(state, [3])
-    for draft, objective, batch in (
-        (dspark, DSparkObjective(dspark, LossWeights(), Tiling(64, 8)), batches[0]),
-        (eagle3, Eagle3Objective(eagle3, Tiling(64, 8)), batches[1]),
-    ):
-        watch.path = f"training, {type(draft).__name__}"
+    objectives = {
+        "DSpark": DSparkObjective(dspark, LossWeights(), Tiling(64, 8)),
+        "EAGLE-3": Eagle3Objective(eagle3, Tiling(64, 8)),
+    }
+    for name, batch in batches.items():
+        watch.path = f"training, {name}"
         with torch.enable_grad():  # the objective makes its gradients in the forward
-            loss = objective(batch.to(CUDA))
+            loss = objectives[name.split(",")[0]](batch.to(CUDA))
         assert {part.device for part in (loss.total, loss.sums.to_tensor())} == {CUDA}
+    for draft in (dspark, eagle3):
         for temperature in (0.0, 1.0):
             watch.path = f"decoding, {type(draft).__name__}, temperature {temperature:.0f}"
             sampling = Sampling(temperature=temperature, max_new_tokens=20, seed=0)
@@ -183,10 +185,11 @@ def main() -> int:
         attention="dense",  # FlexAttention compiles, and needs a GPU for it
     )
     eagle3 = Eagle3Draft(Eagle3Config(**shape(target_layer_ids=(0, 1, 3, 4, 5), ttt_length=3)), seed=0)
-    batches = (
-        collate(samples(), [torch.tensor([6, 9, 20]), torch.tensor([7, 8])], 7),
-        collate_unrolled(samples(), 3),
-    )
+    batches = {  # DSpark's packed samples go through FlexAttention; with dense masks the host reads their lengths
+        "DSpark": collate(samples(), [torch.tensor([6, 9, 20]), torch.tensor([7, 8])], 7),
+        "EAGLE-3": collate_unrolled(samples(), 3),
+        "EAGLE-3, packed": collate_unrolled(samples(), 3, packed=True),
+    }
     watch = Watch()
     capability = mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))  # experts ask for it
     with FakeTensorMode(allow_non_fake_inputs=True), watch, capability:

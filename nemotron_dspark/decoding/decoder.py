@@ -278,7 +278,8 @@ class Decoder:
         longest = max(proposal.counts)
         drafted = proposal.tokens[:, :longest]
         verified = self.target.verify(state, torch.cat([anchors[:, None], drafted], dim=1))
-        blocks = [row[:count] for row, count in zip(drafted.tolist(), proposal.counts, strict=True)]
+        rows = drafted.tolist()
+        blocks = [row[:count] for row, count in zip(rows, proposal.counts, strict=True)]
         logits = forbid(verified.logits, blocks, [each.constraint for each in active])
         if proposal.probs is None:
             target_tokens = logits.argmax(-1).tolist()
@@ -294,7 +295,7 @@ class Decoder:
                 torch.cat([uniforms[:, :longest], uniforms[:, -1:]], 1).to(drafted.device),
             )
             outcomes = list(zip(kept.tolist(), following.tolist(), strict=True))
-        new = [[*tokens[:kept], last] for tokens, (kept, last) in zip(drafted.tolist(), outcomes, strict=True)]
+        new = [[*tokens[:kept], last] for tokens, (kept, last) in zip(rows, outcomes, strict=True)]
         # The anchor and the surviving drafts are committed as far as the answer goes: its last token is not, being the
         # next anchor, or the place where what is remembered ends.
         committed = [generation.taken(tokens) for generation, tokens in zip(active, new, strict=True)]

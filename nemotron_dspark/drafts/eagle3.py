@@ -24,7 +24,6 @@ from nemotron_dspark.drafts.layers import (
     RMSNorm,
     Rotation,
     rotate,
-    sample_lengths,
 )
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.targets.kv import RaggedKV
@@ -122,7 +121,7 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
         self,
         input_ids: Tensor,  # [B, S], right padded
         taps: Tensor,  # [B, S, T·H]
-        positions: Tensor | None = None,  # [1, S] of each token in its own sample; None: a row is one sample
+        lengths: Sequence[int] | None = None,  # of the samples of one row; None: a row is one sample
     ) -> list[Tensor]:
         """Hidden states [B, S, H] of every unrolled step, before the final norm: ``ttt_length`` of them.
 
@@ -134,9 +133,9 @@ class Eagle3Draft(Draft[Eagle3Config, Eagle3Context]):
         layer, length = self.layers[0], input_ids.shape[1]
         cosines, sines = self._rotary.tables(length + self.config.ttt_length, self.device, self.compute_dtype)
         hidden = self.fc(taps.to(self.compute_dtype))
-        lengths = [length] if positions is None else sample_lengths(positions)
+        lengths = lengths or [length]
         causal = torch.ones(max(lengths), max(lengths), dtype=torch.bool, device=hidden.device).tril()
-        places = torch.arange(length, device=hidden.device) if positions is None else positions[0]
+        places = torch.cat([torch.arange(own, device=hidden.device) for own in lengths])
         keys: list[Tensor] = []  # [B, heads, S, d] of every step so far
         values: list[Tensor] = []
         outputs = []

@@ -32,6 +32,7 @@ class Batch:
     slots: LossSlots  # those that count
     tokens: int  # without padding
     positions: Tensor | None = None  # int64 [B, S] of each token in its own sample; None: a row is one sample
+    lengths: tuple[int, ...] | None = None  # of the samples of a packed row: the host need not read them off a device
     far: int = 0  # first positions of the row that only give context: no weight learns from them
 
     def to(self, device: torch.device) -> "Batch":
@@ -114,6 +115,7 @@ def collate_packed(
         LossSlots.of(drawn, slot_mask, sum(lengths)),
         sum(lengths),
         positions=torch.cat([torch.arange(length) for length in lengths])[None],
+        lengths=tuple(lengths),
     )
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
-from nemotron_dspark.drafts.layers import sample_lengths
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.training.batches import Batch
 from nemotron_dspark.training.fused import Heads, TargetProbabilities, chunked_losses, softmax
@@ -45,7 +44,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
         draft, slots, shape = self.draft, batch.slots, batch.slot_mask.shape  # [B, A, steps]
         if batch.last is None:
             raise InputError("The cache holds no last hidden states.", "EAGLE-3 learns from them: build it again.")
-        hidden = torch.stack(draft(batch.input_ids, batch.taps, batch.positions), dim=2)[:, : shape[1]]
+        hidden = torch.stack(draft(batch.input_ids, batch.taps, batch.lengths), dim=2)[:, : shape[1]]
         samples, length = _samples(batch)
         # Slots without loss never meet the vocabulary.
         hidden_n = draft.norm(hidden.flatten(0, 2)[slots.index])
@@ -116,7 +115,7 @@ def eagle3_formula(
 def _samples(batch: Batch) -> tuple[int, Tensor]:
     """How many samples there are, and how long that of each slot is (it broadcasts to [B, A, steps])."""
     rows, length = batch.input_ids.shape
-    if batch.positions is None:
+    if batch.lengths is None:
         return rows, batch.anchors.new_full((1, 1, 1), length)
-    lengths = batch.anchors.new_tensor(sample_lengths(batch.positions))
-    return len(lengths), lengths.repeat_interleave(lengths)[None, :, None]
+    each = [batch.anchors.new_full((1, own, 1), own) for own in batch.lengths]
+    return len(each), torch.cat(each, dim=1)
