@@ -24,6 +24,7 @@ from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json, sha256, write_whole
 
 _LIMIT = 20  # faults of samples that are listed
+_BINS = 8  # of lengths, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +141,12 @@ class CacheInfo:
     lengths: tuple[LengthBin, ...]
 
 
-def length_bins(lengths: np.ndarray, count: int = 8) -> tuple[LengthBin, ...]:
-    """At most ``count`` bins of equal width from the shortest to the longest sample."""
+def length_bins(lengths: np.ndarray) -> tuple[LengthBin, ...]:
+    """At most `_BINS` bins of equal width from the shortest to the longest sample."""
     if not len(lengths):
         return ()
     low, high = int(lengths.min()), int(lengths.max())
-    width = -(-(high - low + 1) // count)
+    width = -(-(high - low + 1) // _BINS)
     counts = np.bincount((lengths - low) // width)
     return tuple(
         LengthBin(low + number * width, min(high, low + (number + 1) * width - 1), samples)

@@ -86,11 +86,11 @@ class SelftestReport:
         return {"passed": self.passed, "seconds": round(self.seconds, 2), "checks": checks}
 
 
-def run_selftest(folder: Path | None = None, *, device: str = "cpu") -> Iterator[CheckResult]:
+def run_selftest(*, device: str = "cpu") -> Iterator[CheckResult]:
     """Run every check, one result after the other; later checks use what earlier ones made."""
     torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
     with tempfile.TemporaryDirectory(prefix="nds-selftest-") as temporary:
-        bench = _Bench(Path(folder or temporary), device)
+        bench = _Bench(Path(temporary), device)
         for name, check in _CHECKS.items():
             began = time.perf_counter()
             try:

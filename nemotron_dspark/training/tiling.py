@@ -23,6 +23,7 @@ MEASURED_FROM = 1 << 24  # weights of the head; a smaller one is one tile, and f
 BF16_GAIN = 1.3  # how much faster bf16 must be to be worth its rounding
 
 _Case = TypeVar("_Case")
+_TRIES = 4  # of each case that is timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +97,11 @@ class _Product:
         torch.sum(self._logits @ self._head, 0)
 
 
-def _fastest(cases: dict[_Case, _Product], tries: int = 4) -> tuple[_Case, dict[_Case, float]]:
-    """The case that takes the least time, and the time of each: the best of several tries, taken in turn."""
+def _fastest(cases: dict[_Case, _Product]) -> tuple[_Case, dict[_Case, float]]:
+    """The case that takes the least time, and the time of each: the best of `_TRIES`, taken in turn."""
     seconds = dict.fromkeys(cases, float("inf"))
     with torch.no_grad():
-        for _ in range(tries):
+        for _ in range(_TRIES):
             for case, product in cases.items():
                 started = time.perf_counter()
                 product()
