@@ -1,6 +1,6 @@
 """Where a recipe runs: the job's files for torchrun, Slurm, SkyPilot or Docker, and the command that submits them.
 
-`launch/run.sh` is what every node does, wherever it is; the file beside it is what the scheduler wants to read. Neither
+`launch/run.sh` is what every node of torchrun and Slurm does; the other file is what the scheduler wants to read. Neither
 knows what was done before: a job that was preempted starts the same commands again, and these go on by themselves. On
 several nodes the first one makes answers, all build the cache and train together (torchrun, the same engine as on one),
 and the first one ends the recipe. The others wait until its rendezvous port is open.
@@ -78,7 +78,7 @@ def launch(
     plan = dry_run(recipe)
     job = _Job(recipe, file, nodes, plan)
     job.check(on)
-    written = {"run.sh": job.script(here=on in ("torchrun", "slurm"))}
+    written = {"run.sh": job.script()} if on in ("torchrun", "slurm") else {}
     accelerators = accelerators or _ACCELERATORS.get(recipe.machine)
     commands: list[list[str]] = []
     if on == "slurm":
@@ -88,7 +88,6 @@ def launch(
         written["sky.yaml"] = job.skypilot(package, accelerators)
         commands = [["sky", "jobs", "launch", "--yes", "--detach-run", "--name", job.name, f"{FOLDER}/sky.yaml"]]
     elif on == "docker":
-        del written["run.sh"]
         written["Dockerfile"] = _dockerfile(package)
         mounts = ["--volume", f"{Path.cwd()}:/work", "--volume", "nds-hub:/root/.cache/huggingface"]
         run = ["docker", "run", "--rm", "--gpus", "all", "--ipc", "host", *mounts, "nds"]
@@ -133,23 +132,27 @@ class _Job:
             found.append(f"{', '.join(local)}: put it below this folder, which goes along; nothing else does.")
         return found
 
-    def script(self, here: bool) -> str:
-        """What each node does; ``here``: in this environment, as its machine sees this one's folders."""
-        recipe = f"nds recipe run {shlex.quote(str(self.file))}"
+    @property
+    def command(self) -> str:
+        """All of it, on one node."""
+        return f"nds recipe run {shlex.quote(str(self.file))}"
+
+    def script(self) -> str:
+        """What each node does, in this environment: its machine sees this one's folders."""
         lines = [
             "#!/usr/bin/env bash",
             "# Written by `nds launch`. Every command goes on where it ended.",
             "set -euo pipefail",
         ]
-        lines += _activated() if here else []
+        lines += _activated()
         if self.nodes == 1:
-            return "\n".join([*lines, f'exec {recipe} "$@"', ""])
+            return "\n".join([*lines, f'exec {self.command} "$@"', ""])
         lines += [
             f"# Runs on each of {self.nodes} nodes, which share this folder: NODE=0, 1, … and HEAD=<host of node 0>.",
             ': "${HEAD:?the host of the first node}" "${NODE:?the number of this node}"',
             'child=; run() { "$@" & child=$!; wait "$child"; }',
             """trap '[ -z "$child" ] || { kill -TERM "$child"; wait "$child"; } || true; exit 143' TERM""",
-            f'if [ "$NODE" = 0 ]; then run {recipe} --until answers; fi',
+            f'if [ "$NODE" = 0 ]; then run {self.command} --until answers; fi',
         ]
         for number, (processes, words) in enumerate(self._together()):
             port = _PORT + number
@@ -158,7 +161,7 @@ class _Job:
                 f'run torchrun --nnodes {self.nodes} --nproc-per-node {processes} --node-rank "$NODE" \\',
                 f'    --master-addr "$HEAD" --master-port {port} -m nemotron_dspark {shlex.join(words)}',
             ]
-        return "\n".join([*lines, f'if [ "$NODE" = 0 ]; then run {recipe}; fi', ""])
+        return "\n".join([*lines, f'if [ "$NODE" = 0 ]; then run {self.command}; fi', ""])
 
     def _together(self) -> Iterator[tuple[int, list[str]]]:
         """What all nodes do together: processes of each, and the command's words."""
@@ -230,7 +233,7 @@ class _Job:
                 _BUCKET: {"name": f"{self.name}-{os.environ.get('USER', 'nds')}".lower(), "mode": "MOUNT_CACHED"},
             },
             "setup": f"python3 -m venv ~/env && ~/env/bin/pip install {source}[all]",
-            "run": f"PATH=~/env/bin:$PATH bash {FOLDER}/run.sh --out {_BUCKET}",
+            "run": f"PATH=~/env/bin:$PATH {self.command} --out {_BUCKET}",
         }
         head = (
             "# Written by `nds launch`: spot machines of several clouds. A preempted one is replaced, and the job\n"

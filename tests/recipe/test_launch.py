@@ -181,6 +181,7 @@ def test_a_sky_task_asks_for_spot_machines_of_several_clouds_with_the_plans_disk
     assert len(resources["any_of"]) > 1
     assert task["file_mounts"]["~/nds.whl"] == "nds.whl"
     assert "nds.whl[all]" in task["setup"]
+    assert task["run"].endswith("nds recipe run recipe.yaml --out ~/nds")
 
 
 def test_a_sky_task_fits_skypilots_own_schema(folder):
