@@ -1,6 +1,6 @@
 """Where a recipe runs: the job's files for torchrun, Slurm, SkyPilot or Docker, and the command that submits them.
 
-`launch/run.sh` is what every node of torchrun and Slurm does; the other file is what the scheduler wants to read. Neither
+`launch/run.sh` is what every node of torchrun and Slurm does; the other file is what the scheduler reads. Neither
 knows what was done before: a job that was preempted starts the same commands again, and these go on by themselves. On
 several nodes the first one makes answers, all build the cache and train together (torchrun, the same engine as on one),
 and the first one ends the recipe. The others wait until its rendezvous port is open.
