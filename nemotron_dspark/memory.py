@@ -1,5 +1,7 @@
-"""What there is of memory, and whether a GPU shares it."""
+"""What there is of memory, whether a GPU shares it, and how what is freed goes back."""
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,15 @@ def available_memory() -> int:
     """Bytes of main memory that a process may take, as the kernel reckons; reclaimable file pages count as free."""
     available = meminfo().get("MemAvailable")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if available is None else available
+
+
+def give_back() -> None:
+    """Give main memory that was freed, and that the C library keeps for this process, back to the system.
+
+    glibc keeps blocks of up to 32 MiB; where there is another library nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_unified(properties: Any) -> bool:

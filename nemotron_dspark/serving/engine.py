@@ -19,6 +19,7 @@ from nemotron_dspark.decoding.decoder import Decoder, Generation
 from nemotron_dspark.decoding.reading import Reading, ReadPrompt
 from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.errors import NdsError
+from nemotron_dspark.memory import give_back
 from nemotron_dspark.serving.metrics import Metrics
 from nemotron_dspark.serving.text import Spelling, TextStream
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STUCK_SECONDS = 300  # without an end of a round while there is something to do
+REST_SECONDS = 1.0  # without anything to do before memory is given back, which takes some milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,7 @@ class Engine:
         self._changed = threading.Condition()  # guards everything below
         self._waiting: deque[Ticket] = deque()
         self._active: list[Ticket] = []
+        self._rested = True  # memory was given back since there was something to do
         self._moved = time.perf_counter()  # when the thread last began a round, or had nothing to do
         self._deadline: float | None = None  # set once stopping: what is active then has until this moment
         self._thread = threading.Thread(target=self._run, name="nds-engine", daemon=True)
@@ -262,17 +265,25 @@ class Engine:
 
     def _wait(self) -> bool:
         """Wait for something to do; false when it is time to end."""
-        with self._changed:
-            self._moved = time.perf_counter()
-            while not (self._waiting or self._active or self._deadline is not None):
-                self._changed.wait()
-            if self._deadline is None:
-                return True
-            refused = list(self._waiting)
-            self._waiting.clear()
+        while True:
+            with self._changed:
+                self._moved = time.perf_counter()
+                if self._changed.wait_for(self._called, None if self._rested else REST_SECONDS):
+                    self._rested = False
+                    if self._deadline is None:
+                        return True
+                    refused = list(self._waiting)
+                    self._waiting.clear()
+                    break
+            give_back()
+            self._rested = True
         for ticket in refused:
             ticket.deliver(Failed(503, _STOPPING))
         return bool(self._active) and time.perf_counter() < self._deadline
+
+    def _called(self) -> bool:
+        """Whether there is something to do, or it is time to end."""
+        return bool(self._waiting or self._active) or self._deadline is not None
 
     def _admit(self) -> bool:
         """Take the next waiting request into the batch; false when there is no place or no request."""

@@ -138,6 +138,22 @@ def test_a_prompt_that_cannot_be_read_fails_alone(engine, fake):
     assert engine.active == 0
 
 
+def test_memory_is_given_back_once_there_is_nothing_to_do(engine, fake, monkeypatch):
+    given = queue.Queue()
+    monkeypatch.setattr("nemotron_dspark.serving.engine.REST_SECONDS", 0.02)
+    monkeypatch.setattr("nemotron_dspark.serving.engine.give_back", lambda: given.put(engine.active + engine.waiting))
+    for _ in range(2):
+        fake.go.clear()
+        client = Client(engine)
+        time.sleep(0.1)
+        assert given.empty()  # it is busy
+        fake.go.set()
+        assert isinstance(client.end(), Finished)
+        assert given.get(timeout=WAIT) == 0
+        time.sleep(0.1)
+        assert given.empty()  # once is enough
+
+
 def test_a_long_prompt_is_read_between_the_rounds_of_others(engine, fake):
     """Of 100 tokens four are read at a time: 25 pieces, and a round of the other's after each."""
     fake.go.clear()
