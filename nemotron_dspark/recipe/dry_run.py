@@ -12,7 +12,6 @@ from nemotron_dspark.config.recipe import Recipe
 from nemotron_dspark.data.prompts import Prompt, read_prompts
 from nemotron_dspark.data.sources import named, one_file
 from nemotron_dspark.drafts.kinds import config_for, has_mask_token
-from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import size_of, size_text
 from nemotron_dspark.recipe import needs
 from nemotron_dspark.recipe.describe import inspect, tokenizer_in
@@ -114,8 +113,8 @@ def dry_run(recipe: Recipe) -> RecipePlan:
     problems, advice, said = [], [], []
     for draft in drafts:
         config = draft.config
-        shape = _shape(config)
-        if not has_mask_token(config.draft):  # of the other kinds `_shape` has made the config
+        shape = Shape.of(inspect(config))
+        if not has_mask_token(config.draft):  # of the other kinds `inspect` has made the config
             config_for(shape.spec, config.draft, mask_token_id=None, num_anchors=config.train.num_anchors)
         workload = _workload(recipe, draft)
         said.append(f"{draft.target}: {workload.source}")
@@ -182,15 +181,6 @@ def _machine(recipe: Recipe) -> Machine:
     folder = next(folder for folder in (recipe.out, *recipe.out.absolute().parents) if folder.is_dir())
     found = machine_called(recipe.machine, folder)
     return dataclasses.replace(found, gpus=recipe.gpus) if recipe.gpus and recipe.gpus < found.gpus else found
-
-
-def _shape(config: RunConfig) -> Shape:
-    found = inspect(config)
-    if found.parameters is None and found.stored_parameters is None:
-        raise InputError(
-            f"The size of {config.target.name} cannot be told: {found.warnings[0]}", "Check the target's config.json."
-        )
-    return Shape.of(found)
 
 
 def _workload(recipe: Recipe, draft: DraftStages) -> Workload:

@@ -15,6 +15,7 @@ from nemotron_dspark.config import EvalConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.layers import activation_bytes, context_bytes
+from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
 from nemotron_dspark.recipe.machines import Machine
@@ -83,8 +84,12 @@ class Shape:
 
     @staticmethod
     def of(found: Description) -> "Shape":
-        """The sizes in what `describe` says of a target."""
+        """The sizes in what `describe` says of a target; `InputError` when it cannot tell the target's."""
         spec, draft = found.spec, found.draft
+        if found.parameters is None and found.stored_parameters is None:
+            raise InputError(
+                f"The size of {spec.name} cannot be told: {found.warnings[0]}", "Check the target's config.json."
+            )
         parameters = found.parameters or found.stored_parameters or 0
         return Shape(
             name=spec.name,

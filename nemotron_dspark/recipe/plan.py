@@ -169,19 +169,15 @@ def plan(
             "Give --data answers.jsonl, or --samples 50000 --mean-length 800.",
         )
     where = machine_called(machine)
-    found = inspect(config)
-    if found.parameters is None and found.stored_parameters is None:
-        raise InputError(
-            f"The size of {config.target.name} cannot be told: {found.warnings[0]}", "Check the target's config.json."
-        )
-    positions = found.spec.max_position_embeddings
+    shape = Shape.of(inspect(config))
+    positions = shape.spec.max_position_embeddings
     if numbers is not None:
         workload = from_numbers(*numbers, config.data, positions, answer_share)
     else:
         tokenizer, _ = tokenizer_in(Checkpoint.of(config.target))
         workload = from_file(one_file(data or ()), tokenizer, config.data, positions)
     answers = data if data is not None else "answers.jsonl"
-    made = estimate(Shape.of(found), config, workload, where, price=price, options=options, data=answers)
+    made = estimate(shape, config, workload, where, price=price, options=options, data=answers)
     costs = profiled(config) if machine == "here" or config.eval.profile is not None else None
     return made if costs is None else dataclasses.replace(made, expected=expected_of(costs))
 
