@@ -19,10 +19,11 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.anchors import draw_anchors
 from nemotron_dspark.training.batches import collate
 from nemotron_dspark.training.objective import DSparkObjective, LossWeights
-from nemotron_dspark.training.source import SampleLike
 
 
-class Case(SampleLike):
+class Case:
+    """A sample of random states, all of whose tokens carry loss."""
+
     def __init__(self, length: int, hidden: int, vocabulary: int):
         self.input_ids = torch.randint(8, vocabulary, (length,))
         self.loss_mask = torch.ones(length, dtype=torch.bool)

@@ -46,7 +46,7 @@ WANTED = {
     "decoding/sampling.py probabilities": "the rows' temperatures",
     "drafts/eagle3.py _look_back": "the rows' lengths, which the host keeps",
     "drafts/eagle3.py extend": "the rows' lengths, which the host keeps",
-    "drafts/layers.py _dense_masks": "with train.attention=dense alone: half of the scores need not be computed then",
+    "drafts/layers.py _chunks": "with train.attention=dense alone: half of the scores need not be computed then",
     "drafts/layers.py tables": "the rotary tables, once",
     "targets/state.py positions": "the rows' lengths, which the host keeps",
     "targets/target.py inputs": "the samples come from the host",

@@ -37,6 +37,7 @@ from nemotron_dspark.drafts.costs import CostTable
 from nemotron_dspark.drafts.heads import ConfidenceHead, IndependentSlots, VanillaHead, build_sequential_head
 from nemotron_dspark.drafts.layers import (
     DraftContext,
+    FarPiece,
     Layer,
     Linear,
     RMSNorm,
@@ -369,22 +370,30 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
                 positions = torch.arange(length, device=anchors.device)[None]
             positions, taps = positions[:, hidden_from_all:], taps[:, hidden_from_all:]
             anchors, far, length = anchors - hidden_from_all, sight.reach, length - hidden_from_all
-        context = self._project(taps[:, far:])  # [B, S, H], or what is not far
-        before = None
-        if far:
-            with torch.no_grad():
-                before = torch.cat([self._project(part) for part in taps[:, :far].split(FAR_PIECE, dim=1)], dim=1)
         own = anchors if positions is None else positions.gather(1, anchors)
         places = (own[:, :, None] + torch.arange(slots, device=anchors.device)).flatten(1)  # [B, A·γ]
         rows = input_ids.shape[0]
-        block_rotation, all_rotation = [], []
+        block_rotation, context_rotation = [], []
         for table in tables:
             block_rotation.append(table[places][:, None])
-            its = table[:length].expand(rows, 1, -1, -1) if positions is None else table[positions][:, None]
-            all_rotation.append(torch.cat((its, block_rotation[-1]), dim=2))
-        attend = block_attention(anchors, length, slots, self.attention, sight, positions)
+            of_row = (
+                table[None, None, :length].expand(rows, -1, -1, -1) if positions is None else table[positions][:, None]
+            )
+            context_rotation.append(of_row)
+        all_rotation = [
+            torch.cat((table[:, :, far:], own), dim=2)
+            for table, own in zip(context_rotation, block_rotation, strict=True)
+        ]
+        pieces: list[FarPiece] = []
+        with torch.no_grad():
+            for first in range(0, far, FAR_PIECE):
+                these = slice(first, min(far, first + FAR_PIECE))
+                rotation = (context_rotation[0][:, :, these], context_rotation[1][:, :, these])
+                pieces.append((self._project(taps[:, these]), rotation))
+        context = self._project(taps[:, far:])  # [B, S - far, H]
+        attend = block_attention(anchors, length, slots, self.attention, sight, positions, lean=far > 0)
         for layer in self._each_layer():
-            inputs = (hidden, context, tuple(block_rotation), tuple(all_rotation), attend, before)
+            inputs = (hidden, context, tuple(block_rotation), tuple(all_rotation), attend, pieces)
             if self.recompute_layers:
                 hidden = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:

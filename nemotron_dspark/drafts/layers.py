@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from nemotron_dspark.config.run import AttentionKind
 from nemotron_dspark.drafts.config import DraftConfig, Eagle3Config
@@ -32,6 +33,7 @@ PACKED_BLOCKS = 32  # of a sample's in a chunk where several samples lie in a ro
 MASK_CHUNKS = 4  # each adds a gradient as large as all keys, each saves half as much as the one before
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [..., positions, d]
+FarPiece = tuple[Tensor, Rotation]  # projected taps [1, n, H] of some far positions, and [1, 1, n, d]
 # From queries [B, heads, A·γ, d], keys and values [B, kv_heads, S + A·γ, d] and sinks [heads] to [B, heads, A·γ, d].
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -117,19 +119,18 @@ class Attention(nn.Module):
         hidden: Tensor,  # [B, A·γ, H] normed block states
         context: Tensor,  # [B, S, H] projected taps
         block_rotation: Rotation,  # [B, 1, A·γ, d]
-        all_rotation: Rotation,  # [B, 1, F + S + A·γ, d]
+        all_rotation: Rotation,  # [B, 1, S + A·γ, d]
         attend: Attend,
-        far: Tensor | None = None,  # [B, F, H] projected taps before the context, which train nothing
+        far: Sequence[FarPiece] = (),  # what lies before the context and trains nothing
     ) -> Tensor:
         """[B, A·γ, heads·d], before the output projection."""
         # One matrix product per projection; context and blocks pass through the same weights.
-        before = 0 if far is None else far.shape[1]
-        near = (all_rotation[0][:, :, before:], all_rotation[1][:, :, before:])
-        keys, values = self._keys_values(torch.cat((context, hidden), dim=1), near if before else all_rotation)
-        if far is not None:
+        keys, values = self._keys_values(torch.cat((context, hidden), dim=1), all_rotation)
+        if far:
             with torch.no_grad():
-                first = self._keys_values(far, (all_rotation[0][:, :, :before], all_rotation[1][:, :, :before]))
-            keys, values = torch.cat((first[0], keys), dim=2), torch.cat((first[1], values), dim=2)
+                before = [self._keys_values(*piece) for piece in far]
+            keys = torch.cat((*(each for each, _ in before), keys), dim=2)
+            values = torch.cat((*(each for _, each in before), values), dim=2)
         attended = attend(self.queries(hidden, block_rotation), keys, values, self.attention_sink_bias)
         return attended.transpose(1, 2).flatten(2)
 
@@ -187,7 +188,7 @@ class Layer(nn.Module):
         block_rotation: Rotation,
         all_rotation: Rotation,
         attend: Attend,
-        far: Tensor | None = None,
+        far: Sequence[FarPiece] = (),
     ) -> Tensor:
         """[B, A·γ, H]; arguments as for `Attention`."""
         attended = self.self_attn(self.input_layernorm(hidden), context, block_rotation, all_rotation, attend, far)
@@ -295,10 +296,12 @@ def block_attention(
     kind: AttentionKind = "auto",
     sight: Sight = Sight(),
     positions: Tensor | None = None,  # [B, S] of each token in its own sample; None: a row is one sample
+    lean: bool = False,
 ) -> Attend:
     """The attention of A blocks per row over S context positions and the blocks themselves, for all layers.
 
-    With ``positions`` a row holds several samples, one behind the other, and a block sees its own alone.
+    With ``positions`` a row holds several samples, one behind the other, and a block sees its own alone. Dense
+    attention that is ``lean`` keeps no masks and no copies of keys for the backward, which makes them again.
 
     Fillers are treated like any other block: they see at least themselves, so no row is empty and nothing becomes NaN.
     Their outputs are for the caller to leave out.
@@ -309,40 +312,55 @@ def block_attention(
         starts = None if positions is None else anchors - positions.gather(1, anchors)
         return functools.partial(_flex_attention, _flex_mask(anchors, context_length, block_size, sight, starts))
     if positions is not None:
-        return _packed_attention(anchors, positions, block_size, sight)
-    return functools.partial(_dense_attention, _dense_masks(anchors, context_length, block_size, sight), context_length)
+        return _packed_attention(anchors, positions, block_size, sight, lean)
+    chunks = _chunks(anchors, context_length, block_size, sight, lean)
+    return functools.partial(_dense_attention, chunks, context_length)
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskChunk:
-    """The dense mask of some neighbouring blocks."""
+class Chunk:
+    """Some neighbouring blocks."""
 
+    slots: int  # a·γ
     seen: slice  # context positions that any of them sees
-    mask: Tensor  # bool [B, 1, a·γ, seen + a·γ]
+    mask: Callable[[], Tensor]  # gives bool [B, 1, a·γ, seen + a·γ]
+    lean: bool  # make the mask and what is attended to again in the backward
+
+    def attend(
+        self,
+        queries: Tensor,  # [B, heads, a·γ, d]
+        context_keys: Tensor,  # [B, kv_heads, S, d]
+        context_values: Tensor,
+        own_keys: Tensor,  # [B, kv_heads, a·γ, d]
+        own_values: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """[B, heads, a·γ, d]."""
+        keys = torch.cat((context_keys[:, :, self.seen], own_keys), dim=2)
+        values = torch.cat((context_values[:, :, self.seen], own_values), dim=2)
+        return attend_with_sinks(queries, keys, values, self.mask(), sinks)
 
 
 def _dense_attention(
-    chunks: Sequence[MaskChunk],
+    chunks: Sequence[Chunk],
     context_length: int,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    sizes = [chunk.mask.shape[2] for chunk in chunks]
+    sizes = [chunk.slots for chunk in chunks]
     context_keys, block_keys = keys.tensor_split((context_length,), dim=2)
     context_values, block_values = values.tensor_split((context_length,), dim=2)
-    parts = (part.split(sizes, dim=2) for part in (queries, block_keys, block_values))
-    attended = [
-        attend_with_sinks(
-            query,
-            torch.cat((context_keys[:, :, chunk.seen], own_keys), dim=2),
-            torch.cat((context_values[:, :, chunk.seen], own_values), dim=2),
-            chunk.mask,
-            sinks,
-        )
-        for chunk, query, own_keys, own_values in zip(chunks, *parts, strict=True)
-    ]
+    attended = []
+    for chunk, query, *own in zip(
+        chunks, *(x.split(sizes, dim=2) for x in (queries, block_keys, block_values)), strict=True
+    ):
+        given = (query, context_keys, context_values, *own, sinks)
+        if chunk.lean:
+            attended.append(checkpoint(chunk.attend, *given, use_reentrant=False, preserve_rng_state=False))
+        else:
+            attended.append(chunk.attend(*given))
     return torch.cat(attended, dim=2)
 
 
@@ -352,15 +370,15 @@ def sample_lengths(positions: Tensor) -> list[int]:
     return [end - start for start, end in itertools.pairwise([0, *ends.tolist(), positions.shape[1]])]
 
 
-def _packed_attention(anchors: Tensor, positions: Tensor, block_size: int, sight: Sight) -> Attend:
+def _packed_attention(anchors: Tensor, positions: Tensor, block_size: int, sight: Sight, lean: bool) -> Attend:
     """`_dense_attention` sample by sample, for one row of several; all else of a layer runs over the whole row."""
     sizes = sample_lengths(positions)
     starts = [0, *itertools.accumulate(sizes)]
     ends = torch.tensor(starts[1:], device=anchors.device)
     counts = torch.searchsorted(anchors[0], ends).diff(prepend=ends.new_zeros(1)).tolist()
     slots = [count * block_size for count in counts]
-    masks = [
-        _dense_masks(own - start, size, block_size, sight, PACKED_BLOCKS) if own.shape[1] else []
+    chunks = [
+        _chunks(own - start, size, block_size, sight, lean, PACKED_BLOCKS) if own.shape[1] else []
         for own, start, size in zip(anchors.split(counts, dim=1), starts, sizes, strict=False)
     ]
 
@@ -368,30 +386,36 @@ def _packed_attention(anchors: Tensor, positions: Tensor, block_size: int, sight
         split = [part.split([*sizes, *slots], dim=2) for part in (keys, values)]  # contexts, then blocks
         attended = []
         for at, query in enumerate(queries.split(slots, dim=2)):
-            if masks[at]:
+            if chunks[at]:
                 own = [torch.cat((parts[at], parts[len(sizes) + at]), dim=2) for parts in split]
-                attended.append(_dense_attention(masks[at], sizes[at], query, own[0], own[1], sinks))
+                attended.append(_dense_attention(chunks[at], sizes[at], query, own[0], own[1], sinks))
         return torch.cat(attended, dim=2)
 
     return attend
 
 
-def _dense_masks(
-    anchors: Tensor, context_length: int, block_size: int, sight: Sight, fewest: int = 1
-) -> list[MaskChunk]:
+def _chunks(
+    anchors: Tensor, context_length: int, block_size: int, sight: Sight, lean: bool, fewest: int = 1
+) -> list[Chunk]:
     chunks = []
     for some in anchors.chunk(max(1, min(MASK_CHUNKS, anchors.shape[1] // fewest)), dim=1):
         last = min(int(some.max()), context_length)
         first = 0 if sight.reach is None else min(max(0, int(some.min()) - sight.reach), last)
-        anchor = some.repeat_interleave(block_size, dim=1)[:, None, :, None]  # [B, 1, a·γ, 1]
-        slots = torch.arange(block_size, device=anchors.device).repeat(some.shape[1])  # [a·γ]
-        block = torch.arange(some.shape[1], device=anchors.device).repeat_interleave(block_size)
-        place = torch.arange(first, last, device=anchors.device) - anchor  # [B, 1, a·γ, seen]
-        context = (place < 0) & sight.sees(slots[:, None], place)
-        own = (block[:, None] == block) & sight.sees(slots[:, None], slots)
-        own = own.expand(len(anchors), 1, -1, -1)
-        chunks.append(MaskChunk(slice(first, last), torch.cat((context, own), dim=-1)))
+        make = functools.partial(_dense_mask, some, slice(first, last), block_size, sight)
+        mask = make if lean else functools.cache(make)
+        chunks.append(Chunk(some.shape[1] * block_size, slice(first, last), mask, lean))
     return chunks
+
+
+def _dense_mask(anchors: Tensor, seen: slice, block_size: int, sight: Sight) -> Tensor:
+    """Bool [B, 1, a·γ, seen + a·γ]."""
+    blocks, slots = (torch.arange(size, device=anchors.device) for size in (anchors.shape[1], block_size))
+    place = torch.arange(seen.start, seen.stop, device=anchors.device) - anchors[:, :, None, None]  # [B, a, 1, seen]
+    context = (place < 0) & sight.sees(slots[:, None], place)
+    context = context.expand(-1, -1, block_size, -1).flatten(1, 2)[:, None]
+    own = (blocks[:, None, None, None] == blocks[:, None]) & sight.sees(slots[:, None, None], slots)  # [a, γ, a, γ]
+    own = own.expand(-1, block_size, -1, -1).flatten(2).flatten(0, 1).expand(len(anchors), 1, -1, -1)
+    return torch.cat((context, own), dim=-1)
 
 
 def _flex_attention(
@@ -497,6 +521,13 @@ def context_bytes(config: DraftConfig, length: int, itemsize: int) -> int:
     """
     length = length if config.sliding_window is None else min(length, config.sliding_window - 1)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * itemsize
+
+
+def far_bytes(config: DraftConfig, length: int, width: int) -> float:
+    """Bytes that are kept of ``length`` positions before a stretch that is learnt from: [H], and keys and values."""
+    if config.sliding_window is not None:
+        length = min(length, config.sliding_window - 1)
+    return width * length * config.hidden_size + context_bytes(config, length, width)
 
 
 def activation_bytes(

@@ -14,7 +14,7 @@ from nemotron_dspark.cache.needs import config_size
 from nemotron_dspark.config import EvalConfig, TrainConfig
 from nemotron_dspark.drafts.config import DraftConfig
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.drafts.layers import activation_bytes, context_bytes
+from nemotron_dspark.drafts.layers import activation_bytes, context_bytes, far_bytes
 from nemotron_dspark.errors import InputError
 from nemotron_dspark.files import read_json
 from nemotron_dspark.recipe.describe import Description
@@ -161,9 +161,11 @@ def training_bytes(
     trained, frozen = shape.trainable, 2 * shape.vocab * shape.hidden
     rows = config.local_batch_size
     batch = batch_bytes(rows, length, bytes_per_token(shape.taps, shape.hidden))
+    whole, length = length, min(length, config.window or length)
     anchors = min(config.num_anchors, max(1, round(answer_share * length)))
     slots = rows * anchors * shape.block
     saved = activation_bytes(shape.draft, rows, length, slots, answer_share, b, dense=not gpu)
+    saved += far_bytes(shape.draft, whole - length, b)
     positions = rows * distinct_positions(answer_share * length, anchors, shape.block)
     objective = objective_bytes(shape.vocab, shape.hidden, shape.rank, b, slots, positions, gpu=gpu)
     top = max(objective, 3 * b * slots * shape.width + b * shape.hidden * shape.width)

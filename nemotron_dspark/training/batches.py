@@ -25,7 +25,7 @@ class Batch:
 
     input_ids: Tensor  # int64 [B, S]
     taps: Tensor  # [B, S, T·H]
-    last: Tensor | None  # [B, S, H]; None when no loss term needs it
+    last: Tensor | None  # [B, S - far, H]; None when no loss term needs it
     anchors: Tensor  # int64 [B, A]
     block_mask: Tensor  # bool [B, A]; False: a filler
     slot_mask: Tensor  # bool [B, A, γ]; True: the slot carries loss
@@ -151,7 +151,7 @@ class Loader:
             drawn_from = [sample.loss_mask for sample in samples]
             if self.window is not None and len(drawn_from[0]) > self.window:  # there is one sample
                 stretch = draw_stretch(drawn_from[0], self.window, **places[0])
-                samples, far = [_up_to(samples[0], stretch.stop + self.block_size)], stretch.start
+                samples, far = [_with_stretch(samples[0], stretch, self.block_size)], stretch.start
                 inside = torch.zeros_like(drawn_from[0])
                 inside[stretch] = True
                 drawn_from = [drawn_from[0] & inside]
@@ -165,8 +165,8 @@ class Loader:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Beginning:
-    """The first tokens of a sample."""
+class _Part:
+    """A sample up to the end of a stretch; nothing is predicted before it, so ``last`` begins with it."""
 
     input_ids: Tensor
     loss_mask: Tensor
@@ -174,8 +174,10 @@ class _Beginning:
     last: Tensor
 
 
-def _up_to(sample: SampleLike, end: int) -> _Beginning:
-    return _Beginning(sample.input_ids[:end], sample.loss_mask[:end], sample.taps[:end], sample.last[:end])
+def _with_stretch(sample: SampleLike, stretch: slice, block_size: int) -> _Part:
+    end = stretch.stop + block_size
+    last = sample.last[stretch.start : end]
+    return _Part(sample.input_ids[:end], sample.loss_mask[:end], sample.taps[:end], last)
 
 
 def batches(load: Loader, config: TrainConfig, *, first_step: int, stopped: Sequence[object] = ()) -> Generator[Batch]:

@@ -148,7 +148,7 @@ class DSparkObjective(Objective[DSparkDraft]):
             markov,
             labels,
             term_weights,
-            None if last is None else last.flatten(0, 1)[slots.positions].to(hidden.dtype),
+            None if last is None else last.flatten(0, 1)[slots.positions - batch.far].to(hidden.dtype),
             slots,
             draft.finish_target_logits,
             self.tiling,

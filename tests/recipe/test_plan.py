@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nemotron_dspark.cache.compact import CompactLayout
+from nemotron_dspark.cache.deepspec_layout import bytes_per_token
 from nemotron_dspark.cache.needs import stored_bytes
 from nemotron_dspark.cli import plan_command, shell
 from nemotron_dspark.config import CacheConfig, load_config
@@ -92,6 +93,14 @@ def test_memory_of_8b_is_fixed_terms_and_activations(shape):
     activations = 2 * (5 * layer + 4096 * 7 * 4096 + 2 * slots * 4096)
     assert fixed + activations < found.device < 1.05 * (fixed + activations) + 0.5e9
     assert found.host == pytest.approx(16 * 1.242e9 + 4 * 131072 * 4096, rel=0.03)
+
+
+def test_a_window_keeps_of_what_lies_before_it_its_context_keys_and_values(shape):
+    windowed = load_config(assignments=["train.window=4096"]).train
+    short, long = (needs.training_bytes(shape, windowed, length, 0.6, 2, gpu=True).device for length in (4096, 32768))
+    taps = bytes_per_token(shape.taps, 4096) + 8
+    assert long - short == pytest.approx((32768 - 4096) * (2 * taps + 2 * (4096 + 5 * 2 * 1024)))
+    assert long < needs.training_bytes(shape, load_config().train, 32768, 0.6, 2, gpu=True).device
 
 
 def test_hours_are_work_over_the_assumed_share(shape):

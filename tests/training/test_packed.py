@@ -119,6 +119,7 @@ def test_blocks_of_a_long_sample_lie_in_one_stretch_that_moves(make_cache, make_
         batch = loader(cache, config, 12)(epoch * per_epoch, torch.tensor([long]).numpy())
         beginnings.add(batch.far)
         assert batch.input_ids.shape[1] == min(length, batch.far + 12 + 4)
+        assert torch.equal(batch.last[0], cache[long].last[batch.far : batch.far + 12 + 4])
         assert batch.far <= int(batch.anchors.min())
         assert int(batch.anchors.max()) < batch.far + 12
         assert batch.slot_mask.any()
@@ -152,7 +153,7 @@ def test_what_lies_before_the_stretch_gives_context_and_no_gradient(make_draft, 
     for before in (0, far):
         taps = batch.taps.clone().requires_grad_()
         draft.zero_grad()
-        loss = objective(dataclasses.replace(batch, taps=taps, far=before))
+        loss = objective(dataclasses.replace(batch, taps=taps, last=batch.last[:, before:], far=before))
         loss.total.backward()
         found[before] = loss.total.detach(), taps.grad[0]
     torch.testing.assert_close(found[far][0], found[0][0])
@@ -162,7 +163,8 @@ def test_what_lies_before_the_stretch_gives_context_and_no_gradient(make_draft, 
     for place, counts in ((far - 1, True), (far - 5, True), (far - 6, window is None)):  # the first anchor sees 5
         changed = batch.taps.clone()
         changed[0, place] += 1.0
-        loss = objective(dataclasses.replace(batch, taps=changed, far=far)).total.detach()
+        given = dataclasses.replace(batch, taps=changed, last=batch.last[:, far:], far=far)
+        loss = objective(given).total.detach()
         assert (float(loss) != float(found[far][0])) == counts
 
 
