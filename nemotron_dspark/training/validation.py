@@ -66,8 +66,7 @@ def split(source: Source, share: float) -> tuple[Source, np.ndarray]:
     chosen = np.array([int.from_bytes(digest) < share * 2.0**64 for digest in digests])
     if chosen.all() or not chosen.any():
         raise InputError(
-            f"Of {len(chosen)} samples {'none' if chosen.all() else 'all'} are left to train on with "
-            f"train.validation={share:g}.",
+            f"train.validation={share:g} holds out {'all' if chosen.all() else 'none'} of {len(chosen)} samples.",
             "Give more conversations, or another share; 0 holds nothing out.",
         )
     source.hold_out(np.flatnonzero(chosen))
