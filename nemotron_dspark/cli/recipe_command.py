@@ -142,7 +142,7 @@ def _show_result(result: "RecipeResult") -> None:
     if result.report:
         shell.out.print(f"report   {escape(str(result.report))}", soft_wrap=True)
     else:
-        shell.out.print("That was asked for is done; without --until the same command goes on.", soft_wrap=True)
+        shell.out.print("What was asked for is done; without --until the same command goes on.", soft_wrap=True)
 
 
 def show_plan(planned: "RecipePlan") -> None:

@@ -91,13 +91,20 @@ class Ledger:
         self._take_back(key, stage)
         record = self.record(stage)
         if record is None:
-            if stage.place.exists() and stage.kind not in _CHECKED:
-                raise InputError(
-                    f"{stage.place} is there already, and no recipe made it.", "Move it away, or give another --out."
-                )
+            self.check(stage, {})
             record = self._records[key] = Record(stage.fingerprint, stage.depends_on)
             self.save()
         return record
+
+    def check(self, stage: Stage, statuses: Mapping[str, Status]) -> None:
+        """`InputError` if the stage's place holds what no recipe made, and what goes by none of ``statuses``."""
+        train = stage.get("train")
+        if train and train.name in statuses and statuses[train.name].state == "again":
+            return  # it is set aside with the run that it lies in
+        if self.record(stage) is None and stage.place.exists() and stage.kind not in _CHECKED:
+            raise InputError(
+                f"{stage.place} is there already, and no recipe made it.", "Move it away, or give another --out."
+            )
 
     def save(self) -> None:
         values = {

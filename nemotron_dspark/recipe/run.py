@@ -89,10 +89,10 @@ def run_recipe(
         statuses = ledger.statuses(found)
         last = KINDS.index(until) if until else len(KINDS)
         left = [
-            stage
-            for stage in found
-            if statuses[stage.name].state not in ("done", "not needed") and KINDS.index(stage.kind) <= last
+            stage for stage in found if statuses[stage.name].state not in ("done", "not needed") and _upto(stage, last)
         ]
+        for stage in left:
+            ledger.check(stage, statuses)
         if left:
             _check_gpus(recipe, left)
             _check_packages(recipe, left)
@@ -111,7 +111,8 @@ def run_recipe(
         if until is None:
             report = recipe.out / REPORT
             page.write(report, recipe, drafts, records)
-    return RecipeResult(recipe.out, drafts, records, report, refusals(records))
+    asked = {stage.name: records[stage.name] for stage in found if stage.name in records and _upto(stage, last)}
+    return RecipeResult(recipe.out, drafts, records, report, refusals(asked))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +166,10 @@ def recipe_status(recipe: Recipe) -> RecipeStatus:
 
 def _records(ledger: Ledger, found: Iterable[Stage]) -> dict[str, Record]:
     return {stage.name: record for stage in found if (record := ledger.record(stage)) is not None}
+
+
+def _upto(stage: Stage, last: int) -> bool:
+    return KINDS.index(stage.kind) <= last
 
 
 def _check_gpus(recipe: Recipe, left: Iterable[Stage]) -> None:

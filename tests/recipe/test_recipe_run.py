@@ -220,6 +220,8 @@ def test_too_few_prompts_to_calibrate_are_said_and_the_rest_is_done(folder):
     assert "or set calibrate: false" in said["refused"][0]
     assert said["report"] == "report.html"
     assert "or set calibrate: false" in Path("report.html").read_text()
+    until = CliRunner().invoke(cli.app, ["recipe", "run", "calibrated.yaml", "--until", "eval"], catch_exceptions=False)
+    assert until.exit_code == 0  # what was asked for is there
 
 
 def test_prompts_take_several_temperatures_in_turn(folder):
@@ -261,7 +263,7 @@ def test_several_gpus_train_through_torchrun_with_the_same_configuration(folder,
         assert done.exit_code == 0
         return done.stdout
 
-    monkeypatch.setattr(work, "_processes", lambda recipe, config: 2)
+    monkeypatch.setattr(work, "most_processes", lambda settings, gpus: 2)
     monkeypatch.setattr(work, "_call", call)
     before = draft_bytes()
     shutil.rmtree("runs")
@@ -333,8 +335,10 @@ def test_a_disk_too_small_by_the_plan_is_said_before_anything_runs(folder, monke
 
 def test_what_no_recipe_made_is_never_moved(folder):
     shutil.rmtree("recipe")
+    seen = Seen()
     with pytest.raises(InputError, match="runs/target/eval is there already"):
-        run()
+        run_recipe(load_recipe(Path("recipe.yaml")), progress=seen)
+    assert seen.names == []  # it is said before hours of the stages before it
     assert Path("runs/target/eval/eval.json").is_file()
 
 
