@@ -59,7 +59,9 @@ def process(rank: int, port: int) -> None:
             source = Waiting(target)
             (link,) = connect(Roles.of(context.machines(), 1), context)
             if rank == 1:
-                StateServer(source, [link], 1).run()
+                server = StateServer(source, [link], 1)
+                server.open()
+                server.run()
                 continue
             remote = RemoteSource(source, link, 1)
             config = TrainConfig(device="cpu", local_batch_size=1, global_batch_size=1, max_steps=STEPS + WARM)

@@ -49,6 +49,10 @@ class Mode:
     format: str | None = None  # of what is stored; None: as configured
     streams: bool = True  # a target that does not fit goes through layer by layer
 
+    def apart(self, config: RunConfig) -> int:
+        """GPUs that run the target and do not train."""
+        return 0 if self.streams else config.train.inference_gpus
+
 
 def _whole_cache(name: str, cache_format: str) -> Mode:
     return Mode(name, None, lambda whole, _: whole, lambda epochs, _: 1.0, lambda capture, train: 0, cache_format)
@@ -296,14 +300,15 @@ class _Case:
         if streaming:
             target = self.resident_bytes + streaming.tokens * self.token_bytes
         found = {}  # on the device; in main memory; there for each further process, and how many there are
-        others = most_processes(self.config.train, self.machine.gpus) - 1
+        others = self.trainers - 1
         if mode.setting is None:
             written = float(before * bytes_per_token(self.shape.taps, self.shape.hidden))
             found["cache"] = (target + capture(cache_batch), written, written, max(1, self.machine.gpus) - 1)
             found["train"] = (train.device, train.host, train.other, others)
         else:
-            beside = capture(mode.batch(cache_batch, train_batch))
-            found["train"] = (train.device + target + beside, train.host, train.other, others)
+            target += capture(mode.batch(cache_batch, train_batch))
+            fullest = max(train.device, target) if mode.apart(self.config) else train.device + target
+            found["train"] = (fullest, train.host, train.other, others)
         serve, holds = self.serving()
         if holds or not streaming:
             found["eval"] = (serve, 0.0, 0.0, 0)
@@ -316,10 +321,10 @@ class _Case:
 
     def hours(self, mode: Mode) -> dict[str, float]:
         epochs = needs.epochs(self.config.train, self.workload.samples)
-        processes = most_processes(self.config.train, self.machine.gpus)
-        work = needs.training_seconds(self.shape, self.config.train, self.workload, self.machine, epochs, processes)
+        work = needs.training_seconds(self.shape, self.config.train, self.workload, self.machine, epochs, self.trainers)
         forward = needs.forward_seconds(self.shape, self.workload.tokens, self.machine)
-        forward /= max(1, self.machine.gpus) if mode.setting is None else processes
+        apart = mode.apart(self.config)
+        forward /= max(1, self.machine.gpus) if mode.setting is None else apart or self.trainers
         streaming, seconds = self.streaming(mode), {}
         together = self.free_bytes * max(1, self.machine.gpus)
         if not streaming or needs.engine_bytes(self.shape, self.machine.weight_bytes) < together:
@@ -334,8 +339,8 @@ class _Case:
         if mode.setting is None:
             seconds["cache"] = made
             seconds["train"] = max(work, read)
-        else:  # on the same device, so one after the other
-            seconds["train"] = max(work, read) + made
+        else:  # on the same device one after the other
+            seconds["train"] = max(work, made) if apart else max(work, read) + made
         if "eval" in self.memory(mode):
             seconds["eval"] = needs.evaluation_seconds(self.shape, self.config.eval, self.machine)
         return {stage: value / 3600 for stage, value in seconds.items()}
@@ -349,6 +354,11 @@ class _Case:
             return whole, whole < free
         first = min(BESIDE_DRAFT * free, weights / machine.gpus)
         return max(whole - weights + first, (weights - first) / (machine.gpus - 1)), True
+
+    @property
+    def trainers(self) -> int:
+        """Processes that train."""
+        return most_processes(self.config.train, self.machine.gpus) - self.config.train.inference_gpus
 
     def training(self) -> needs.Training:
         return needs.training_bytes(
@@ -390,7 +400,7 @@ class _Case:
         width = machine.weight_bytes
         if not (mode.streams and streams(config.target.stream, shape.parameters * width, self.free_bytes)):
             return None
-        processes = max(1, machine.gpus) if mode.setting is None else most_processes(config.train, machine.gpus)
+        processes = max(1, machine.gpus) if mode.setting is None else self.trainers
         free = self.free_bytes - self.resident_bytes - (self.training().device if mode.setting else 0)
         share = math.ceil(self.workload.tokens / processes)
         whole = self.states(mode)
@@ -517,7 +527,7 @@ def _commands(
     written = f" --cache-format {mode.format}" if mode.format not in (None, config.cache.format) else ""
     build = [f"nds cache build {target} --data {data} --out {cache}{given}{written}"] if setting is None else []
     states = f"--cache {cache}" if setting is None else f"--data {data} --set {setting}"
-    processes = most_processes(config.train, machine.gpus)
+    processes = most_processes(config.train, machine.gpus) - config.train.inference_gpus + mode.apart(config)
     nds = f"torchrun --nproc-per-node {processes} -m nemotron_dspark" if processes > 1 else "nds"
     train = f"{nds} train {target} {states} --out {run}{given}"
     measured = f"--draft {run}/draft" if "eval" in best.hours else "--engine URL"

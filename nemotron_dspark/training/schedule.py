@@ -213,12 +213,14 @@ class RollingSchedule(SampleSchedule):
 
 
 def most_processes(config: TrainConfig, gpus: int, nodes: int = 1) -> int:
-    """Processes that train on each of ``nodes``: one a GPU, as far as the micro-batches of a step can be dealt out.
+    """Processes of a training on each of ``nodes``: one a GPU, as far as a step's micro-batches can be dealt out to them.
 
-    0 where they cannot be dealt out to so many nodes.
+    Those that run the target alone (`train.inference_gpus`) are among them, and take none. 0 where the micro-batches
+    cannot be dealt out to so many nodes.
     """
-    micro_batches = config.global_batch_size // config.local_batch_size
-    return max((count for count in range(1, max(1, gpus) + 1) if micro_batches % (count * nodes) == 0), default=0)
+    micro_batches, apart = config.global_batch_size // config.local_batch_size, config.inference_gpus
+    counts = range(max(1, gpus - apart), 0, -1)
+    return next((count + apart for count in counts if micro_batches % (count * nodes) == 0), 0)
 
 
 def _check_batch_sizes(config: TrainConfig, processes: int) -> None:

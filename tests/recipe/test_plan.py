@@ -23,6 +23,7 @@ from nemotron_dspark.recipe.machines import MACHINES, Machine, machine
 from nemotron_dspark.recipe.workload import from_file, from_numbers
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets.streamed import StreamedTarget
+from nemotron_dspark.training.schedule import most_processes
 from tests.kill9 import prepared_forkserver
 from tests.recipe.nemotrons import NEMOTRONS
 
@@ -174,6 +175,17 @@ def test_a_target_that_one_gpu_does_not_hold_is_measured_on_all_of_them(super_12
     two = planned(super_120b, dataclasses.replace(node, gpus=2))
     assert "eval" not in column(two, "cached").memory
     assert not any("--inference-gpus" in advice for advice in column(two, "online").advice)
+
+
+def test_gpus_that_run_the_target_alone_take_it_from_the_others_and_compute_meanwhile(shape):
+    apart = ["train.inference_gpus=2", "train.global_batch_size=96"]
+    together, found = (planned(shape, MACHINES["h100x8"], settings=settings) for settings in ([], apart))
+    with_target, without = column(together, "online"), column(found, "online")
+    assert without.memory["train"].gpu < with_target.memory["train"].gpu - 2 * shape.parameters
+    assert without.hours["train"] == pytest.approx(column(found, "cached").hours["train"])  # six train no faster
+    train = load_config(assignments=apart).train
+    assert [most_processes(train, gpus) for gpus in (1, 4, 7, 8)] == [3, 4, 6, 8]
+    assert most_processes(train, 8, nodes=5) == 0
 
 
 def test_quantised_weights_are_answered_from_as_they_are_stored(super_120b):
