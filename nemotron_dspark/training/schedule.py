@@ -213,7 +213,7 @@ class RollingSchedule(SampleSchedule):
 
 
 def most_processes(config: TrainConfig, gpus: int, nodes: int = 1) -> int:
-    """Processes of a training on each of ``nodes``: one a GPU, as far as a step's micro-batches can be dealt out to them.
+    """Processes of a training on each of ``nodes``: one a GPU, as far as a step's micro-batches can be dealt out.
 
     Those that run the target alone (`train.inference_gpus`) are among them, and take none. 0 where the micro-batches
     cannot be dealt out to so many nodes.
