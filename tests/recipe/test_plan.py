@@ -178,12 +178,18 @@ def test_a_target_that_one_gpu_does_not_hold_is_measured_on_all_of_them(super_12
 
 
 def test_gpus_that_run_the_target_alone_take_it_from_the_others_and_compute_meanwhile(shape):
-    apart = ["train.inference_gpus=2", "train.global_batch_size=96"]
-    together, found = (planned(shape, MACHINES["h100x8"], settings=settings) for settings in ([], apart))
-    with_target, without = column(together, "online"), column(found, "online")
-    assert without.memory["train"].gpu < with_target.memory["train"].gpu - 2 * shape.parameters
-    assert without.hours["train"] == pytest.approx(column(found, "cached").hours["train"])  # six train no faster
-    train = load_config(assignments=apart).train
+    node = MACHINES["h100x8"]
+
+    def settings(apart):
+        return [f"train.inference_gpus={apart}", "train.global_batch_size=96"]
+
+    beside, two, four, six = (
+        column(planned(shape, node, settings=settings(apart)), "online") for apart in (0, 2, 4, 6)
+    )
+    assert two.memory["train"].gpu < beside.memory["train"].gpu - 2 * shape.parameters
+    assert two.hours["train"] == pytest.approx(2 * four.hours["train"])  # the others wait for the target
+    assert six.hours["train"] > 2 / 6 * two.hours["train"]  # which waits for two that train
+    train = load_config(assignments=settings(2)).train
     assert [most_processes(train, gpus) for gpus in (1, 4, 7, 8)] == [3, 4, 6, 8]
     assert most_processes(train, 8, nodes=5) == 0
 
