@@ -122,7 +122,8 @@ class Cost(Schedule):
         self._own: weakref.WeakKeyDictionary[Request, Acceptance] = weakref.WeakKeyDictionary()
         self._credit = math.inf  # seconds that trying again may cost
         self._worth = 0.0  # seconds that a draft saves which is kept in a round that tries
-        self._arms: dict[int, Arms] = {}  # by the binary digits of the number of requests
+        # By the binary digits of the number of requests, and which of the two kinds of sampling they have.
+        self._arms: dict[tuple[int, frozenset[bool]], Arms] = {}
         self._last: Callable[[int], None] | None = None  # tells of the last round's tokens to its arm
         self._gained = 0  # in the last round
         self._looks = False  # in the last round
@@ -140,7 +141,8 @@ class Cost(Schedule):
         seconds = self._costs.rounds(len(generations))
         foretold = [survival(each) for each in shares]
         length, least, self._worth = best_length(foretold, seconds), 0, 0.0
-        wanted, arms = any(map(any, shares)), self._arms.setdefault(len(generations).bit_length(), Arms())
+        kinds = frozenset(each.sampling.temperature == 0 for each in generations)
+        wanted, arms = any(map(any, shares)), self._arms.setdefault((len(generations).bit_length(), kinds), Arms())
         can_look = bool(self.signal) and seconds[gamma] > _WORTH_LOOKING * seconds[1]
         looks = can_look and wanted and (arms.choose() if length else arms.beats(len(generations) / seconds[0]))
         if not length and not looks and wanted and (length := self._try_again(generations, seconds)):

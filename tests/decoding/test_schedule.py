@@ -168,6 +168,26 @@ def test_chances_are_followed_where_they_gain_more_than_lengths_that_do_not_look
     assert gain > 1.3 if tells else 0.94 < gain <= 1.0
 
 
+def test_what_looking_gained_of_greedy_requests_is_not_expected_of_sampled_ones():
+    costs = table(4, step=0.4, draft=0.05)
+    schedule, begun = Cost(costs, "confidence head"), costs.rounds(1)
+
+    def decode(answer, rounds, kept):
+        seconds = 0.0
+        for _ in range(rounds):
+            plan = schedule.begin([answer], 4)
+            for slot in range(max(plan.lengths)):
+                if plan.signal is not None and plan.lengths[0] > slot:
+                    plan.look(slot, [0.97])  # of sampled ones that is wrong
+            (length,) = plan.lengths
+            answer.gain(schedule, length, kept)
+            seconds += begun[length]
+        return seconds
+
+    decode(Answer(), 300, kept=4)
+    assert decode(Answer(Sampling(temperature=1.0)), 100, kept=0) < 1.25 * 100 * begun[0]
+
+
 def test_chances_are_not_looked_at_where_looking_costs_more_than_it_can_save():
     flat = CostTable((1,), ((1.0, 1.1, 1.15, 1.2),), ((0.0,) * 4,))
     assert Cost(flat, "confidence head").begin([Answer()], 3).signal is None
