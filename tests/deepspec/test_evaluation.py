@@ -14,7 +14,7 @@ from nemotron_dspark.decoding.sampling import Sampling
 from nemotron_dspark.drafts.config import build_draft_config, build_eagle3_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.drafts.eagle3 import Eagle3Draft
-from nemotron_dspark.evaluation.measure import evaluate, prompt_ids
+from nemotron_dspark.evaluation.measure import conversation_ids, evaluate
 from nemotron_dspark.training.batches import collate, collate_unrolled
 from nemotron_dspark.training.eagle3_objective import Eagle3Objective
 from nemotron_dspark.training.objective import DSparkObjective, LossWeights
@@ -34,10 +34,16 @@ def datasets(tmp_path_factory):
     return folder
 
 
+def first_turns(target, datasets):
+    """DeepSpec asks no others."""
+    turns = conversation_ids(target, datasets / "eval_datasets" / "tiny.jsonl", new_tokens=NEW_TOKENS)
+    return [each[0] for each in turns]
+
+
 @pytest.fixture(scope="module")
 def answers(target, datasets):
     """Prompts with the target's own greedy answers, and their hidden states: what a draft can learn by heart."""
-    prompts = prompt_ids(target, datasets / "eval_datasets" / "tiny.jsonl", new_tokens=NEW_TOKENS)
+    prompts = first_turns(target, datasets)
     plain, sampling = Decoder(target), Sampling(max_new_tokens=NEW_TOKENS)
     samples = []
     for ids in prompts:
@@ -105,7 +111,7 @@ def test_accepted_lengths_are_those_of_nds_eval(
     theirs.args.temperature = 1.0
     theirs.evaluate()
 
-    prompts = prompt_ids(target, datasets / "eval_datasets" / "tiny.jsonl", new_tokens=NEW_TOKENS)
+    prompts = first_turns(target, datasets)
     config = EvalConfig(temperatures=(0.0, 1.0), max_new_tokens=NEW_TOKENS, seed=5)
     found = evaluate(target, load_draft(folder, target), prompts, config)
     printed = capsys.readouterr().out
