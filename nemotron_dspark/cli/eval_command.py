@@ -48,8 +48,14 @@ def evaluate(
         typer.Option(metavar="N", help="Compare N sampled answers to each of 8 prompts, drafted and not."),
     ] = None,
     lengths: Annotated[str | None, shell.CONTEXT_LENGTHS] = None,
+    confidence_threshold: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, metavar="P", help="As --schedule threshold:P.")
+    ] = None,
 ) -> None:
     """Measure a draft: accepted length, acceptance by position, speed, equal output."""
+    if confidence_threshold is not None:
+        schedule = f"threshold:{confidence_threshold:g}"
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"schedule": schedule})})
     if lengths is not None and (engine is not None or lossless is not None):
         given = "--engine" if engine is not None else "--lossless"
         raise InputError(f"Both --context-lengths and {given} are given.", "Measure one after the other.")

@@ -136,6 +136,7 @@ def test_the_command_prints_and_writes_what_was_measured(prompts, tiny_hybrid, t
         (("--draft", "d", "--plain-engine", "http://127.0.0.1:1"), "without --engine"),
         (("--draft", "d", "--engine", "http://127.0.0.1:1"), "Both --draft and --engine"),
         (("--schedule", "cost", "--engine", "http://127.0.0.1:1"), "Both --schedule and"),
+        (("--confidence-threshold", "0.3", "--engine", "http://127.0.0.1:1"), "Both --schedule and"),
     ],
 )
 def test_options_that_do_not_fit_are_said(given, what, prompts, tiny_hybrid):
