@@ -3,6 +3,7 @@
 To be run in a process of its own, as `tests.training.several_ranks`.
 """
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -29,8 +30,9 @@ class Disk(Callback):
 
     def on_status(self, text):
         found = 0
-        for path in self._folder.rglob("shard*"):
-            found += path.stat().st_size if path.exists() else 0
+        with contextlib.suppress(FileNotFoundError):  # a segment goes while it is counted
+            for path in self._folder.rglob("shard*"):
+                found += path.stat().st_size
         self._most = max(self._most, found)
 
     def on_end(self):
