@@ -230,15 +230,15 @@ class Decoder:
 
     def _keep(self, generation: Generation) -> None:
         """Keep what is remembered of a generation, for a conversation that goes on."""
-        prefixes, known = self.reader.prefixes, [*generation.prompt_ids, *generation.tokens]
-        if prefixes is None or generation not in self._rows or self._memory is None:
+        prefixes, memory, known = self.reader.prefixes, self._memory, [*generation.prompt_ids, *generation.tokens]
+        if prefixes is None or memory is None or generation not in self._rows:
             return
         self._catch_up()
-        memory = self._memory.select([self._rows.index(generation)])
+        row = self._rows.index(generation)
         # After a failed round the lengths may be anything.
-        lengths = {memory.length, *(memory.context.lengths if memory.context is not None else ())}
-        if self._memory.state.block is None and lengths == {len(known) - 1}:
-            prefixes.keep(known, memory)
+        lengths = {each.lengths[row] for each in (memory.state, memory.context) if each is not None}
+        if memory.state.block is None and lengths == {len(known) - 1}:
+            prefixes.keep(known, memory, row)
 
     def _pick(self, generations: Sequence[Generation], logits: Tensor) -> list[int]:
         """One token for each row of ``logits`` [B, V]."""

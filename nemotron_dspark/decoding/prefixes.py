@@ -60,18 +60,19 @@ class Prefixes:
         memory.shorten(most)
         return memory, place
 
-    def keep(self, tokens: Sequence[int], memory: Memory) -> None:
-        """Keep a copy of the only row of ``memory``, which holds ``tokens`` but the last."""
-        key, size = _key(tokens if memory.looks_ahead else tokens[:-1]), memory.size
+    def keep(self, tokens: Sequence[int], memory: Memory, row: int = 0) -> None:
+        """Keep a copy of a ``row`` of ``memory``, which holds ``tokens`` but the last."""
+        key = _key(tokens if memory.looks_ahead else tokens[:-1])
         longer = [near for near in self._neighbours(key) if near.startswith(key)]
         if not key or any(near == key or self._kept[near].memory.shortens for near in longer):
             return  # it is held already
         for prefix in list(self._prefixes_of(key)):
             if self._kept[prefix].memory.shortens:
                 self._drop(prefix)
-        if size > self._limit:
+        copy = memory.select([row])
+        if (size := copy.size) > self._limit:
             return
-        self._kept[key] = _Kept(memory.select([0]), size)
+        self._kept[key] = _Kept(copy, size)
         bisect.insort(self._sorted, key)
         self.held += size
         while self.held > self._limit:

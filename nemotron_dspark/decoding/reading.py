@@ -44,7 +44,7 @@ class Reading:
     @property
     def read(self) -> int:
         """Tokens that the target has read."""
-        return self.memory.state.lengths[0]
+        return self.memory.length
 
     @property
     def left(self) -> int:

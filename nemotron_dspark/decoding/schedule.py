@@ -272,12 +272,8 @@ class Acceptance:
     def add(self, kept: int, judged: int) -> None:
         """A round kept ``kept`` drafts of ``judged``."""
         for slot in range(min(kept + 1, judged)):
-            self.expect(slot, float(slot < kept))
-
-    def expect(self, slot: int, chance: float) -> None:
-        """``slot`` was tried, or would have been kept with that chance."""
-        self._tried[slot] = self._fade * self._tried[slot] + 1
-        self._kept[slot] = self._fade * self._kept[slot] + chance
+            self._tried[slot] = self._fade * self._tried[slot] + 1
+            self._kept[slot] = self._fade * self._kept[slot] + (slot < kept)
 
     def shares(self, prior: Sequence[float]) -> list[float]:
         """Kept of tried by slot, where ``prior`` weighs as `_PRIOR` tries."""

@@ -456,8 +456,8 @@ class DSparkDraft(Draft[DraftConfig, DSparkContext]):
             context.lengths = [length + skipped for length in context.lengths]
             context.forgotten = list(context.lengths)
         rows, added, _ = taps.shape
-        hidden = self.hidden_norm(self.fc(taps.to(self.compute_dtype)))
-        projected = functional.linear(hidden, context.key_value_weights.flatten(0, 1))  # of all layers at once
+        of_all_layers = context.key_value_weights.flatten(0, 1)
+        projected = functional.linear(self._project(taps), of_all_layers)
         projected = projected.view(rows, added, len(context.layers), 2, config.num_key_value_heads, config.head_dim)
         keys = functional.rms_norm(projected[:, :, :, 0], (config.head_dim,), None, config.rms_norm_eps)
         keys = (keys * context.key_norms).permute(2, 0, 3, 1, 4)  # [layers, B, kv_heads, n, d]
