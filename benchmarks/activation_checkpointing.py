@@ -31,14 +31,10 @@ class Case:
         self.last = torch.randn(length, hidden)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 1024), ("layers", 4), ("length", 2048), ("anchors", 512), ("vocabulary", 8192)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--repetitions", type=int, default=3)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def random_objective(
+    asked: argparse.Namespace, *, markov_rank: int, sliding_window: int | None = None, recompute: bool = False
+) -> DSparkObjective:
+    """The objective of a draft with random weights, of the shape that ``asked`` says."""
     config = DraftConfig(
         hidden_size=asked.hidden,
         intermediate_size=3 * asked.hidden,
@@ -55,14 +51,27 @@ def main() -> None:
         target_layer_ids=(0, 1, 2, 3, 4),
         num_target_layers=8,
         num_anchors=asked.anchors,
-        markov_rank=256,
+        markov_rank=markov_rank,
+        sliding_window=sliding_window,
     )
-    draft = DSparkDraft(config)
+    draft = DSparkDraft(config, recompute_layers=recompute)
     draft.set_embeddings(torch.randn(asked.vocabulary, asked.hidden), torch.randn(asked.vocabulary, asked.hidden) / 32)
-    objective = DSparkObjective(draft.train(), LossWeights())
+    return DSparkObjective(draft.train(), LossWeights())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 1024), ("layers", 4), ("length", 2048), ("anchors", 512), ("vocabulary", 8192)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--repetitions", type=int, default=3)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    objective = random_objective(asked, markov_rank=256)
+    draft = objective.draft
     sample = Case(asked.length, asked.hidden, asked.vocabulary)
     anchors = draw_anchors(sample.loss_mask, asked.anchors, seed=0, epoch=0, sample_id=0)
-    batch = collate([sample], [anchors], config.block_size)
+    batch = collate([sample], [anchors], draft.config.block_size)
     taken: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     norms = set()
     for _ in range(asked.repetitions + 1):

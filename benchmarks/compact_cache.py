@@ -39,7 +39,7 @@ from nemotron_dspark.cli import shell
 from nemotron_dspark.config import RunConfig, load_config
 from nemotron_dspark.drafts.config import build_draft_config
 from nemotron_dspark.drafts.dspark import DSparkDraft
-from nemotron_dspark.recipe.corpus import HELD_OUT, passages, sources
+from nemotron_dspark.recipe.corpus import HELD_OUT, write_prompts
 from nemotron_dspark.recipe.demo import Budget, Progress, answer_prompts
 from nemotron_dspark.resources import resource_folder
 from nemotron_dspark.targets import Checkpoint, Target
@@ -101,8 +101,7 @@ def held_out(demo: Path, out: Path, config: RunConfig, prompts: int) -> TargetCa
     folder = out / "held_out"
     target = Target.of(config.target)
     if not (folder / "conversations.jsonl").is_file():
-        rows = [{"prompt": passage.question} for passage in passages(sources(HELD_OUT), prompts, 2)]
-        files.write_text(folder / "prompts.jsonl", "".join(files.json_line(row) for row in rows))
+        write_prompts(folder / "prompts.jsonl", HELD_OUT, prompts, 2)
         answer_prompts(target, folder, config, Budget(train_prompts=prompts), Progress())
     build_cache(
         target,

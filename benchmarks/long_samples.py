@@ -13,14 +13,12 @@ import time
 
 import numpy as np
 import torch
-from activation_checkpointing import Case
+from activation_checkpointing import Case, random_objective
 from train_step import _memory, _start_memory
 
 from nemotron_dspark.config import TrainConfig
-from nemotron_dspark.drafts.config import DraftConfig
-from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.training.batches import Loader
-from nemotron_dspark.training.objective import DSparkObjective, LossWeights
+from nemotron_dspark.training.objective import DSparkObjective
 from nemotron_dspark.training.schedule import SampleSchedule
 from nemotron_dspark.training.source import Source
 
@@ -50,7 +48,7 @@ def main() -> None:
     rest = (asked.length - asked.window) * samples[asked.length].taps.shape[1] * 2 / 1e6
     for sliding in (None, 1024):
         for recompute in (False, True):
-            objective = objective_of(asked, sliding, recompute)
+            objective = random_objective(asked, markov_rank=64, sliding_window=sliding, recompute=recompute)
             ways = [(asked.window, asked.window), (asked.length, asked.window)]
             ways += [(asked.length, None)] if asked.whole else []
             taken = [measured(objective, samples[length], asked.anchors, window) for length, window in ways]
@@ -58,31 +56,6 @@ def main() -> None:
             row |= {f"{length}, window {window}": step for (length, window), step in zip(ways, taken, strict=True)}
             over = taken[1]["mb"] - taken[0]["mb"] - rest
             print(json.dumps(row | {"rest_mb": round(rest), "over_mb": round(over)}), flush=True)
-
-
-def objective_of(asked: argparse.Namespace, sliding: int | None, recompute: bool) -> DSparkObjective:
-    config = DraftConfig(
-        hidden_size=asked.hidden,
-        intermediate_size=3 * asked.hidden,
-        num_hidden_layers=asked.layers,
-        num_attention_heads=asked.hidden // 64,
-        num_key_value_heads=asked.hidden // 256,
-        head_dim=64,
-        vocab_size=asked.vocabulary,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=asked.length,
-        block_size=7,
-        mask_token_id=1,
-        target_layer_ids=(0, 1, 2, 3, 4),
-        num_target_layers=8,
-        num_anchors=asked.anchors,
-        markov_rank=64,
-        sliding_window=sliding,
-    )
-    draft = DSparkDraft(config, recompute_layers=recompute)
-    draft.set_embeddings(torch.randn(asked.vocabulary, asked.hidden), torch.randn(asked.vocabulary, asked.hidden) / 32)
-    return DSparkObjective(draft.train(), LossWeights())
 
 
 def measured(objective: DSparkObjective, sample: Case, anchors: int, window: int | None) -> dict[str, float]:

@@ -191,16 +191,12 @@ def cache_of(folder: Path, data: str, config: "RunConfig", target: "Target") -> 
 
 
 def held_out(options: argparse.Namespace) -> Path:
-    from nemotron_dspark import files
-    from nemotron_dspark.recipe.corpus import HELD_OUT, passages, sources
+    from nemotron_dspark.recipe.corpus import HELD_OUT, write_prompts
 
     if options.preset != "demo":
         return options.folder / "held_out.jsonl"
     path = options.folder / "study" / f"held_out-{options.prompts}.jsonl"
-    if not path.is_file():
-        rows = [{"prompt": item.question} for item in passages(sources(HELD_OUT), options.prompts, 2)]
-        files.write_text(path, "".join(files.json_line(row) for row in rows))
-    return path
+    return path if path.is_file() else write_prompts(path, HELD_OUT, options.prompts, 2)
 
 
 def arguments() -> argparse.Namespace:

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from nemotron_dspark import files, stages
+from nemotron_dspark import stages
 from nemotron_dspark.config import EvalConfig, RunConfig, load_config
 from nemotron_dspark.decoding.pair import load_draft
 from nemotron_dspark.evaluation.measure import measure, prompt_ids
 from nemotron_dspark.recipe import tiny
-from nemotron_dspark.recipe.corpus import HELD_OUT, passages, sources
+from nemotron_dspark.recipe.corpus import HELD_OUT, passages, sources, write_prompts
 from nemotron_dspark.recipe.demo import Budget, answer_prompts, build_demo_cache
 from nemotron_dspark.recipe.demo_target import LENGTH, PEAK_LR, fit, token_stream
 from nemotron_dspark.recipe.progress import Progress
@@ -49,7 +49,7 @@ def main() -> None:
     if not (out / "target" / "config.json").is_file():
         further(options.demo / "target", out / "target", options.further)
     target = data(out, settings(run, out / "target"), Budget(train_prompts=options.prompts))
-    held_out = prompts(out / "held_out.jsonl", OTHER_HELD_OUT, options.measured, 2)
+    held_out = write_prompts(out / "held_out.jsonl", OTHER_HELD_OUT, options.measured, 2)
     ids, found = prompt_ids(target, held_out, new_tokens=NEW_TOKENS), {}
     for seed in options.seeds:
         for name, count, init in (
@@ -94,17 +94,11 @@ def data(out: Path, config: RunConfig, budget: Budget) -> Target:
     """The new target, with a cache of its answers to prompts of the other text."""
     target = stages.load_target(config)
     if not (out / "conversations.jsonl").is_file():
-        prompts(out / "prompts.jsonl", OTHER, budget.train_prompts, 1)
+        write_prompts(out / "prompts.jsonl", OTHER, budget.train_prompts, 1)
         answer_prompts(target, out, config, budget, Progress())
     if not (out / "cache" / "manifest.json").is_file():
         build_demo_cache(target, out, config, Progress())
     return target
-
-
-def prompts(path: Path, modules: Sequence[str], count: int, seed: int) -> Path:
-    rows = [{"prompt": item.question} for item in passages(sources(tuple(modules)), count, seed)]
-    files.write_text(path, "".join(files.json_line(row) for row in rows))
-    return path
 
 
 def train(run: Path, out: Path, steps: int, seed: int, init: Path | None) -> Path:

@@ -54,8 +54,8 @@ def demo(
         raise InputError("--budget belongs to --target smollm2.", "Give --scale, or --target smollm2.")
     if target == "smollm2" and scale is not None:
         raise InputError("--scale belongs to the hybrid demo.", "Give --budget 60m, or another time.")
-    given = f"{budget or 60}m" if (budget or "60").isdecimal() else str(budget)
-    minutes = shell.duration("--budget", given) / 60
+    asked = budget or "60m"
+    minutes = shell.duration("--budget", f"{asked}m" if asked.isdecimal() else asked) / 60
     if minutes < 2:
         raise InputError(f"A demo in {budget} holds no training.", "Give --budget 2m or more.")
     shell.quiet_libraries()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from nemotron_dspark.config import EvalConfig
 from nemotron_dspark.decoding.decoder import Generation
 from nemotron_dspark.engines.clients import EngineAnswer, EngineClient
-from nemotron_dspark.engines.measure import measure_prompts
+from nemotron_dspark.engines.measure import measure_prompts, speed_of_answers
 from nemotron_dspark.evaluation.comparison import Compared, Group, plain_answers
 from nemotron_dspark.evaluation.measure import Lossless, speed_of
 from nemotron_dspark.targets import Target
@@ -32,7 +32,6 @@ def compare_engine(
     fast, measurements = measure_prompts(engine, group.prompts, config, told)
     plain = plain_answers(target, group, config)
     differing = [at for at, pair in enumerate(zip(plain, fast, strict=True)) if not _same(target, *pair)]
-    seconds = sum(answer.seconds for answer in fast)
     return Compared(
         draft=engine.url,
         workload=group.workload,
@@ -41,7 +40,7 @@ def compare_engine(
         measurements=measurements,
         lossless=Lossless(len(plain), len(plain) - len(differing), f"prompt {differing[0]}" if differing else None),
         plain_tokens_per_second=speed_of(plain),
-        tokens_per_second=sum(answer.length for answer in fast) / seconds if seconds else 0.0,
+        tokens_per_second=speed_of_answers(fast),
         round_seconds=None,
         cost=None,
     )

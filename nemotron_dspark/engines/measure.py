@@ -185,7 +185,7 @@ def summarise(answers: Sequence[EngineAnswer], temperature: float, total: Counts
         accepted_length=1 + counts.accepted / rounds,
         standard_error=ratio_error([(each.accepted + each.rounds, each.rounds) for each in apart]),
         per_position=tuple(count / rounds for count in counts.per_position),
-        tokens_per_second=_speed(answers),
+        tokens_per_second=speed_of_answers(answers),
     )
 
 
@@ -199,14 +199,15 @@ def compare(plain: EngineClient, slow: Sequence[EngineAnswer], fast: Sequence[En
         where = next(at for at, (left, right) in pairs if left != right)
         first = f"prompt {differing[0]}, {'token' if one.tokens and other.tokens else 'character'} {where}"
     same = len(slow) - len(differing)
-    return PlainComparison(plain.title, plain.url, len(slow), same, first, _speed(slow))
+    return PlainComparison(plain.title, plain.url, len(slow), same, first, speed_of_answers(slow))
 
 
 def _said(answer: EngineAnswer) -> Sequence[Any]:
     return answer.tokens or answer.text
 
 
-def _speed(answers: Sequence[EngineAnswer]) -> float:
+def speed_of_answers(answers: Sequence[EngineAnswer]) -> float:
+    """Tokens a second, the prompt's pass and the way there counted."""
     seconds = sum(answer.seconds for answer in answers)
     return sum(answer.length for answer in answers) / seconds if seconds else 0.0
 

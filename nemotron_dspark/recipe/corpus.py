@@ -7,9 +7,11 @@ out: no stage but the evaluation sees them.
 import dataclasses
 import random
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron_dspark.errors import EnvironmentFault
+from nemotron_dspark.files import json_line, write_text
 
 MODULES = (
     "argparse", "collections/__init__", "configparser", "contextlib", "csv", "dataclasses", "fractions", "functools",
@@ -59,3 +61,10 @@ def passages(texts: list[str], count: int, seed: int) -> list[Passage]:
         if question.strip() and len(answer[:end]) >= ANSWER_LINES[0]:
             found.append(Passage(question, "\n".join(answer[:end])))
     return found
+
+
+def write_prompts(path: Path, modules: Sequence[str], count: int, seed: int) -> Path:
+    """Write the questions of ``count`` passages of ``modules`` as JSON lines to ``path``, which is returned."""
+    rows = [{"prompt": item.question} for item in passages(sources(tuple(modules)), count, seed)]
+    write_text(path, "".join(map(json_line, rows)))
+    return path

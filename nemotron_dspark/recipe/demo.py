@@ -20,7 +20,7 @@ from nemotron_dspark.drafts.dspark import DSparkDraft
 from nemotron_dspark.errors import CheckError, EnvironmentFault
 from nemotron_dspark.evaluation.measure import Evaluation, Measurement, measure, prompt_ids
 from nemotron_dspark.evaluation.picture import draw_run
-from nemotron_dspark.recipe.corpus import HELD_OUT, MODULES, passages, sources
+from nemotron_dspark.recipe.corpus import HELD_OUT, MODULES, write_prompts
 from nemotron_dspark.recipe.demo_target import train_target
 from nemotron_dspark.recipe.progress import Progress, StepProgress
 from nemotron_dspark.resources import resource_folder
@@ -183,14 +183,8 @@ class Clock:
 
 def _write_prompts(run_dir: Path, budget: Budget, seed: int) -> Path:
     """`prompts.jsonl` for training, and the file it returns: prompts from modules that no earlier stage has seen."""
-    training, held_out = run_dir / "prompts.jsonl", run_dir / "held_out.jsonl"
-    for path, modules, count, with_seed in (
-        (training, MODULES, budget.train_prompts, seed + 1),
-        (held_out, HELD_OUT, budget.eval_prompts, seed + 2),
-    ):
-        rows = [{"prompt": item.question} for item in passages(sources(modules), count, with_seed)]
-        files.write_text(path, "".join(files.json_line(row) for row in rows))
-    return held_out
+    write_prompts(run_dir / "prompts.jsonl", MODULES, budget.train_prompts, seed + 1)
+    return write_prompts(run_dir / "held_out.jsonl", HELD_OUT, budget.eval_prompts, seed + 2)
 
 
 def answer_prompts(

@@ -115,8 +115,7 @@ print("same", len(ours))
 def test_its_own_loader_finds_every_tensor_and_its_model_says_the_same(
     tiny_llama, tmp_path, format_name, package, load, head
 ):
-    if not any(os.path.isdir(os.path.join(folder, package)) for folder in PEERS.split(":")):
-        pytest.skip(f"needs {package} in a folder of NDS_PEERS")
+    needs(package)
     target = Checkpoint.find(tiny_llama)
     spec = target.read_spec()
     config = DraftConfig(
@@ -146,16 +145,8 @@ def test_its_own_loader_finds_every_tensor_and_its_model_says_the_same(
     export_draft(tmp_path / "draft", format_name, tmp_path / "out", target)
     weights = {name: tensor for name, tensor in draft.state_dict().items() if not tensor.is_meta}
     torch.save({"weights": weights} | one_block(draft, target, generator), tmp_path / "ours.pt")
-    code = BEFORE + load + COMPARE
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "ours.pt")],
-        env={**os.environ, "PYTHONPATH": PEERS},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert f"same {len(weights)}" in run.stdout
+    said = in_their_code(load + COMPARE, tmp_path)
+    assert f"same {len(weights)}" in said
     if format_name != "modelopt":  # what it saves itself comes in
         import_draft(tmp_path / "out-saved", tmp_path / "back", target)
         back = DSparkDraft.load(tmp_path / "back")
@@ -164,6 +155,25 @@ def test_its_own_loader_finds_every_tensor_and_its_model_says_the_same(
 
 
 @torch.no_grad()
+def needs(package):
+    """Skip the test where ``package`` is in no folder of NDS_PEERS."""
+    if not any(os.path.isdir(os.path.join(folder, package)) for folder in PEERS.split(":")):
+        pytest.skip(f"needs {package} in a folder of NDS_PEERS")
+
+
+def in_their_code(code, tmp_path):
+    """What ``code`` prints in a process of its own, given the exported draft in ``out`` and ours in ``ours.pt``."""
+    run = subprocess.run(
+        [sys.executable, "-c", BEFORE + code, str(tmp_path / "out"), str(tmp_path / "ours.pt")],
+        env={**os.environ, "PYTHONPATH": PEERS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
 def one_block(draft, target, generator):
     """What a block is drafted from, and its numbers here."""
     config, anchor = draft.config, 11
@@ -241,8 +251,7 @@ print("same", len(given["gradients"]))
     ],
 )
 def test_windows_causal_blocks_and_sinks_are_trained_as_modelopt_trains_them(tiny_llama, tmp_path, changes):
-    if not any(os.path.isdir(os.path.join(folder, "modelopt")) for folder in PEERS.split(":")):
-        pytest.skip("needs modelopt in a folder of NDS_PEERS")
+    needs("modelopt")
     target = Checkpoint.find(tiny_llama)
     section = DraftSection(num_layers=2, block_size=5, taps=[0, 1], intermediate_size=96, markov_rank=8, **changes)
     config, _ = build_draft_config(target.read_spec(), section, mask_token_id=20)
@@ -264,15 +273,8 @@ def test_windows_causal_blocks_and_sinks_are_trained_as_modelopt_trains_them(tin
     given = {"ids": ids, "taps": taps, "anchor": 0, "previous": ids, "anchors": anchors, "hidden": hidden.detach()}
     given |= {"gradients": gradients, "embedding": draft.embed_tokens.weight.detach()}
     torch.save(given, tmp_path / "ours.pt")
-    run = subprocess.run(
-        [sys.executable, "-c", BEFORE + MODELOPT_BLOCKS, str(tmp_path / "out"), str(tmp_path / "ours.pt")],
-        env={**os.environ, "PYTHONPATH": PEERS},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert f"same {len(gradients)}" in run.stdout
+    said = in_their_code(MODELOPT_BLOCKS, tmp_path)
+    assert f"same {len(gradients)}" in said
 
 
 # The loss of a sequence with every block that fits behind position 5, in total variation, which is half of our L1.
@@ -302,8 +304,7 @@ model.save_pretrained(f"{folder}-saved")
 
 
 def test_the_loss_and_the_gradients_of_a_dflash_draft_are_speculators(tiny_llama, tmp_path):
-    if not any(os.path.isdir(os.path.join(folder, "speculators")) for folder in PEERS.split(":")):
-        pytest.skip("needs speculators in a folder of NDS_PEERS")
+    needs("speculators")
     target = Checkpoint.find(tiny_llama)
     section = DraftSection(kind="dflash", num_layers=2, block_size=4, taps=[0, 1], intermediate_size=96)
     config, _ = build_draft_config(target.read_spec(), section, mask_token_id=20)
@@ -325,14 +326,7 @@ def test_the_loss_and_the_gradients_of_a_dflash_draft_are_speculators(tiny_llama
     given |= {"mask": mask[None].long(), "anchors": len(anchors)}
     given |= {"embedding": draft.embed_tokens.weight.detach(), "head": draft.lm_head.weight.detach()}
     torch.save(given, tmp_path / "ours.pt")
-    run = subprocess.run(
-        [sys.executable, "-c", BEFORE + SPECULATORS_DFLASH, str(tmp_path / "out"), str(tmp_path / "ours.pt")],
-        env={**os.environ, "PYTHONPATH": PEERS},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    in_their_code(SPECULATORS_DFLASH, tmp_path)
     theirs = torch.load(tmp_path / "ours.pt.theirs", weights_only=True)
     batch = collate([Sample(ids[0], mask, taps[0], last[0])], [anchors], config.block_size)
     loss = DSparkObjective(draft, LossWeights(ce=0.0, l1=0.5, confidence=0.0))(batch)
@@ -347,8 +341,7 @@ def test_the_loss_and_the_gradients_of_a_dflash_draft_are_speculators(tiny_llama
 
 
 def test_speculators_loads_an_eagle3_draft_every_tensor_in_its_place(tiny_hybrid, tmp_path):
-    if not any(os.path.isdir(os.path.join(folder, "speculators")) for folder in PEERS.split(":")):
-        pytest.skip("needs speculators in a folder of NDS_PEERS")
+    needs("speculators")
     target = Checkpoint.find(tiny_hybrid)
     section = DraftSection(taps=[0, 1, 2, 4, 6], intermediate_size=96, block_size=3)
     config, _ = build_eagle3_config(target.read_spec(), section, ttt_length=3)
@@ -386,12 +379,5 @@ for step, (theirs, ours) in enumerate(zip(kept, given["steps"], strict=True)):
     torch.testing.assert_close(theirs[:, :behind], ours[:, :behind], rtol=1e-3, atol=1e-3)
 print("same", len(kept))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", BEFORE + code, str(tmp_path / "out"), str(tmp_path / "ours.pt")],
-        env={**os.environ, "PYTHONPATH": PEERS},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "same 3" in run.stdout
+    said = in_their_code(code, tmp_path)
+    assert "same 3" in said

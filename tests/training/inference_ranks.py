@@ -14,23 +14,14 @@ from nemotron_dspark.errors import CheckError
 from nemotron_dspark.targets import Target
 from nemotron_dspark.training import online
 from nemotron_dspark.training.callbacks import Callback
-from tests.training.runs import train_run
+from tests.training.runs import TINY, train_run
 from tests.training.several_ranks import start
 
 SETTINGS = (
-    "target.device=cpu",
-    "target.proofs=false",
-    "draft.taps=[1,4]",
-    "draft.num_layers=1",
-    "draft.block_size=3",
-    "draft.markov_rank=4",
-    "data.min_loss_tokens=4",
-    "train.device=cpu",
+    *TINY,
     "train.max_steps=3",
     "train.global_batch_size=4",
-    "train.log_every=1",
     "train.checkpoint_every=1",
-    "train.num_anchors=8",
     "train.validation=0.2",
 )
 APART, SHARDED = "train.inference_gpus=1", "train.parallel=fsdp"

@@ -2,6 +2,20 @@
 
 from nemotron_dspark.training.run import train
 
+# Of a small draft whose target runs beside it.
+TINY = (
+    "target.device=cpu",
+    "target.proofs=false",
+    "draft.taps=[1,4]",
+    "draft.num_layers=1",
+    "draft.block_size=3",
+    "draft.markov_rank=4",
+    "data.min_loss_tokens=4",
+    "train.device=cpu",
+    "train.log_every=1",
+    "train.num_anchors=8",
+)
+
 
 def named(config, target):
     """``config`` for the target in the folder ``target``."""

@@ -33,24 +33,15 @@ from nemotron_dspark.training.rolling import RollingSource
 from nemotron_dspark.training.schedule import RollingSchedule, SampleSchedule
 from nemotron_dspark.training.source import CacheSource
 from nemotron_dspark.training.trainer import Trainer
-from tests.training.runs import train_run
+from tests.training.runs import TINY, train_run
 
 SETTINGS = (
-    "target.device=cpu",
-    "target.proofs=false",
-    "draft.taps=[1,4]",
-    "draft.num_layers=1",
-    "draft.block_size=3",
-    "draft.markov_rank=4",
-    "data.min_loss_tokens=4",
+    *TINY,
     "data.max_length=100",
-    "train.device=cpu",
     "train.max_steps=8",
     "train.local_batch_size=3",
     "train.global_batch_size=9",
-    "train.log_every=1",
     "train.checkpoint_every=2",
-    "train.num_anchors=8",
     "cache.shard_bytes=100000",
     "cache.batch_tokens=400",
 )
